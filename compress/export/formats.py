@@ -1,0 +1,81 @@
+"""The table of formats, and one way to read the weights of a folder whatever its format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from compress.errors import UserError
+from compress.export import compressed_tensors
+from compress.model.folder import ModelFolder
+from compress.quantize import record
+from compress.quantize.qtensor import QTensor
+
+
+@dataclass(frozen=True)
+class Format:
+    """write(record, target); linears(folder) and read_linear(folder, name) read it back."""
+
+    name: str
+    write: Callable[[ModelFolder, Path], None]
+    linears: Callable[[ModelFolder], list[str]]
+    read_linear: Callable[[ModelFolder, str], QTensor]
+
+
+FORMATS = {
+    compressed_tensors.NAME: Format(
+        compressed_tensors.NAME,
+        compressed_tensors.write,
+        compressed_tensors.linears,
+        compressed_tensors.read_linear,
+    ),
+}
+
+
+class Weights:
+    """The weights of a plain, record, or exported folder under their original names.
+
+    Raises UserError if the folder is quantized in a way that is not read here.
+    """
+
+    def __init__(self, folder: ModelFolder):
+        self.folder = folder
+        quantization = folder.config.get("quantization_config")
+        self._read_linear: Callable[[ModelFolder, str], QTensor] = record.read_linear
+        self.format = "plain"
+        linears: list[str] = []
+        if record.KEY in folder.config:
+            self.format = "record"
+            linears = record.linears(folder)
+        elif quantization is not None:
+            method = quantization.get("quant_method")
+            if method not in FORMATS:
+                raise UserError(
+                    f"{folder.path}: quant_method {method!r} is not read here, only "
+                    f"{', '.join(FORMATS)}"
+                )
+            self.format = method
+            linears = FORMATS[method].linears(folder)
+            self._read_linear = FORMATS[method].read_linear
+        self.linears = dict.fromkeys(linears)
+
+    @property
+    def names(self) -> list[str]:
+        """Original names: ``NAME.weight`` for every quantized linear, the rest as stored."""
+        plain = [n for n in self.folder.names if n.rpartition(".")[0] not in self.linears]
+        # A bias lives beside the quantized parts of its linear.
+        biases = [
+            n
+            for n in self.folder.names
+            if n.endswith(".bias") and n.removesuffix(".bias") in self.linears
+        ]
+        return [*plain, *biases, *(f"{name}.weight" for name in self.linears)]
+
+    def get(self, name: str) -> Tensor | QTensor:
+        base, _, part = name.rpartition(".")
+        if part == "weight" and base in self.linears:
+            return self._read_linear(self.folder, base)
+        return self.folder.tensor(name)

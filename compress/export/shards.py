@@ -1,0 +1,56 @@
+"""Writing the safetensors files of an export as the tensors come, one shard in memory at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compress.model.folder import INDEX, SINGLE, write_json
+
+SHARD_BYTES = 4 * 2**30
+
+
+class ShardWriter:
+    """Collects tensors into files of at most ``shard_bytes`` (a larger tensor has its own file)."""
+
+    def __init__(self, path: Path, shard_bytes: int = SHARD_BYTES):
+        self.path = path
+        self.shard_bytes = shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._bytes = 0
+        self._total = 0
+        self._shards: list[list[str]] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self._pending and self._bytes + tensor.nbytes > self.shard_bytes:
+            self._flush()
+        self._pending[name] = tensor.contiguous()
+        self._bytes += tensor.nbytes
+
+    def close(self) -> None:
+        """Write what is left, give the files their final names, write the index if there are many."""
+        self._flush()
+        count = len(self._shards)
+        if count == 1:
+            self._part(0).rename(self.path / SINGLE)
+            return
+        weight_map = {}
+        for i, names in enumerate(self._shards):
+            file = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+            self._part(i).rename(self.path / file)
+            weight_map |= dict.fromkeys(names, file)
+        write_json(
+            self.path / INDEX,
+            {"metadata": {"total_size": self._total}, "weight_map": weight_map},
+        )
+
+    def _part(self, index: int) -> Path:
+        return self.path / f"part-{index:05d}.safetensors"
+
+    def _flush(self) -> None:
+        save_file(self._pending, self._part(len(self._shards)), metadata={"format": "pt"})
+        self._shards.append(list(self._pending))
+        self._total += self._bytes
+        self._pending, self._bytes = {}, 0

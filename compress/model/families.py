@@ -1,0 +1,72 @@
+"""What compressing must know of an architecture, as data: one entry a family, no code.
+
+Names are local to a decoder block (``self_attn.q_proj``) or to the model (``model.layers``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from compress.errors import UserError
+
+
+@dataclass(frozen=True)
+class Input:
+    """Linears of a block that read one tensor, and what makes that tensor.
+
+    linears: the readers, in the order in which they run
+    source: the norm or linear whose output channels are the readers' input channels, so that a
+        channel's scale can move from the readers into it; None if nothing can take it
+    """
+
+    linears: tuple[str, ...]
+    source: str | None
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture whose decoder blocks have these parts."""
+
+    name: str
+    model_types: tuple[str, ...]
+    inputs: tuple[Input, ...]
+    # Linears whose output goes through the softmax: AWQ leaves them out of clipping.
+    attention_logits: tuple[str, ...]
+    blocks: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The linears of a block that get quantized, in the order in which they run."""
+        return tuple(name for shared in self.inputs for name in shared.linears)
+
+
+LLAMA = Family(
+    name="llama",
+    model_types=("llama", "mistral", "qwen2"),
+    inputs=(
+        Input(
+            linears=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            source="input_layernorm",
+        ),
+        Input(linears=("self_attn.o_proj",), source="self_attn.v_proj"),
+        Input(linears=("mlp.gate_proj", "mlp.up_proj"), source="post_attention_layernorm"),
+        Input(linears=("mlp.down_proj",), source="mlp.up_proj"),
+    ),
+    attention_logits=("self_attn.q_proj", "self_attn.k_proj"),
+)
+
+FAMILIES = (LLAMA,)
+
+
+def family_of(config: dict[str, Any]) -> Family:
+    """The family of a config.json. Raises UserError, with the known ones, if there is none."""
+    model_type = config.get("model_type")
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    known = ", ".join(t for family in FAMILIES for t in family.model_types)
+    raise UserError(f"model type {model_type!r} is not known here: known are {known}")

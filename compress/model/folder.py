@@ -1,0 +1,163 @@
+"""A Hugging Face model folder, opened lazily: config, tensor names, one tensor at a time.
+
+Knows safetensors files and their index; knows nothing of quantization.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from compress.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# What a served folder needs beside the weights. config.json is written by whoever writes weights.
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class ModelFolder:
+    """Read access to a model folder.
+
+    Raises UserError if the folder, its config.json or its safetensors files are missing or unreadable.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise UserError(f"model folder {self.path} does not exist")
+        self.config: dict[str, Any] = _read_json(self.path / "config.json")
+
+    @cached_property
+    def _file_of(self) -> dict[str, Path]:
+        index = self.path / INDEX
+        if index.exists():
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise UserError(f"{index} has no weight_map")
+            files = {name: self._inside(index, file) for name, file in weight_map.items()}
+        elif (self.path / SINGLE).exists():
+            single = self.path / SINGLE
+            with _open(single) as f:
+                files = dict.fromkeys(f.keys(), single)
+        else:
+            raise UserError(f"{self.path} holds neither {SINGLE} nor {INDEX}")
+        for file in sorted(set(files.values())):
+            if not file.exists():
+                raise UserError(f"{index} names {file.name}, which is missing")
+        return files
+
+    def _inside(self, index: Path, file: str) -> Path:
+        if not isinstance(file, str) or Path(file).name != file:
+            raise UserError(f"{index} points outside the folder: {file!r}")
+        return self.path / file
+
+    @property
+    def names(self) -> list[str]:
+        """All tensor names, in file order."""
+        return list(self._file_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, read from disk now. Raises UserError if the folder does not hold it."""
+        with _open(self._path_of(name)) as f:
+            return self._checked(name, lambda: f.get_tensor(name))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, from the header alone."""
+        with _open(self._path_of(name)) as f:
+            return tuple(self._checked(name, lambda: f.get_slice(name).get_shape()))
+
+    def _path_of(self, name: str) -> Path:
+        if name not in self._file_of:
+            raise UserError(f"{self.path} holds no tensor {name}")
+        return self._file_of[name]
+
+    def _checked(self, name: str, read: Any) -> Any:
+        try:
+            return read()
+        except SafetensorError as error:
+            raise UserError(f"{self._file_of[name]} cannot give {name}: {error}") from error
+
+    @property
+    def weight_files(self) -> list[Path]:
+        return sorted(set(self._file_of.values()))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The 16- or 32-bit type that config.json states for the weights."""
+        name = self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
+        if name not in DTYPES:
+            raise UserError(f"{self.path}: dtype {name!r} is not one of {', '.join(DTYPES)}")
+        return DTYPES[name]
+
+    @property
+    def tied_head(self) -> bool:
+        return bool(self.config.get("tie_word_embeddings", False))
+
+    def companions(self) -> Iterator[Path]:
+        """Tokenizer, chat template, generation config, licence: files that travel along."""
+        for pattern in COMPANIONS:
+            yield from sorted(p for p in self.path.glob(pattern) if p.is_file())
+
+    def copy_companions(self, target: Path) -> None:
+        for file in self.companions():
+            shutil.copyfile(file, target / file.name)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over config.json and the weight files: changes when the model does."""
+        digest = hashlib.sha256()
+        for file in [self.path / "config.json", *self.weight_files]:
+            digest.update(file_sha256(file).encode())
+        return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise UserError(f"{path} is missing")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return value
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a readable safetensors file: {error}") from error

@@ -1,0 +1,48 @@
+"""A transformers model without weights, and how weights get into it piece by piece."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from compress.errors import UserError
+from compress.model.folder import ModelFolder
+
+
+def empty_model(folder: ModelFolder, dtype: torch.dtype) -> Any:
+    """The transformers model of a folder, all parameters on the meta device, in eval mode.
+
+    Buffers that no checkpoint stores (rotary frequencies) are real, on the CPU.
+    """
+    settings = {k: v for k, v in folder.config.items() if k != "quantization_config"}
+    try:
+        config = AutoConfig.for_model(**settings)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder.path}/config.json is not usable: {error}") from error
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for path, module in list(model.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            # In this library such modules (rotary embeddings) are built from the config alone.
+            model.set_submodule(path, type(module)(config))
+    return model.eval()
+
+
+def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor in place of the parameter ``name``.
+
+    Raises UserError if the model has no such parameter or the shapes differ: the file and its config.json do not belong together.
+    """
+    try:
+        expected = model.get_parameter(name).shape
+    except AttributeError:
+        raise UserError(f"the model of this config.json has no tensor {name}") from None
+    if tensor.shape != expected:
+        raise UserError(
+            f"tensor {name} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected)}"
+        )
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))

@@ -1,0 +1,22 @@
+"""Rounding to the nearest value of the grid (RTN)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from compress.quantize.block import Block
+from compress.quantize.qtensor import QTensor
+from compress.quantize.scheme import to_codes
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """No knobs, no data."""
+
+    needs_moments: ClassVar[bool] = False
+
+    def __call__(self, block: Block) -> dict[str, QTensor]:
+        return {
+            name: to_codes(W, block.grid(name), block.scheme) for name, W in block.weights.items()
+        }

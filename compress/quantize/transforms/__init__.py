@@ -1,0 +1,6 @@
+"""What is folded into a model before rounding. The table is literal: a recipe cannot bring code."""
+
+from compress.quantize.transforms.awq_clip import AwqClip
+from compress.quantize.transforms.awq_scale import AwqScale
+
+TRANSFORMS = {"awq_scale": AwqScale, "awq_clip": AwqClip}

@@ -1,0 +1,97 @@
+"""How well a model predicts a text, and how far it strays from its original on it.
+
+Protocol: the text is cut into windows without overlap; every token of a window but the first (BOS, if
+the tokenizer starts texts with it) is predicted from those before it in the same window. Perplexity is
+exp of the mean negative log-likelihood over all predicted tokens. KL(original || candidate) and top-1
+agreement are taken over the same positions. Logits are handled a window at a time and dropped.
+
+tokens (window,); logits (window, vocabulary); per-token results float32 (window - 1,)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# tokens (1, window) -> logits (1, window, vocabulary)
+LogitsOf = Callable[[Tensor], Tensor]
+# Positions handled at a time: bounds the float32 copies of the logits.
+ROWS = 128
+
+
+def token_nll(log_probs: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of each target in nats."""
+    return -log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def token_kl(base_log_probs: Tensor, log_probs: Tensor) -> Tensor:
+    """KL(base || candidate) at each position in nats, over the whole vocabulary."""
+    return (base_log_probs.exp() * (base_log_probs - log_probs)).sum(-1)
+
+
+@torch.no_grad()
+def evaluate_text(
+    candidate: LogitsOf, windows: Iterable[Tensor], base: LogitsOf | None = None
+) -> dict[str, Any]:
+    """Perplexity of ``candidate`` on the windows; with ``base``, divergence from it too.
+
+    Standard errors take windows as independent and count their spread (delta method for perplexity).
+    Returns perplexity, perplexity_stderr, tokens, windows, and with a base kl, kl_stderr, kl_p99 (nats
+    per token), top1 (share in 0..1), top1_stderr, base_perplexity.
+    """
+    nll, base_nll, kl, top1 = [], [], [], []
+    for tokens in windows:
+        row = tokens.unsqueeze(0)
+        logits = candidate(row)[0]
+        base_logits = base(row)[0] if base is not None else None
+        parts = _window(logits, base_logits, tokens.to(logits.device))
+        nll.append(parts[0])
+        if base_logits is not None:
+            base_nll.append(parts[1])
+            kl.append(parts[2])
+            top1.append(parts[3])
+    mean, stderr = _mean_and_stderr(nll)
+    result = {
+        "perplexity": math.exp(mean),
+        "perplexity_stderr": math.exp(mean) * stderr,
+        "tokens": sum(len(n) for n in nll),
+        "windows": len(nll),
+    }
+    if base is not None:
+        base_mean, _ = _mean_and_stderr(base_nll)
+        result["base_perplexity"] = math.exp(base_mean)
+        result["kl"], result["kl_stderr"] = _mean_and_stderr(kl)
+        result["kl_p99"] = float(torch.cat(kl).quantile(0.99))
+        result["top1"], result["top1_stderr"] = _mean_and_stderr(top1)
+    return result
+
+
+def _window(logits: Tensor, base_logits: Tensor | None, tokens: Tensor) -> tuple[Tensor, ...]:
+    """nll, and with base logits base_nll, kl, top1, of one window."""
+    rows = []
+    for start in range(0, len(tokens) - 1, ROWS):
+        part = slice(start, min(start + ROWS, len(tokens) - 1))
+        targets = tokens[1:][part]
+        log_probs = logits[part].float().log_softmax(-1)
+        row = [token_nll(log_probs, targets)]
+        if base_logits is not None:
+            base_log_probs = base_logits[part].float().log_softmax(-1)
+            row += [
+                token_nll(base_log_probs, targets),
+                token_kl(base_log_probs, log_probs),
+                (base_log_probs.argmax(-1) == log_probs.argmax(-1)).float(),
+            ]
+        rows.append(row)
+    return tuple(torch.cat(column).cpu() for column in zip(*rows, strict=True))
+
+
+def _mean_and_stderr(per_window: list[Tensor]) -> tuple[float, float]:
+    mean = float(torch.cat(per_window).double().mean())
+    if len(per_window) < 2:
+        return mean, math.nan
+    means = torch.stack([w.double().mean() for w in per_window])
+    return mean, float(means.std() / len(means) ** 0.5)
