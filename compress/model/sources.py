@@ -42,6 +42,17 @@ def resolve_model(source: str, revision: str | None) -> Path:
     return _from_hub(source, revision)
 
 
+def open_tokenizer(model: ModelFolder) -> Any:
+    """The tokenizer of a folder. Raises UserError if it has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model.path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{model.path} has no usable tokenizer: {reason}") from error
+
+
 def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections import Counter
 from typing import Any
 
@@ -36,14 +38,14 @@ class PackedLinear(nn.Module):
 def load_dense(folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> Any:
     """The model with every weight dequantized.
 
-    A quantized weight is first rounded to the dtype of the checkpoint, as engines do, then widened.
+    Tensors are copied out of the memory map, which would hold the whole file otherwise. A quantized weight is first rounded to the dtype of the checkpoint, as engines do, then widened.
     """
     weights = Weights(folder)
     model = empty_model(folder, dtype)
     for name in weights.names:
         value = weights.get(name)
         tensor = value.dequantize(folder.dtype) if isinstance(value, QTensor) else value
-        assign(model, name, tensor.to(device=device, dtype=dtype))
+        assign(model, name, tensor.to(device=device, dtype=dtype, copy=True))
     return _ready(model, folder, device)
 
 
@@ -65,7 +67,7 @@ def load_packed(folder: ModelFolder, device: torch.device) -> tuple[Any, dict[st
                 continue
             kernels["dense"] += 1
             value = value.dequantize(folder.dtype)
-        assign(model, name, value.to(device=device, dtype=folder.dtype))
+        assign(model, name, value.to(device=device, dtype=folder.dtype, copy=True))
     return _ready(model, folder, device), dict(kernels)
 
 
@@ -84,4 +86,16 @@ def _ready(model: Any, folder: ModelFolder, device: torch.device) -> Any:
     missing = [name for name, p in model.named_parameters() if p.is_meta]
     if missing:
         raise UserError(f"{folder.path} lacks {len(missing)} tensors, the first is {missing[0]}")
+    _return_freed_memory()
     return model.to(device)
+
+
+def _return_freed_memory() -> None:
+    """Give the pages that reading and repacking left free back to the system.
+
+    glibc keeps them otherwise, and the process would look as large as its load, not as its model.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

@@ -1,0 +1,104 @@
+"""The command line: recipes through Hydra, or one verb."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+
+from compress.commands import VERBS
+from compress.compose import (
+    RECIPES,
+    compose_settings,
+    expand_shorthand,
+    one_sentence,
+    options,
+    register,
+)
+from compress.config import parse, settings_of
+from compress.errors import UserError
+
+USER_ERROR = 2
+# Overrides that say where, how well and how fast, not what: they stay out of a run's name.
+UNNAMED = ("recipe", "model", "data", "eval", "speed", "device", "hydra")
+
+
+def main() -> None:
+    """Entry of ``compress`` and ``python -m compress``."""
+    words = sys.argv[1:]
+    try:
+        if words and words[0] in VERBS:
+            verb = importlib.import_module(f"compress.commands.{words[0]}")
+            sys.exit(verb.main(words[1:]))
+        run_recipes(words or ["--help"])
+    except UserError as error:
+        print(f"compress: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+
+
+def run_recipes(words: list[str]) -> None:
+    """Run one recipe, or a sweep with -m; every combination is checked before the first one runs."""
+    words = expand_shorthand(words)
+    asked = get_args_parser().parse_args(words)
+    if not (asked.help or asked.hydra_help or asked.info or asked.cfg):
+        from compress.pipeline import check
+
+        for overrides in _combinations(asked.overrides, asked.multirun):
+            if not any(o.startswith("recipe=") for o in overrides):
+                raise UserError(f"recipe= is missing: choose one of {', '.join(options('recipe'))}")
+            check(parse(compose_settings(overrides)))
+    register()
+    finished: list[dict[str, Any]] = []
+
+    def task(config: DictConfig) -> None:
+        from compress.pipeline import run_recipe
+
+        choice = HydraConfig.get()
+        out = Path(choice.runtime.output_dir)
+        name = _run_name(choice.runtime.choices["recipe"], list(choice.overrides.task))
+        try:
+            finished.append(run_recipe(parse(settings_of(config)), name, out))
+        except UserError as error:
+            # Hydra would print a traceback; SystemExit passes through it.
+            print(f"compress: {error}", file=sys.stderr)
+            sys.exit(USER_ERROR)
+
+    sys.argv = [sys.argv[0], *words]
+    hydra.main(version_base="1.3", config_path=str(RECIPES), config_name="config")(task)()
+    if finished:
+        from compress.report.table import table
+
+        print(table(finished))
+
+
+def _combinations(overrides: list[str], multirun: bool) -> list[list[str]]:
+    """The overrides of each job of a sweep; of the one job without -m. Raises UserError."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        if multirun:
+            return BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+        for override in parsed:
+            if override.is_sweep_override():
+                raise UserError(f"{override.input_line} asks for a sweep: add -m")
+    except HydraException as error:
+        raise UserError(one_sentence(error, overrides)) from error
+    return [overrides]
+
+
+def _run_name(recipe: str, overrides: list[str]) -> str:
+    """The recipe and whatever was changed in it."""
+    changed = [o for o in overrides if o.lstrip("+~").split("=")[0].split(".")[0] not in UNNAMED]
+    return " ".join([recipe, *changed])
+
+
+if __name__ == "__main__":
+    main()

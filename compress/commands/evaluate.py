@@ -1,0 +1,36 @@
+"""``compress evaluate FOLDER``: accuracy and size of any plain or exported folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from compress.compose import compose_settings, expand_shorthand
+from compress.config import device_of
+from compress.errors import UserError
+from compress.measure import check_tasks, measure_accuracy, measure_size, open_windows
+from compress.model.folder import ModelFolder
+from compress.model.sources import open_tokenizer, resolve_model
+
+
+def main(words: list[str]) -> int:
+    """Prints JSON: size and accuracy of FOLDER, and with --base the divergence from it."""
+    parser = argparse.ArgumentParser("compress evaluate", description=__doc__)
+    parser.add_argument("folder", metavar="FOLDER", help="a folder, owner/name, or a run's checkpoint/")
+    parser.add_argument("--base", metavar="FOLDER", help="the original, for KL and top-1 agreement")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="eval.* and device")
+    asked = parser.parse_intermixed_args(words)
+    settings = compose_settings(expand_shorthand(asked.overrides))
+    if settings.eval is None:
+        raise UserError("eval=none leaves nothing to evaluate")
+    folder = ModelFolder(resolve_model(asked.folder, None))
+    base = None if asked.base is None else ModelFolder(resolve_model(asked.base, None))
+    tokenizer = open_tokenizer(folder)
+    windows = open_windows(settings.eval, tokenizer)
+    check_tasks(settings.eval)
+    size = measure_size(folder)
+    accuracy = measure_accuracy(
+        folder, base, windows, settings.eval, tokenizer, device_of(settings)
+    )
+    print(json.dumps({"size": size, **accuracy}, indent=2))
+    return 0

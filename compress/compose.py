@@ -1,0 +1,111 @@
+"""From command-line words to settings: Hydra's composition, with its errors told in one sentence.
+
+This file and ``__main__`` are the only places that see a DictConfig.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException, ValidationError
+
+from compress.config import RecipeConfig, settings_of
+from compress.errors import UserError
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+GROUPS = [folder.name for folder in RECIPES.iterdir() if folder.is_dir()]
+# model=PATH and data=PATH: the option that takes a path, and the key it goes to.
+SHORTHAND = {"model": ("folder", "model.source"), "data": ("text", "data.source")}
+
+
+def register() -> None:
+    """Make the schema and the resolver known to Hydra. Calling it again changes nothing."""
+    ConfigStore.instance().store(name="schema", node=RecipeConfig)
+    OmegaConf.register_new_resolver("basename", _basename, replace=True)
+
+
+def _basename(path: str) -> str:
+    return Path(path).expanduser().resolve().name if Path(path).exists() else path.split("/")[-1]
+
+
+def options(group: str) -> list[str]:
+    """The choices of a group: its YAML files."""
+    return sorted(file.stem for file in (RECIPES / group).glob("*.yaml"))
+
+
+def expand_shorthand(words: Sequence[str]) -> list[str]:
+    """Replace model=PATH and data=PATH by the option that takes a path.
+
+    Raises UserError if a sweep mixes names and paths, which Hydra cannot express.
+    """
+    expanded: list[str] = []
+    for word in words:
+        group, equals, value = word.partition("=")
+        if not equals or group not in SHORTHAND:
+            expanded.append(word)
+            continue
+        values = value.split(",")
+        named = [v in options(group) for v in values]
+        if all(named) or not any(_like_path(v) for v in values):
+            expanded.append(word)
+        elif any(named):
+            raise UserError(
+                f"{word} mixes names and paths: sweep over one kind, named are "
+                f"{', '.join(options(group))}"
+            )
+        else:
+            option, key = SHORTHAND[group]
+            expanded += [f"{group}={option}", f"{key}={value}"]
+    return expanded
+
+
+def _like_path(value: str) -> bool:
+    return "/" in value or "." in value or value.startswith("~") or Path(value).exists()
+
+
+def compose_settings(overrides: list[str]) -> RecipeConfig:
+    """The settings that these overrides give. Raises UserError, one sentence, if they do not fit."""
+    register()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(RECIPES), version_base="1.3"):
+            return settings_of(compose("config", overrides=overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        GlobalHydra.instance().clear()
+        raise UserError(one_sentence(error, overrides)) from error
+
+
+def one_sentence(error: BaseException, overrides: Sequence[str]) -> str:
+    """A Hydra or OmegaConf error as one sentence that names the key and what is allowed.
+
+    overrides: what was asked for when it happened
+    """
+    cause = error.__cause__ or error
+    if isinstance(cause, ValidationError) and cause.full_key:
+        return f"{cause.full_key}: {str(cause).splitlines()[0]}"
+    if unknown := re.match(r"Could not override '([^']+)'", str(error)):
+        return f"{unknown[1]} is not a known key: known are {', '.join(_known_keys(unknown[1], overrides))}"
+    if missing := re.search(r"Could not find '([^']+)/([^'/]+)'", str(error)):
+        group, option = missing.groups()
+        path = ", or a path" if group in SHORTHAND else ""
+        return f"{group}={option} is not known: known are {', '.join(options(group))}{path}"
+    return re.sub(r"\s*\n\s*", "; ", str(error).strip())
+
+
+def _known_keys(key: str, overrides: Sequence[str]) -> list[str]:
+    """The keys beside ``key`` in its innermost section that exists, with the same groups chosen."""
+    groups = [o for o in overrides if o.partition("=")[0] in GROUPS]
+    with initialize_config_dir(config_dir=str(RECIPES), version_base="1.3"):
+        section = compose("config", overrides=groups)
+    for part in key.split(".")[:-1]:
+        if not isinstance(section.get(part), DictConfig):
+            break
+        section = section[part]
+    return sorted(str(name) for name in section)

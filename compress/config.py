@@ -1,0 +1,194 @@
+"""The schema of a recipe: every key a YAML or the command line may set, its type and its default.
+
+Hydra composes the YAML files under recipes/; ``parse`` turns the result into these dataclasses and
+refuses what does not fit, before a weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ValidationError
+
+from compress.errors import UserError
+from compress.export.formats import FORMATS
+from compress.quantize.block import Rounding, Transform
+from compress.quantize.rounding import ROUNDINGS
+from compress.quantize.scheme import Scheme
+from compress.quantize.transforms import TRANSFORMS
+
+STAGES = ("quantize",)
+
+
+@dataclass
+class ModelConfig:
+    """source: a folder, owner/name on the hub, or gguf-package:NAME; name: how outputs are filed."""
+
+    name: str = MISSING
+    source: str = MISSING
+    revision: str | None = None
+
+
+@dataclass
+class DataConfig:
+    """Calibration text: source, its field and split; sequences x length tokens drawn with seed."""
+
+    source: str = MISSING
+    field: str = "text"
+    split: str = "train"
+    sequences: int = 64
+    length: int = 512
+    seed: int = 0
+
+
+@dataclass
+class EvalConfig:
+    """Accuracy: the first ``tokens`` tokens of each text in windows, lm-eval tasks on ``limit``
+    questions each (null = all). dtype is for the texts; tasks run in the checkpoint's own."""
+
+    texts: list[str] = field(default_factory=list)
+    tokens: int = 6144
+    window: int = 1024
+    dtype: str = "float32"
+    tasks: list[str] = field(default_factory=list)
+    limit: int | None = None
+    batch_size: int = 16
+
+
+@dataclass
+class SpeedConfig:
+    """Decode speed: lengths in tokens; threads null = torch's default."""
+
+    input_length: int = 128
+    output_length: int = 32
+    batch: int = 1
+    warmup: int = 1
+    repeats: int = 5
+    seed: int = 0
+    threads: int | None = None
+
+
+@dataclass
+class RecipeConfig:
+    """Everything of a run."""
+
+    stages: list[str] = field(default_factory=list)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    # Checked against the dataclasses of the scheme and the methods, in parse().
+    scheme: dict[str, Any] = field(default_factory=dict)
+    transforms: dict[str, Any] = field(default_factory=dict)
+    rounding: dict[str, Any] = field(default_factory=dict)
+    export: str = "compressed-tensors"
+    eval: EvalConfig | None = None
+    speed: SpeedConfig | None = None
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A checked recipe: settings, and the methods it named as objects."""
+
+    settings: RecipeConfig
+    scheme: Scheme
+    transforms: tuple[Transform, ...]
+    rounding: Rounding
+    device: torch.device
+
+    @property
+    def needs_data(self) -> bool:
+        return bool(self.transforms) or self.rounding.needs_moments
+
+
+def settings_of(config: DictConfig) -> RecipeConfig:
+    """The settings of a composed config, counts checked. Raises UserError."""
+    settings = OmegaConf.to_object(config)
+    assert isinstance(settings, RecipeConfig), type(settings)
+    _check_sizes(settings)
+    return settings
+
+
+def parse(settings: RecipeConfig) -> Run:
+    """The checked run of a recipe.
+
+    Raises UserError naming the key and the allowed values.
+    """
+    _check_names("stages", settings.stages, STAGES)
+    _check_names("export", [settings.export], tuple(FORMATS))
+    if settings.stages != ["quantize"]:
+        raise UserError(f"stages={settings.stages} is not allowed: choose [quantize]")
+    if len(settings.rounding) != 1:
+        raise UserError(f"rounding must name one method of: {', '.join(ROUNDINGS)}")
+    return Run(
+        settings=settings,
+        scheme=_build("scheme", Scheme, settings.scheme),
+        transforms=tuple(_plugins("transforms", settings.transforms, TRANSFORMS)),
+        rounding=_plugins("rounding", settings.rounding, ROUNDINGS)[0],
+        device=device_of(settings),
+    )
+
+
+def _plugins(key: str, named: Mapping[str, Any], table: Mapping[str, type]) -> list[Any]:
+    """The methods that a mapping {name: knobs} asks for, in its order."""
+    _check_names(key, list(named), tuple(table))
+    return [_build(f"{key}.{name}", table[name], knobs or {}) for name, knobs in named.items()]
+
+
+def _build(key: str, schema: type, values: Mapping[str, Any]) -> Any:
+    """An object of a dataclass from the values a recipe gives it, types checked."""
+    allowed = ", ".join(f.name for f in fields(schema)) or "none, it has no knobs"
+    for name in values:
+        if name not in allowed.split(", "):
+            raise UserError(f"{key}.{name} is not known: known are {allowed}")
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+    except ValidationError as error:
+        raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
+
+
+def _check_names(key: str, names: list[str], allowed: tuple[str, ...]) -> None:
+    for name in names:
+        if name not in allowed:
+            raise UserError(f"{key}={name} is not known: known are {', '.join(allowed)}")
+
+
+def _check_sizes(settings: RecipeConfig) -> None:
+    """Every count of the recipe must be positive, and windows must hold something to predict."""
+    sections = {"data": settings.data, "eval": settings.eval, "speed": settings.speed}
+    for section, config in sections.items():
+        if config is None:
+            continue
+        for f in fields(config):
+            value = getattr(config, f.name)
+            if isinstance(value, int) and f.name not in ("seed", "warmup") and value < 1:
+                raise UserError(f"{section}.{f.name}={value} is not allowed: choose 1 or more")
+    evaluation, speed = settings.eval, settings.speed
+    if evaluation is not None:
+        _check_names("eval.dtype", [evaluation.dtype], ("float32", "bfloat16", "float16"))
+        if not 2 <= evaluation.window <= evaluation.tokens:
+            raise UserError(
+                f"eval.window={evaluation.window} is not allowed: choose 2 to eval.tokens="
+                f"{evaluation.tokens}"
+            )
+    if speed is not None and speed.output_length < 2:
+        raise UserError("speed.output_length=1 is not allowed: choose 2 or more, for a gap to measure")
+
+
+def device_of(settings: RecipeConfig) -> torch.device:
+    """The device a run works on. Raises UserError for an unknown or absent one."""
+    name = settings.device
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device={name} is not known: choose auto, cpu, or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device={name} is not known: choose auto, cpu, or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device={name} was asked for, but no CUDA device is usable here")
+    return device

@@ -1,0 +1,136 @@
+"""After an export: read the written files again and prove that they hold what was decided.
+
+``audit`` compares with the record, bit for bit, and runs once at the end of the export. ``manifest`` notes
+the SHA-256 of every file; ``verify`` checks a folder against its manifest, any time later.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.export.formats import Weights
+from compress.model.families import family_of
+from compress.model.folder import ModelFolder, file_sha256, read_json, write_json
+from compress.quantize.qtensor import QTensor
+
+MANIFEST = "manifest.json"
+
+
+class AuditError(RuntimeError):
+    """The written files do not hold what was decided: a bug or a broken disk, not a user's mistake."""
+
+
+def audit(record: ModelFolder, exported: ModelFolder) -> dict[str, int]:
+    """Compare an export with its record. Returns how many linears and other tensors were checked.
+
+    Raises AuditError if a linear that should be quantized is not, a tensor differs in any bit, is
+    missing or is too many, or a quantized linear takes more bytes than its scheme says.
+    """
+    decided, written = Weights(record), Weights(exported)
+    if sorted(decided.names) != sorted(written.names):
+        different = sorted(set(decided.names) ^ set(written.names))
+        raise AuditError(f"{exported.path}: tensors differ from the record: {different[:3]}")
+    unquantized = unquantized_linears(written)
+    if unquantized:
+        raise AuditError(f"{exported.path}: {unquantized[0]} should be quantized and is not")
+    for name in decided.names:
+        _same(name, decided.get(name), written.get(name))
+    for linear in written.linears:
+        _size(exported, linear, written.get(f"{linear}.weight"))
+    return {
+        "linears": len(written.linears),
+        "other_tensors": len(written.names) - len(written.linears),
+    }
+
+
+def unquantized_linears(weights: Weights) -> list[str]:
+    """Linears of the decoder blocks that a folder holds in 16 bits."""
+    family = family_of(weights.folder.config)
+    suffixes = tuple(f".{name}.weight" for name in family.linears)
+    return [
+        name
+        for name in weights.names
+        if name.startswith(f"{family.blocks}.")
+        and name.endswith(suffixes)
+        and name.removesuffix(".weight") not in weights.linears
+    ]
+
+
+def _same(name: str, decided: Tensor | QTensor, written: Tensor | QTensor) -> None:
+    if isinstance(decided, QTensor) and isinstance(written, QTensor):
+        parts = [
+            (decided.codes, written.codes),
+            (decided.scale, written.scale),
+            (decided.zero, written.zero),
+        ]
+        same = decided.bits == written.bits and all(_equal(a, b) for a, b in parts)
+    else:
+        same = type(decided) is type(written) and _equal(decided, written)
+    if not same:
+        raise AuditError(f"{name} reads back different from what was decided")
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if a is None or b is None:
+        return a is b
+    # Bit patterns, so that NaN equals itself and -0 differs from 0.
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    first, second = (t.contiguous().view(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(first, second)
+
+
+def _size(exported: ModelFolder, linear: str, q: Tensor | QTensor) -> None:
+    """A linear may take its bits, padded to whole 32-bit words a row, and a shape; nothing more."""
+    assert isinstance(q, QTensor), linear
+    rows, columns = q.shape
+    groups = q.scale.shape[1]
+    allowed = 4 * rows * -(-columns * q.bits // 32) + q.scale.nbytes + 16
+    if q.zero is not None:
+        allowed += 4 * groups * -(-rows * q.bits // 32)
+    stored = sum(
+        exported.nbytes(name)
+        for name in exported.names
+        if name.rpartition(".")[0] == linear and not name.endswith(".bias")
+    )
+    if stored > allowed:
+        raise AuditError(f"{linear} takes {stored} bytes, its scheme says {allowed}")
+
+
+def write_manifest(folder: Path, origin: dict[str, Any]) -> None:
+    """Write manifest.json: ``origin`` (what the checkpoint was made from) and a hash for every file."""
+    files = {
+        file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+        for file in sorted(folder.iterdir())
+        if file.name != MANIFEST
+    }
+    write_json(folder / MANIFEST, {"origin": origin, "files": files})
+
+
+def verify(path: Path) -> list[str]:
+    """What is wrong with an exported folder, one sentence each; empty if nothing is.
+
+    Checks every file against the manifest, then that each linear reads back and none is left out.
+    Raises UserError if there is no manifest.
+    """
+    files = read_json(path / MANIFEST).get("files", {})
+    present = {file.name for file in path.iterdir()} - {MANIFEST}
+    problems = [f"{name} is missing" for name in sorted(set(files) - present)]
+    problems += [f"{name} is not in the manifest" for name in sorted(present - set(files))]
+    for name in sorted(present & set(files)):
+        size, expected = (path / name).stat().st_size, files[name]["bytes"]
+        if size != expected:
+            problems.append(f"{name} has {size} bytes, the manifest says {expected}")
+        elif file_sha256(path / name) != files[name]["sha256"]:
+            problems.append(f"{name} has changed: its SHA-256 differs from the manifest")
+    if problems:
+        return problems
+    weights = Weights(ModelFolder(path))
+    problems += [f"{name} is not quantized" for name in unquantized_linears(weights)]
+    for name in weights.names:
+        weights.get(name)
+    return problems

@@ -1,0 +1,213 @@
+"""Measuring folders on disk: hands the ``eval`` package models opened from the files that will be served.
+
+The original runs through the same code as its candidates everywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calibration.texts import cache_dir, load_texts
+from calibration.tokens import TokenBlocks, evaluation_windows
+from compress.config import EvalConfig, SpeedConfig
+from compress.environment import environment
+from compress.errors import UserError
+from compress.export.formats import Weights
+from compress.model.families import family_of
+from compress.model.folder import DTYPES, ModelFolder, write_json
+from compress.model.skeleton import empty_model
+from compress.progress import track
+from compress.runtime.decoder import open_decoder
+from compress.runtime.load import load_dense
+from eval.speed import Load, measure_speed
+from eval.task_scores import packaged_tasks, score_tasks, unknown_tasks
+from eval.text import evaluate_text
+
+log = logging.getLogger(__name__)
+
+
+def measure_size(folder: ModelFolder) -> dict[str, Any]:
+    """Bytes on disk and bits per weight, from file headers.
+
+    bits_linears: everything stored for the linears of the decoder blocks (codes, scales, zero points,
+    shapes) over their weights; bits_file: all weight files over all parameters, a tied head counted once.
+    """
+    family = family_of(folder.config)
+    model = empty_model(folder, folder.dtype)
+    suffixes = tuple(f".{name}" for name in family.linears)
+    linears = {
+        name: module.weight.numel()
+        for name, module in model.named_modules()
+        if name.startswith(f"{family.blocks}.") and name.endswith(suffixes)
+    }
+    stored = sum(
+        folder.nbytes(name)
+        for name in folder.names
+        if name.rpartition(".")[0] in linears and not name.endswith(".bias")
+    )
+    # named_parameters() names a shared tensor once; on the meta device a tie is stated by the config.
+    model.tie_weights()
+    parameters = sum(p.numel() for p in model.parameters())
+    file_bytes = sum(file.stat().st_size for file in folder.weight_files)
+    return {
+        "bytes": file_bytes,
+        "parameters": parameters,
+        "bits_linears": 8 * stored / sum(linears.values()),
+        "bits_file": 8 * file_bytes / parameters,
+        "kept_16bit": sorted(_kept(folder, linears)),
+    }
+
+
+def _kept(folder: ModelFolder, linears: Mapping[str, int]) -> Iterator[str]:
+    """Weight matrices that stay as they were: embedding, head, and any linear left out."""
+    for name in folder.names:
+        if name.endswith(".weight") and len(folder.shape(name)) == 2:
+            yield name.removesuffix(".weight")
+
+
+def open_windows(config: EvalConfig, tokenizer: Any) -> dict[str, TokenBlocks]:
+    """The evaluation windows of each text. Raises UserError for a missing or short text."""
+    return {
+        text: evaluation_windows(
+            load_texts(text, "text", "train"), tokenizer, tokens=config.tokens, window=config.window
+        )
+        for text in config.texts
+    }
+
+
+def check_tasks(config: EvalConfig) -> None:
+    """Raises UserError if lm-eval does not know one of the tasks."""
+    packaged = packaged_tasks()
+    unknown = unknown_tasks([name for name in config.tasks if name not in packaged])
+    if unknown:
+        raise UserError(
+            f"eval.tasks={unknown[0]} is not known to lm-eval; packaged with this project are "
+            f"{', '.join(packaged)}"
+        )
+
+
+def measure_accuracy(
+    candidate: ModelFolder,
+    base: ModelFolder | None,
+    windows: Mapping[str, TokenBlocks],
+    config: EvalConfig,
+    tokenizer: Any,
+    device: torch.device,
+) -> dict[str, dict[str, Any]]:
+    """Texts and tasks of a candidate, and of its base with the same tokens and questions.
+
+    Returns {"candidate": {"texts", "tasks"}, "base": ... if there is one}.
+    """
+    dtype = DTYPES[config.dtype]
+    results: dict[str, dict[str, Any]] = {"candidate": {"texts": {}, "tasks": {}}}
+    if base is not None:
+        results["base"] = {"texts": {}, "tasks": {}}
+    if windows:
+        model = load_dense(candidate, device, dtype)
+        base_model = None if base is None else load_dense(base, device, dtype)
+        for text, blocks in windows.items():
+            found = evaluate_text(
+                lambda tokens: model(tokens.to(device)).logits,
+                _rows(blocks, text),
+                None if base_model is None else lambda tokens: base_model(tokens.to(device)).logits,
+            )
+            data = {"data_sha256": blocks.sha256, "window": config.window, "dtype": config.dtype}
+            results["candidate"]["texts"][text] = found["candidate"] | data
+            if base is not None:
+                results["base"]["texts"][text] = found["base"] | data
+        del model, base_model
+    if config.tasks:
+        results["candidate"]["tasks"] = _score(candidate, config, tokenizer, device)
+        if base is not None:
+            results["base"]["tasks"] = _score_cached(base, config, tokenizer, device)
+    return results
+
+
+def _rows(blocks: TokenBlocks, text: str) -> Iterator[Tensor]:
+    yield from track(blocks.tokens, f"evaluate {text}")
+
+
+def _score(
+    folder: ModelFolder, config: EvalConfig, tokenizer: Any, device: torch.device
+) -> dict[str, Any]:
+    model = load_dense(folder, device, folder.dtype)
+    with _quiet():
+        return score_tasks(
+            model, tokenizer, config.tasks, limit=config.limit, batch_size=config.batch_size
+        )
+
+
+def _score_cached(
+    folder: ModelFolder, config: EvalConfig, tokenizer: Any, device: torch.device
+) -> dict[str, Any]:
+    """The original's task scores: the same for every candidate of a sweep, so they are kept in the user
+    cache under everything they depend on."""
+    facts = environment(device)
+    key = json.dumps(
+        [
+            folder.fingerprint,
+            config.tasks,
+            config.limit,
+            config.batch_size,
+            *(facts[k] for k in ("commit", "versions", "device", "threads")),
+        ]
+    )
+    file = cache_dir() / "task-scores" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+    if file.exists():
+        log.info("task scores of the original come from the cache: %s", file)
+        return json.loads(file.read_text())
+    scores = _score(folder, config, tokenizer, device)
+    file.parent.mkdir(exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    write_json(partial, scores)
+    partial.replace(file)
+    return scores
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep lm-eval's own bars and remarks off a log; on a terminal they show how far it is."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    stderr = sys.stderr if sys.stderr.isatty() else io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            yield
+    finally:
+        logger.setLevel(before)
+
+
+def measure_decode(
+    folders: Mapping[str, ModelFolder], config: SpeedConfig, device: torch.device
+) -> dict[str, dict[str, Any]]:
+    """Decode speed of each folder, interleaved; see eval.speed."""
+    decoders = {
+        name: functools.partial(open_decoder, folder.path, str(device))
+        for name, folder in folders.items()
+    }
+    load = Load(**asdict(config))
+    return {
+        name: {"load": asdict(load), **result}
+        for name, result in measure_speed(decoders, load).items()
+    }
+
+
+def check_readable(folder: ModelFolder) -> None:
+    """Raises UserError if the folder is of an unknown family or format."""
+    family_of(folder.config)
+    Weights(folder)

@@ -1,0 +1,179 @@
+"""A run, from a recipe to a served checkpoint and a row in the table. Data flows one way, top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from calibration.texts import load_texts
+from calibration.tokens import TokenBlocks, calibration_blocks
+from compress.config import Run
+from compress.environment import environment
+from compress.errors import UserError
+from compress.export.audit import audit, write_manifest
+from compress.export.formats import FORMATS
+from compress.measure import (
+    check_tasks,
+    measure_accuracy,
+    measure_decode,
+    measure_size,
+    open_windows,
+)
+from compress.model.families import family_of
+from compress.model.folder import ModelFolder, write_json
+from compress.model.sources import open_tokenizer, resolve_model
+from compress.quantize.stage import quantize, settle
+from compress.report.table import METRICS, table
+from eval.memory import peak_cuda, peak_rss, reset_peak
+
+log = logging.getLogger(__name__)
+
+
+def check(run: Run) -> None:
+    """Raises UserError if the recipe does not fit its model, or names an unknown task or model.
+
+    Reads headers only, writes nothing: a sweep checks all its runs before the first one starts.
+    """
+    settings = run.settings
+    model = ModelFolder(resolve_model(settings.model.source, settings.model.revision))
+    settle(model, family_of(model.config), run.scheme)
+    if settings.eval is not None:
+        check_tasks(settings.eval)
+
+
+def run_recipe(run: Run, name: str, out: Path) -> dict[str, Any]:
+    """Compress, export, audit, evaluate, measure. Returns what it wrote to metrics.json.
+
+    ``out`` gets record/, checkpoint/, metrics.json and table.md; each appears under its name only when
+    it is whole. Raises UserError before any weight is read if the recipe does not fit model or data.
+    """
+    settings = run.settings
+    model = ModelFolder(resolve_model(settings.model.source, settings.model.revision))
+    tokenizer = open_tokenizer(model)
+    windows = {}
+    if settings.eval is not None:
+        windows = open_windows(settings.eval, tokenizer)
+    for leftover in (out / "record", out / "checkpoint"):
+        if leftover.exists():
+            raise UserError(f"{leftover} exists already: choose another hydra.run.dir")
+
+    compression = _compress(run, model, tokenizer, out)
+    checkpoint = ModelFolder(out / "checkpoint")
+
+    rows: dict[str, dict[str, Any]] = {
+        "base": {"size": measure_size(model)},
+        "candidate": {"size": measure_size(checkpoint)},
+    }
+    if settings.eval is not None:
+        accuracy = measure_accuracy(
+            checkpoint, model, windows, settings.eval, tokenizer, run.device
+        )
+        for row in rows:
+            rows[row] |= accuracy[row]
+    if settings.speed is not None:
+        log.info("measuring decode speed")
+        speed = measure_decode(
+            {"base": model, "candidate": checkpoint}, settings.speed, run.device
+        )
+        for row in rows:
+            rows[row]["speed"] = speed[row]
+
+    metrics = {
+        "name": name,
+        "model": {"name": settings.model.name, "fingerprint": model.fingerprint},
+        "recipe": asdict(settings),
+        "compression": compression,
+        **rows,
+        "environment": environment(run.device),
+    }
+    text = table([metrics])
+    (out / "table.md").write_text(text, encoding="utf-8")
+    with _whole(out / METRICS) as partial:
+        write_json(partial, metrics)
+    return metrics
+
+
+def _compress(run: Run, model: ModelFolder, tokenizer: Any, out: Path) -> dict[str, Any]:
+    """Quantize into out/record, export to out/checkpoint, audit it, write its manifest."""
+    reset_peak()
+    start = time.perf_counter()
+    data = _calibration(run, tokenizer)
+    tokens: Tensor | None = None if data is None else data.tokens
+    with _whole(out / "record") as partial:
+        report = quantize(
+            model,
+            partial,
+            tokens=tokens,
+            scheme=run.scheme,
+            transforms=run.transforms,
+            rounding=run.rounding,
+            device=run.device,
+        )
+    record = ModelFolder(out / "record")
+    origin = {
+        "model": model.fingerprint,
+        "data": None if data is None else data.sha256,
+        "recipe": _recipe_hash(run, report["scheme"]),
+    }
+    with _whole(out / "checkpoint") as partial:
+        FORMATS[run.settings.export].write(record, partial)
+        checked = audit(record, ModelFolder(partial))
+        write_manifest(partial, origin)
+    seconds = time.perf_counter() - start
+    log.info("compressed and audited in %.1f s: %s", seconds, out / "checkpoint")
+    return {
+        "seconds": seconds,
+        "peak_rss": peak_rss(),
+        "peak_cuda": peak_cuda(),
+        "calibration": None
+        if data is None
+        else {"sequences": data.tokens.shape[0], "length": data.tokens.shape[1], **origin},
+        "audit": checked,
+        **report,
+    }
+
+
+def _calibration(run: Run, tokenizer: Any) -> TokenBlocks | None:
+    """Calibration tokens, or None if no method of the recipe looks at data."""
+    if not run.needs_data:
+        return None
+    data = run.settings.data
+    return calibration_blocks(
+        load_texts(data.source, data.field, data.split),
+        tokenizer,
+        sequences=data.sequences,
+        length=data.length,
+        seed=data.seed,
+    )
+
+
+def _recipe_hash(run: Run, scheme: dict[str, Any]) -> str:
+    """Hash of what decides the checkpoint: stages, methods with their knobs, data, format."""
+    settings = asdict(run.settings)
+    decisive = {k: settings[k] for k in ("stages", "transforms", "rounding", "data", "export")}
+    return hashlib.sha256(json.dumps([decisive, scheme], sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Write beside, rename at the end; on any failure nothing is left."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        partial.rename(path)
+    except BaseException:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink(missing_ok=True)
+        raise

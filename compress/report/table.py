@@ -1,0 +1,141 @@
+"""The comparison table: originals and candidates side by side, from metrics.json files alone."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from compress.errors import UserError
+
+METRICS = "metrics.json"
+ABSENT = "-"
+
+
+def find_runs(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """The metrics of every finished run below the paths, oldest first.
+
+    Raises UserError if there is none.
+    """
+    paths = list(paths)
+    files = {file for path in paths for file in path.rglob(METRICS)}
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    if not runs:
+        raise UserError(f"no finished run below {', '.join(map(str, paths))}: none has {METRICS}")
+    return sorted(runs, key=lambda run: run["environment"]["date"])
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """A Markdown table of the runs, each model's original first, with what the columns mean below.
+
+    The original's row is from the newest run of its model.
+    """
+    rows = []
+    for model in dict.fromkeys(run["model"]["name"] for run in runs):
+        of_model = [run for run in runs if run["model"]["name"] == model]
+        rows.append((f"{model} (original)", of_model[-1]["base"], None))
+        rows += [(run["name"], run["candidate"], run["base"]) for run in of_model]
+    texts = _keys(rows, "texts")
+    tasks = _keys(rows, "tasks")
+    header = ["", "MB", "bits/weight linears", "whole file"]
+    header += [f"perplexity {text}" for text in texts] + [f"KL {text}" for text in texts]
+    header += [f"top-1 {text}" for text in texts] + [_short(task) for task in tasks]
+    header += ["TTFT ms", "tokens/s", "peak MB", "kernel"]
+    lines = [[name, *_cells(row, base, texts, tasks)] for name, row, base in rows]
+    return _markdown([header, *lines]) + "\n" + _legend(runs[-1])
+
+
+def _keys(rows: list[Any], section: str) -> list[str]:
+    return list(dict.fromkeys(key for _, row, _ in rows for key in row.get(section, {})))
+
+
+def _short(task: str) -> str:
+    return task.removeprefix("packaged_")
+
+
+def _cells(
+    row: Mapping[str, Any], base: Mapping[str, Any] | None, texts: list[str], tasks: list[str]
+) -> list[str]:
+    size = row["size"]
+    cells = [
+        f"{size['bytes'] / 1e6:.1f}",
+        f"{size['bits_linears']:.2f}",
+        f"{size['bits_file']:.2f}",
+    ]
+    found = [row.get("texts", {}).get(text, {}) for text in texts]
+    cells += [_with_error(text, "perplexity", "{:.2f}") for text in found]
+    cells += [_with_error(text, "kl", "{:.4f}") for text in found]
+    cells += [_with_error(text, "top1", "{:.1%}") for text in found]
+    cells += [_task(row.get("tasks", {}).get(task)) for task in tasks]
+    return cells + _speed(row.get("speed"), (base or {}).get("speed"))
+
+
+def _with_error(values: Mapping[str, float], key: str, form: str) -> str:
+    if key not in values:
+        return ABSENT
+    return f"{form.format(values[key])} ±{form.format(values[f'{key}_stderr']).rstrip('%')}"
+
+
+def _task(score: Mapping[str, float] | None) -> str:
+    """acc_norm where the task has it, as the field reports these tasks; acc otherwise."""
+    if score is None:
+        return ABSENT
+    metric = "acc_norm" if "acc_norm" in score else "acc"
+    return f"{100 * score[metric]:.1f} ±{100 * score[f'{metric}_stderr']:.1f}"
+
+
+def _speed(speed: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> list[str]:
+    if not speed:
+        return [ABSENT] * 4
+    tokens = f"{speed['tokens_per_s']:.1f} ±{speed['tokens_per_s_iqr'] / 2:.1f}"
+    if base:
+        tokens += f" ({speedup(speed, base):.2f}x)"
+    memory = speed["peak_cuda"] or speed["peak_rss"]
+    kernels = "+".join(speed["kernels"]) or "16-bit"
+    return [f"{speed['ttft_ms']:.0f}", tokens, f"{memory / 1e6:.0f}", kernels]
+
+
+def speedup(speed: Mapping[str, Any], base: Mapping[str, Any]) -> float:
+    """Median over the rounds of candidate / original: both ran within a round, one after the other."""
+    pairs = zip(speed["rounds"]["tokens_per_s"], base["rounds"]["tokens_per_s"], strict=True)
+    return statistics.median(ours / theirs for ours, theirs in pairs)
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def _legend(run: Mapping[str, Any]) -> str:
+    """What the columns mean, with the settings of the newest run."""
+    row, env = run["candidate"], run["environment"]
+    lines = [
+        "MB: weight files. Bits per weight: of the quantized linears with scales and zero points; of the "
+        f"whole file. Kept in 16 bits: {', '.join(row['size']['kept_16bit']) or 'nothing'}."
+    ]
+    for name, text in row.get("texts", {}).items():
+        lines.append(
+            f"{name}: {text['tokens']} tokens predicted in windows of {text['window']} ({text['dtype']}); "
+            "KL(original || candidate) in nats per token; ± is a standard error over windows."
+        )
+    for name, task in row.get("tasks", {}).items():
+        metric = "acc_norm" if "acc_norm" in task else "acc"
+        lines.append(
+            f"{_short(name)}: {metric} in %, the first {task['questions']} questions, zero-shot, lm-eval "
+            f"{env['versions']['lm-eval']}; ± is a standard error."
+        )
+    if row.get("speed"):
+        load = row["speed"]["load"]
+        lines.append(
+            f"Speed: {load['input_length']} tokens in, {load['output_length']} out, batch {load['batch']}, "
+            f"median of {load['repeats']} interleaved rounds, ± half the interquartile range, (x) the "
+            f"ratio to the original in the same rounds; peak memory while decoding. {env['device']}, "
+            f"torch {env['versions']['torch']}."
+        )
+    return "\n" + "\n".join(f"- {line}" for line in lines) + "\n"

@@ -1,0 +1,41 @@
+"""Peak memory of this process: resident bytes on the host, allocated bytes on a CUDA device."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+STATUS = Path("/proc/self/status")
+CLEAR = Path("/proc/self/clear_refs")
+# Kernel interface: writing 5 resets the peak resident size of the process (man proc_pid_clear_refs).
+RESET_PEAK = "5"
+
+
+def reset_peak() -> bool:
+    """Start a new peak measurement. False where the system cannot: the peak then counts from the
+    start of the process."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    if not os.access(CLEAR, os.W_OK):
+        return False
+    CLEAR.write_text(RESET_PEAK)
+    return True
+
+
+def peak_rss() -> int:
+    """Peak resident bytes since ``reset_peak`` (or since the start, see there)."""
+    if STATUS.exists():
+        for line in STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_cuda() -> int | None:
+    """Peak bytes allocated by torch on the current CUDA device, None without one."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None

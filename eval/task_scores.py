@@ -1,0 +1,64 @@
+"""Question-answering accuracy, scored by lm-eval itself on a model object.
+
+The packaged tasks under eval/tasks need no network; any other name is a task of lm-eval's own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+TASKS = Path(__file__).parent / "tasks"
+# lm-eval's own defaults for its seeds, stated because results depend on them.
+SEEDS = {
+    "random_seed": 0,
+    "numpy_random_seed": 1234,
+    "torch_random_seed": 1234,
+    "fewshot_random_seed": 1234,
+}
+
+
+def packaged_tasks() -> list[str]:
+    """Names of the tasks that need no network."""
+    return sorted(f"packaged_{file.stem}" for file in TASKS.glob("*.yaml"))
+
+
+def _task_manager() -> Any:
+    # Imported where it is used: lm-eval takes seconds to import, and most commands need none of it.
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(TASKS))
+
+
+def unknown_tasks(names: list[str]) -> list[str]:
+    """The names that lm-eval does not know, with the packaged tasks in its reach."""
+    if not names:
+        return []
+    manager = _task_manager()
+    return [name for name in names if not manager.match_tasks([name])]
+
+
+def score_tasks(
+    model: Any, tokenizer: Any, tasks: list[str], *, limit: int | None, batch_size: int
+) -> dict[str, Any]:
+    """Accuracy of each task with its standard error.
+
+    limit: questions per task, the first ones; None for all. Zero-shot, no chat template.
+    Returns task -> {acc, acc_stderr, questions[, acc_norm, acc_norm_stderr]}, shares in 0..1.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    found = simple_evaluate(
+        lm, tasks=tasks, limit=limit, task_manager=_task_manager(), log_samples=False, **SEEDS
+    )
+    scores = {}
+    for task in tasks:
+        result = found["results"][task]
+        scores[task] = {"questions": found["n-samples"][task]["effective"]}
+        for metric in ("acc", "acc_norm"):
+            if f"{metric},none" in result:
+                scores[task][metric] = float(result[f"{metric},none"])
+                scores[task][f"{metric}_stderr"] = float(result[f"{metric}_stderr,none"])
+    return scores
