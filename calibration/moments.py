@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,8 @@ def _exact_products(dtype: torch.dtype) -> Iterator[None]:
     if dtype != torch.bfloat16:
         yield
         return
-    cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    cpu: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set at run time
+    cuda = torch.backends.cuda.matmul
     before = cpu.fp32_precision, cuda.fp32_precision
     cpu.fp32_precision, cuda.fp32_precision = "bf16", "tf32"
     try:
@@ -73,9 +75,9 @@ def _exact_products(dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextmanager
-def collect(linears: Mapping[str, nn.Linear], shared: Iterable[tuple[str, ...]]) -> Iterator[
-    dict[str, Moments]
-]:
+def collect(
+    linears: Mapping[str, nn.Linear], shared: Iterable[tuple[str, ...]]
+) -> Iterator[dict[str, Moments]]:
     """Collect the moments of the inputs of ``linears`` while the block runs inside the context.
 
     shared: names that read the same tensor (q, k, v ...): counted once, at the first of them.

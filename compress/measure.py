@@ -15,7 +15,6 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,8 +42,9 @@ log = logging.getLogger(__name__)
 def measure_size(folder: ModelFolder) -> dict[str, Any]:
     """Bytes on disk and bits per weight, from file headers.
 
-    bits_linears: everything stored for the linears of the decoder blocks (codes, scales, zero points,
-    shapes) over their weights; bits_file: all weight files over all parameters, a tied head counted once.
+    bits_linears: everything stored for the linears of the decoder blocks (codes, scales, zero
+    points, shapes) over their weights; bits_file: all weight files over all parameters, a tied head
+    counted once.
     """
     family = family_of(folder.config)
     model = empty_model(folder, folder.dtype)
@@ -59,7 +59,8 @@ def measure_size(folder: ModelFolder) -> dict[str, Any]:
         for name in folder.names
         if name.rpartition(".")[0] in linears and not name.endswith(".bias")
     )
-    # named_parameters() names a shared tensor once; on the meta device a tie is stated by the config.
+    # named_parameters() names a shared tensor once; on the meta device a tie is stated by the
+    # config.
     model.tie_weights()
     parameters = sum(p.numel() for p in model.parameters())
     file_bytes = sum(file.stat().st_size for file in folder.weight_files)

@@ -54,8 +54,9 @@ def check(run: Run) -> None:
 def run_recipe(run: Run, name: str, out: Path) -> dict[str, Any]:
     """Compress, export, audit, evaluate, measure. Returns what it wrote to metrics.json.
 
-    ``out`` gets record/, checkpoint/, metrics.json and table.md; each appears under its name only when
-    it is whole. Raises UserError before any weight is read if the recipe does not fit model or data.
+    ``out`` gets record/, checkpoint/, metrics.json and table.md; each appears under its name only
+    when it is whole. Raises UserError before any weight is read if the recipe does not fit model or
+    data.
     """
     settings = run.settings
     model = ModelFolder(resolve_model(settings.model.source, settings.model.revision))
@@ -82,9 +83,7 @@ def run_recipe(run: Run, name: str, out: Path) -> dict[str, Any]:
             rows[row] |= accuracy[row]
     if settings.speed is not None:
         log.info("measuring decode speed")
-        speed = measure_decode(
-            {"base": model, "candidate": checkpoint}, settings.speed, run.device
-        )
+        speed = measure_decode({"base": model, "candidate": checkpoint}, settings.speed, run.device)
         for row in rows:
             rows[row]["speed"] = speed[row]
 

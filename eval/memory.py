@@ -11,7 +11,8 @@ import torch
 
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
-# Kernel interface: writing 5 resets the peak resident size of the process (man proc_pid_clear_refs).
+# Kernel interface: writing 5 resets the peak resident size of the process (man
+# proc_pid_clear_refs).
 RESET_PEAK = "5"
 
 

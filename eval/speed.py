@@ -1,16 +1,18 @@
 """Decode speed of several candidates on one machine, interleaved.
 
-Protocol: every candidate lives in a process of its own, so that its memory is its own. One request is
-prefill of ``input_length`` random tokens, then greedy decoding to ``output_length`` tokens, a batch at a
-time. After warm-up the candidates take turns, one request each, for ``repeats`` rounds: what else the
-machine does hits them alike, and the ratio within a round is what to trust.
+Protocol: every candidate lives in a process of its own, so that its memory is its own. One request
+is prefill of ``input_length`` random tokens, then greedy decoding to ``output_length`` tokens, a
+batch at a time. After warm-up the candidates take turns, one request each, for ``repeats`` rounds:
+what else the machine does hits them alike, and the ratio within a round is what to trust.
 
 TTFT = request to first token. ITL = gap between two tokens after the first. tokens/s counts the output
-tokens of the batch over the time after the first token. Memory is the peak while decoding, after load.
+tokens of the batch over the time after the first token. Memory is the peak while decoding, after
+load.
 """
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import statistics
 import time
@@ -130,16 +132,14 @@ def _serve(pipe: Connection, open_decoder: Callable[[], Decoder], load: Load) ->
 
 
 def _request(decoder: Decoder, load: Load, generator: torch.Generator) -> dict[str, Any]:
-    prompt = torch.randint(
-        decoder.vocabulary, (load.batch, load.input_length), generator=generator
-    )
+    prompt = torch.randint(decoder.vocabulary, (load.batch, load.input_length), generator=generator)
     times = [time.perf_counter()]
     decoder.start(prompt)
     times.append(time.perf_counter())
     for _ in range(load.output_length - 1):
         decoder.step()
         times.append(time.perf_counter())
-    gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    gaps = [after - before for before, after in itertools.pairwise(times)]
     return {"ttft": gaps[0], "itl": gaps[1:]}
 
 

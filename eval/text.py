@@ -1,9 +1,10 @@
 """How well a model predicts a text, and how far it strays from its original on it.
 
-Protocol: the text is cut into windows without overlap; every token of a window but the first (BOS, if
-the tokenizer starts texts with it) is predicted from those before it in the same window. Perplexity is
-exp of the mean negative log-likelihood over all predicted tokens. KL(original || candidate) and top-1
-agreement are taken over the same positions. Logits are handled a window at a time and dropped.
+Protocol: the text is cut into windows without overlap; every token of a window but the first (BOS,
+if the tokenizer starts texts with it) is predicted from those before it in the same window.
+Perplexity is exp of the mean negative log-likelihood over all predicted tokens. KL(original ||
+candidate) and top-1 agreement are taken over the same positions. Logits are handled a window at a
+time and dropped.
 
 tokens (window,); logits (window, vocabulary); per-token results float32 (window - 1,)
 """
@@ -39,9 +40,10 @@ def evaluate_text(
 ) -> dict[str, dict[str, Any]]:
     """Perplexity of ``candidate`` on the windows; with ``base``, divergence from it too.
 
-    Standard errors take windows as independent and count their spread (delta method for perplexity).
-    Returns {"candidate": {perplexity, perplexity_stderr, tokens, windows}}; with a base, its own under
-    "base", and in the candidate kl, kl_stderr, kl_p99 (nats per token), top1, top1_stderr (share).
+    Standard errors take windows as independent and count their spread (delta method for
+    perplexity). Returns {"candidate": {perplexity, perplexity_stderr, tokens, windows}}; with a
+    base, its own under "base", and in the candidate kl, kl_stderr, kl_p99 (nats per token), top1,
+    top1_stderr (share).
     """
     columns: list[list[Tensor]] = [[], [], [], []]
     for tokens in windows:

@@ -16,7 +16,9 @@ from compress.model.sources import resolve_model
 def main(words: list[str]) -> int:
     """Prints JSON: speed and memory of each folder under the same load."""
     parser = argparse.ArgumentParser("compress bench", description=__doc__)
-    parser.add_argument("words", nargs="+", metavar="FOLDER|KEY=VALUE", help="folders; speed.*, device")
+    parser.add_argument(
+        "words", nargs="+", metavar="FOLDER|KEY=VALUE", help="folders; speed.*, device"
+    )
     asked = parser.parse_args(words)
     overrides = [word for word in asked.words if "=" in word]
     names = [word for word in asked.words if "=" not in word]

@@ -16,7 +16,9 @@ from compress.model.sources import open_tokenizer, resolve_model
 def main(words: list[str]) -> int:
     """Prints JSON: size and accuracy of FOLDER, and with --base the divergence from it."""
     parser = argparse.ArgumentParser("compress evaluate", description=__doc__)
-    parser.add_argument("folder", metavar="FOLDER", help="a folder, owner/name, or a run's checkpoint/")
+    parser.add_argument(
+        "folder", metavar="FOLDER", help="a folder, owner/name, or a run's checkpoint/"
+    )
     parser.add_argument("--base", metavar="FOLDER", help="the original, for KL and top-1 agreement")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="eval.* and device")
     asked = parser.parse_intermixed_args(words)

@@ -1,7 +1,8 @@
 """After an export: read the written files again and prove that they hold what was decided.
 
-``audit`` compares with the record, bit for bit, and runs once at the end of the export. ``manifest`` notes
-the SHA-256 of every file; ``verify`` checks a folder against its manifest, any time later.
+``audit`` compares with the record, bit for bit, and runs once at the end of the export.
+``manifest`` notes the SHA-256 of every file; ``verify`` checks a folder against its manifest, any
+time later.
 """
 
 from __future__ import annotations

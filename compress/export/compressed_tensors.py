@@ -5,9 +5,9 @@ A quantized linear NAME (out, in) with groups of g columns is stored as
     NAME.weight_scale       model dtype (out, in / g)
     NAME.weight_shape       int64 (2,)                            [out, in]
     NAME.weight_zero_point  int32 (ceil(out * bits / 32), in / g) asymmetric only, packed along out
-and ``quantization_config`` in config.json. The format counts codes from -2^(b-1) and stores them with
-that offset added, which gives exactly the unsigned codes of a QTensor. vLLM, SGLang and transformers
-read it; it is written here without the compressed-tensors package.
+and ``quantization_config`` in config.json. The format counts codes from -2^(b-1) and stores them
+with that offset added, which gives exactly the unsigned codes of a QTensor. vLLM, SGLang and
+transformers read it; it is written here without the compressed-tensors package.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def write(source: ModelFolder, target: Path) -> None:
     first = record.read_linear(source, min(quantized))
     ignore = [family_of(source.config).head]
     write_json(
-        target / "config.json", {**config, "quantization_config": quantization_config(first, ignore)}
+        target / "config.json",
+        {**config, "quantization_config": quantization_config(first, ignore)},
     )
 
 
@@ -94,9 +95,10 @@ def quantization_config(q: QTensor, ignore: list[str]) -> dict[str, Any]:
         },
     }
     if not q.symmetric:
-        # transformers keeps weights packed until the first forward, and up to 5.23 that path allocates
-        # the zero points of an asymmetric file in their unpacked shape and fails. This key makes the
-        # plain from_pretrained call unpack them while loading. Other engines ignore it.
+        # transformers keeps weights packed until the first forward, and up to 5.23 that path
+        # allocates the zero points of an asymmetric file in their unpacked shape and fails. This
+        # key makes the plain from_pretrained call unpack them while loading. Other engines ignore
+        # it.
         config["dequantize"] = True
     return config
 
@@ -114,7 +116,9 @@ def read_linear(folder: ModelFolder, name: str) -> QTensor:
     scale = folder.tensor(f"{name}.weight_scale")
     out_features, in_features = (int(n) for n in folder.tensor(f"{name}.weight_shape"))
     groups = 1 if weights["strategy"] == "channel" else in_features // int(weights["group_size"])
-    _expect(folder, f"{name}.weight_packed", packed, (out_features, packed_width(in_features, bits)))
+    _expect(
+        folder, f"{name}.weight_packed", packed, (out_features, packed_width(in_features, bits))
+    )
     _expect(folder, f"{name}.weight_scale", scale, (out_features, groups))
     zero = None
     if not weights["symmetric"]:

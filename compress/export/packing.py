@@ -1,8 +1,8 @@
 """Dense bit packing: integers of any width as one little-endian bit stream a row.
 
-Element i of a row occupies bits [i*b, i*b + b) of the row's int32 words; elements may straddle words, so
-32 elements take exactly b words. compressed-tensors packs so since 0.18, and classic GPTQ 3-bit words are
-the same stream.
+Element i of a row occupies bits [i*b, i*b + b) of the row's int32 words; elements may straddle
+words, so 32 elements take exactly b words. compressed-tensors packs so since 0.18, and classic GPTQ
+3-bit words are the same stream.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class ShardWriter:
         if count == 1:
             self._part(0).rename(self.path / SINGLE)
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for i, names in enumerate(self._shards):
             file = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
             self._part(i).rename(self.path / file)

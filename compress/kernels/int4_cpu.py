@@ -1,8 +1,10 @@
 """W4A16 on the CPU: y = x W^T with W in 4-bit codes, through torch's packed int4 kernel.
 
 x (tokens, in); W (out, in). Codes of fewer bits fit the same kernel and run at its speed: a 3-bit
-weight then takes 4 bits in memory. The kernel takes bf16 activations, and stores scale and offset in
-bf16: the offset (8 - zero) * scale is rounded, so results differ from the reference by bf16 rounding.
+weight then takes 4 bits in memory. The kernel takes bf16 activations, and stores scale and offset
+in
+bf16: the offset (8 - zero) * scale is rounded, so results differ from the reference by bf16
+rounding.
 """
 
 from __future__ import annotations

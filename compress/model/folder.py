@@ -45,7 +45,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 class ModelFolder:
     """Read access to a model folder.
 
-    Raises UserError if the folder, its config.json or its safetensors files are missing or unreadable.
+    Raises UserError if the folder, its config.json or its safetensors files are missing or
+    unreadable.
     """
 
     def __init__(self, path: Path | str):

@@ -34,7 +34,8 @@ def empty_model(folder: ModelFolder, dtype: torch.dtype) -> Any:
 def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Put a tensor in place of the parameter ``name``.
 
-    Raises UserError if the model has no such parameter or the shapes differ: the file and its config.json do not belong together.
+    Raises UserError if the model has no such parameter or the shapes differ: the file and its
+    config.json do not belong together.
     """
     try:
         expected = model.get_parameter(name).shape

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,14 @@ def _from_hub(name: str, revision: str | None) -> Path:
             snapshot_download(
                 name,
                 revision=revision,
-                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*"],
+                allow_patterns=[
+                    "*.json",
+                    "*.safetensors",
+                    "*.txt",
+                    "*.model",
+                    "*.jinja",
+                    "LICENSE*",
+                ],
             )
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -107,10 +115,12 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     settings = loaded.config.to_dict()
     for key in ("quantization_config", "_name_or_path"):
         settings.pop(key, None)
-    plain = AutoModelForCausalLM.from_config(
-        type(loaded.config)(**settings), dtype=torch.bfloat16
-    )
+    plain = AutoModelForCausalLM.from_config(type(loaded.config)(**settings), dtype=torch.bfloat16)
     plain.load_state_dict(state, strict=True)
     plain.generation_config = loaded.generation_config
     plain.save_pretrained(target)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
+
+
+if __name__ == "__main__":
+    resolve_model(sys.argv[1], None)

@@ -21,7 +21,11 @@ class Walk:
     """The decoder blocks of a folder in order, with the hidden states that enter the current one."""
 
     def __init__(
-        self, folder: ModelFolder, family: Family, device: torch.device, tokens_per_batch: int = 4096
+        self,
+        folder: ModelFolder,
+        family: Family,
+        device: torch.device,
+        tokens_per_batch: int = 4096,
     ):
         self.folder = folder
         self.family = family

@@ -5,7 +5,6 @@ W (out, in); H (in, in); s (in,)
 
 from __future__ import annotations
 
-
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -38,6 +37,10 @@ class Block:
     grids: dict[str, Grid] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
 
+    def part(self, name: str) -> Any:
+        """The norm or linear of this local name."""
+        return self.module.get_submodule(name)
+
     def grid(self, name: str) -> Grid:
         if name in self.grids:
             return self.grids[name]
@@ -46,23 +49,22 @@ class Block:
     def can_fold(self, shared: Input) -> bool:
         """Whether the source's outputs are the readers' inputs one to one.
 
-        They are not where heads share their values (grouped-query attention): there o_proj reads more
-        columns than v_proj has rows.
+        They are not where heads share their values (grouped-query attention): there o_proj reads
+        more columns than v_proj has rows.
         """
         if shared.source is None:
             return False
         in_features = self.weights[shared.linears[0]].shape[1]
-        source = self.module.get_submodule(shared.source)
-        return source.weight.shape[0] == in_features  # type: ignore[union-attr]
+        return bool(self.part(shared.source).weight.shape[0] == in_features)
 
     def fold(self, shared: Input, s: Tensor) -> None:
         """Multiply the readers' input columns by s > 0 and divide the source's output by it.
 
-        The function of the block stays the same. A norm's weight is rounded to the model's dtype when
-        it is stored, so the readers take the ratio that was really stored rather than s.
+        The function of the block stays the same. A norm's weight is rounded to the model's dtype
+        when it is stored, so the readers take the ratio that was really stored rather than s.
         """
         assert shared.source is not None
-        source = self.module.get_submodule(shared.source)
+        source = self.part(shared.source)
         if shared.source in self.weights:
             self.weights[shared.source] /= s.unsqueeze(1)
             divided = [source.bias] if source.bias is not None else []
@@ -98,5 +100,3 @@ class Rounding(Protocol):
     needs_moments: bool
 
     def __call__(self, block: Block) -> dict[str, QTensor]: ...
-
-

@@ -54,8 +54,8 @@ class Scheme:
     def resolve(self, shapes: dict[str, tuple[int, int]]) -> Scheme:
         """The same scheme with ``group_size`` settled for linears of these (out, in) shapes.
 
-        Raises UserError if a given group size does not divide the inputs of a linear, or none of the
-        automatic ones does.
+        Raises UserError if a given group size does not divide the inputs of a linear, or none of
+        the automatic ones does.
         """
         if self.group_size == "channel":
             return self
@@ -96,9 +96,7 @@ class Grid:
     zero: Tensor | None
 
 
-def make_grid(
-    W: Tensor, scheme: Scheme, dtype: torch.dtype, bound: Tensor | None = None
-) -> Grid:
+def make_grid(W: Tensor, scheme: Scheme, dtype: torch.dtype, bound: Tensor | None = None) -> Grid:
     """The min-max grid of each group of W, within +-bound where one is given.
 
     W: float32 (out, in); bound: float32 (out, groups), at least 0. ``dtype`` is what the scale is

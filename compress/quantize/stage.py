@@ -38,12 +38,14 @@ def quantize(
 ) -> dict[str, Any]:
     """Quantize every linear of the decoder blocks; embedding and head stay as they are.
 
-    tokens: (sequences, length) calibration tokens; None only if no method needs data. The inputs of a
+    tokens: (sequences, length) calibration tokens; None only if no method needs data. The inputs of
+    a
         block come from the already quantized blocks before it.
     Writes the record to ``target`` and returns what metrics.json keeps: the settled scheme, and per
     block its seconds and per linear its relative output error.
 
-    Raises UserError for an unknown family, a group size that does not fit, weights that are not finite.
+    Raises UserError for an unknown family, a group size that does not fit, weights that are not
+    finite.
     """
     family = family_of(source.config)
     scheme = settle(source, family, scheme)
@@ -98,19 +100,18 @@ def open_block(
     module: nn.Module, prefix: str, family: Family, scheme: Scheme, dtype: torch.dtype
 ) -> Block:
     """A block with float32 working copies of its linears. Raises UserError on NaN or Inf weights."""
-    weights = {
-        name: module.get_submodule(name).weight.detach().to(torch.float32, copy=True)
-        for name in family.linears
-    }
-    for name, W in weights.items():
+    block = Block(module, family, scheme, dtype, weights={})
+    for name in family.linears:
+        W = block.part(name).weight.detach().to(torch.float32, copy=True)
         if not torch.isfinite(W).all():
             raise UserError(f"tensor {prefix}.{name}.weight holds NaN or Inf")
-    return Block(module, family, scheme, dtype, weights)
+        block.weights[name] = W
+    return block
 
 
 def _calibrate(block: Block, walk: Walk, index: int) -> None:
     """Fill the moments by running the block, not yet quantized, on its inputs."""
-    linears = {name: block.module.get_submodule(name) for name in block.weights}
+    linears = {name: block.part(name) for name in block.weights}
     with collect(linears, [shared.linears for shared in block.family.inputs]) as sums:
         walk.run(index, keep=False)
     means = {id(m): m.mean() for m in sums.values()}
@@ -130,7 +131,7 @@ def _close(block: Block, quantized: Mapping[str, QTensor]) -> dict[str, Any]:
             H, W = block.moments[name].second, block.weights[name]
             entry["relative_error"] = output_error(Wq.float() - W, H) / output_error(W, H)
         report["linears"][name] = entry
-        block.module.get_submodule(name).weight.data = Wq
+        block.part(name).weight.data = Wq
     return report
 
 
@@ -147,6 +148,8 @@ def _copy_rest(source: ModelFolder, family: Family, blocks: int, writer: RecordW
 
 
 def _error_text(linears: Mapping[str, Mapping[str, float]]) -> str:
-    errors: Iterable[float] = [e["relative_error"] for e in linears.values() if "relative_error" in e]
+    errors: Iterable[float] = [
+        e["relative_error"] for e in linears.values() if "relative_error" in e
+    ]
     text = ", ".join(f"{error:.2e}" for error in errors)
     return f", relative output error {text}" if text else ""

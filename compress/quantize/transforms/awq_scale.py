@@ -26,7 +26,9 @@ class AwqScale:
 
     def __post_init__(self) -> None:
         if self.grid < 1:
-            raise UserError(f"transforms.awq_scale.grid={self.grid} is not allowed: choose 1 or more")
+            raise UserError(
+                f"transforms.awq_scale.grid={self.grid} is not allowed: choose 1 or more"
+            )
 
     def __call__(self, block: Block) -> None:
         for shared in block.family.inputs:

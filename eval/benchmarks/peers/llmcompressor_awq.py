@@ -1,0 +1,50 @@
+"""llm-compressor's AWQ on given token blocks. Runs in llm-compressor's own environment, alone.
+
+python llmcompressor_awq.py MODEL_FOLDER TOKENS.json BITS GROUP_SIZE OUTPUT_FOLDER
+"""
+
+import json
+import sys
+
+import torch
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from transformers import AutoModelForCausalLM
+
+
+def main() -> None:
+    model_path, tokens_path, bits, group_size, output = sys.argv[1:]
+    if not torch.cuda.is_available():
+        # 0.14 pins host memory even without an accelerator, where pinning fails.
+        torch.Tensor.pin_memory = lambda tensor, *_: tensor
+    with open(tokens_path, encoding="utf-8") as file:
+        tokens = json.load(file)
+    rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in tokens]
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
+    weights = {
+        "num_bits": int(bits),
+        "type": "int",
+        "symmetric": False,
+        "strategy": "group",
+        "group_size": int(group_size),
+    }
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    oneshot(
+        model=model,
+        dataset=Dataset.from_list(rows),
+        recipe=[
+            AWQModifier(duo_scaling="both"),
+            QuantizationModifier(ignore=["lm_head"], config_groups=groups),
+        ],
+        max_seq_length=len(tokens[0]),
+        num_calibration_samples=len(tokens),
+        shuffle_calibration_samples=False,
+        pipeline="sequential",
+    )
+    model.save_pretrained(output, save_compressed=True)
+
+
+if __name__ == "__main__":
+    main()

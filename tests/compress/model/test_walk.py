@@ -1,0 +1,52 @@
+"""Walking a model block by block gives what the whole model gives, holding one block at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from compress.errors import UserError
+from compress.model.families import LLAMA
+from compress.model.folder import ModelFolder
+from compress.model.skeleton import assign, empty_model
+from compress.model.walk import Walk
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
+def test_hidden_states_equal_the_whole_model(
+    make_model: Callable[..., ModelFolder], tokens: torch.Tensor, model_type: str
+) -> None:
+    folder = make_model(model_type)
+    # A batch of 4 sequences and one of 2.
+    walk = Walk(folder, LLAMA, torch.device("cpu"), tokens_per_batch=4 * tokens.shape[1])
+    walk.embed(tokens)
+    for index in range(len(walk)):
+        with walk.open(index) as module:
+            walk.run(index, keep=False)
+            before = [h.clone() for h in walk.hidden]
+            walk.run(index, keep=True)
+            assert not torch.equal(before[0], walk.hidden[0])
+            assert not any(p.is_meta for p in module.parameters())
+        assert all(p.is_meta for p in walk.model.parameters()), (
+            "a block must be freed after its turn"
+        )
+    whole = AutoModelForCausalLM.from_pretrained(folder.path, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = [
+            whole(rows, output_hidden_states=True).hidden_states for rows in tokens.split(4)
+        ]
+    assert len(walk.hidden) == 2
+    for hidden, states in zip(walk.hidden, expected, strict=True):
+        # The last state of the list is after the final norm.
+        assert torch.equal(whole.model.norm(hidden), states[-1])
+
+
+def test_wrong_shapes_are_named(tiny: ModelFolder) -> None:
+    model = empty_model(tiny, torch.bfloat16)
+    with pytest.raises(UserError, match=r"model.norm.weight has shape \(3,\).*asks for \(128,\)"):
+        assign(model, "model.norm.weight", torch.zeros(3))
+    with pytest.raises(UserError, match=r"no tensor model.nothing"):
+        assign(model, "model.nothing", torch.zeros(3))

@@ -1,0 +1,101 @@
+"""Decoding over exported folders: the packed model computes what the dense one does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from compress.errors import UserError
+from compress.export import compressed_tensors
+from compress.model.folder import ModelFolder
+from compress.quantize.rounding import Nearest
+from compress.quantize.scheme import Scheme
+from compress.quantize.stage import quantize
+from compress.runtime.decoder import Decoder, open_decoder
+from compress.runtime.load import load_dense, load_packed
+
+CPU = torch.device("cpu")
+
+
+def exported(model: ModelFolder, scheme: Scheme, path: Path) -> ModelFolder:
+    quantize(
+        model,
+        path / "record",
+        tokens=None,
+        scheme=scheme,
+        transforms=[],
+        rounding=Nearest(),
+        device=CPU,
+    )
+    compressed_tensors.write(ModelFolder(path / "record"), path / "out")
+    return ModelFolder(path / "out")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_packed_equals_dense(
+    make_model: Callable[..., ModelFolder], tokens: torch.Tensor, tmp_path: Path, model_type: str
+) -> None:
+    folder = exported(make_model(model_type), Scheme(4, 32), tmp_path)
+    packed, kernels = load_packed(folder, CPU)
+    assert kernels == {"int4-cpu": 21}
+    dense = load_dense(folder, CPU, torch.bfloat16)
+    with torch.inference_mode():
+        expected = dense(tokens).logits.float()
+        error = (packed(tokens).logits.float() - expected).norm() / expected.norm()
+    assert error < 2e-2
+
+
+def test_what_no_kernel_fits_is_counted_as_dense(tiny: ModelFolder, tmp_path: Path) -> None:
+    _, kernels = load_packed(exported(tiny, Scheme(8, 32), tmp_path), CPU)
+    assert kernels == {"dense": 21}
+
+
+def test_greedy_decoding_equals_generate(tiny: ModelFolder, tokens: torch.Tensor) -> None:
+    decoder = open_decoder(tiny.path, "cpu")
+    assert decoder.kernels == {}
+    prompt = tokens[:2]
+    ours = [decoder.start(prompt)] + [decoder.step() for _ in range(7)]
+    model = load_dense(tiny, CPU, torch.bfloat16)
+    theirs = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=8,
+        min_new_tokens=8,
+        do_sample=False,
+        suppress_tokens=[],
+    )
+    picked = torch.cat(ours, dim=1)
+    # generate forbids the end token before min_new_tokens; ours picks it if it is the likeliest.
+    assert (picked != model.config.eos_token_id).all()
+    assert torch.equal(picked, theirs[:, prompt.shape[1] :])
+
+
+def test_a_new_request_forgets_the_last(tiny: ModelFolder, tokens: torch.Tensor) -> None:
+    decoder: Decoder = open_decoder(tiny.path, "cpu")
+    first = decoder.start(tokens[:1])
+    decoder.step()
+    assert torch.equal(decoder.start(tokens[:1]), first)
+
+
+def test_missing_tensors_are_named(tiny: ModelFolder, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(tiny.path / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((tiny.path / "config.json").read_bytes())
+    with pytest.raises(UserError, match=r"lacks 1 tensors, the first is model.norm.weight"):
+        load_dense(ModelFolder(tmp_path), CPU, torch.bfloat16)
+
+
+def test_other_formats_are_refused(tiny: ModelFolder, tmp_path: Path) -> None:
+    import json
+
+    config = {**tiny.config, "quantization_config": {"quant_method": "gptq"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((tiny.path / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match="'gptq' is not read here, only compressed-tensors"):
+        load_dense(ModelFolder(tmp_path), CPU, torch.bfloat16)

@@ -1,0 +1,47 @@
+"""The same stage, reader and decoder on a CUDA device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from compress.model.folder import ModelFolder
+from compress.quantize.rounding import Nearest
+from compress.quantize.scheme import Scheme
+from compress.quantize.stage import quantize
+from compress.quantize.transforms import AwqClip, AwqScale
+from compress.runtime.decoder import open_decoder
+from compress.runtime.load import load_dense
+
+pytestmark = pytest.mark.gpu
+
+
+def test_quantizing_agrees_with_the_cpu(
+    tiny: ModelFolder, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    errors = {}
+    for name in ("cpu", "cuda"):
+        report = quantize(
+            tiny,
+            tmp_path / name,
+            tokens=tokens,
+            scheme=Scheme(3, 32),
+            transforms=[AwqScale(), AwqClip()],
+            rounding=Nearest(),
+            device=torch.device(name),
+        )
+        errors[name] = [
+            entry["relative_error"]
+            for block in report["blocks"]
+            for entry in block["linears"].values()
+        ]
+    assert errors["cuda"] == pytest.approx(errors["cpu"], rel=0.05)
+
+
+def test_decoding_on_the_device(tiny: ModelFolder, tokens: torch.Tensor) -> None:
+    decoder = open_decoder(tiny.path, "cuda")
+    first = decoder.start(tokens[:2])
+    model = load_dense(tiny, torch.device("cuda"), torch.bfloat16)
+    assert torch.equal(first, model(tokens[:2].cuda()).logits[:, -1].argmax(-1, keepdim=True))

@@ -1,0 +1,178 @@
+"""The command line as a person meets it: whole runs on a tiny model, and mistakes in one sentence."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from compress.model.folder import ModelFolder
+
+QUICK = [
+    "data.sequences=4",
+    "data.length=64",
+    "eval.tokens=512",
+    "eval.window=128",
+    "eval.tasks=[]",
+    "speed.input_length=8",
+    "speed.output_length=4",
+    "speed.repeats=2",
+]
+
+
+def compress(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "compress", *words], cwd=cwd, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def sweep(
+    tiny: ModelFolder, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """One sweep over two recipes, shared by the tests below."""
+    cwd = tmp_path_factory.mktemp("sweep")
+    done = compress(
+        "-m",
+        "recipe=rtn-int3,awq-int3",
+        f"model={tiny.path}",
+        f"data={text_file}",
+        f"eval.texts=[{text_file}]",
+        "scheme.group_size=32",
+        *QUICK,
+        cwd=cwd,
+    )
+    assert done.returncode == 0, done.stderr
+    return cwd, done
+
+
+def test_a_sweep_ends_in_a_table(sweep: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    cwd, done = sweep
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    names = [row.split("|")[1].strip() for row in rows[2:]]
+    assert names[-3:] == [
+        "model (original)",
+        "rtn-int3 scheme.group_size=32",
+        "awq-int3 scheme.group_size=32",
+    ]
+    again = compress("compare", "outputs", cwd=cwd)
+    assert again.returncode == 0
+    assert all(name in again.stdout for name in names)
+
+
+def test_a_run_folder_holds_what_it_should(
+    sweep: tuple[Path, subprocess.CompletedProcess[str]], tiny: ModelFolder
+) -> None:
+    cwd, _ = sweep
+    for recipe in ("rtn-int3", "awq-int3"):
+        (run,) = (cwd / "outputs" / "model" / recipe).iterdir()
+        assert {"checkpoint", "record", "metrics.json", "table.md", "compress.log", ".hydra"} <= {
+            f.name for f in run.iterdir()
+        }
+        metrics = json.loads((run / "metrics.json").read_text())
+        assert metrics["model"]["fingerprint"] == tiny.fingerprint
+        candidate, base = metrics["candidate"], metrics["base"]
+        (text,) = candidate["texts"].values()
+        assert text["kl"] > 0.001, "three bits on a random model must show"
+        assert 0 < text["top1"] < 1
+        # 3 bits + (16 + 3) / 32 for scale and zero, and 16 bytes of shape a linear.
+        linears = 3 * (128 * 128 * 2 + 2 * 64 * 128 + 3 * 256 * 128)
+        assert candidate["size"]["bits_linears"] == pytest.approx(
+            3 + 19 / 32 + 21 * 16 * 8 / linears, rel=1e-6
+        )
+        assert base["size"]["bits_linears"] == 16
+        weights = (run / "checkpoint" / "model.safetensors").stat().st_size
+        assert candidate["size"]["bytes"] == weights < base["size"]["bytes"]
+        assert candidate["size"]["bits_file"] == pytest.approx(
+            8 * weights / base["size"]["parameters"]
+        )
+        assert candidate["speed"]["kernels"] == {"int4-cpu": 21}
+        assert len(base["speed"]["rounds"]["tokens_per_s"]) == 2
+        assert metrics["compression"]["seconds"] > 0
+        assert metrics["compression"]["audit"]["linears"] == 21
+        assert (metrics["compression"]["calibration"] is None) == recipe.startswith("rtn")
+
+
+def test_a_checkpoint_verifies_until_it_is_touched(
+    sweep: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    cwd, _ = sweep
+    (checkpoint,) = cwd.glob("outputs/model/rtn-int3/*/checkpoint")
+    done = compress("verify", str(checkpoint), cwd=cwd)
+    assert (done.returncode, done.stdout) == (0, f"{checkpoint}: verified\n")
+    extra = checkpoint / "extra.txt"
+    extra.write_text("x")
+    done = compress("verify", str(checkpoint), cwd=cwd)
+    assert done.returncode == 1
+    assert "extra.txt is not in the manifest" in done.stdout
+    extra.unlink()
+
+
+def test_evaluate_and_bench_any_folder(
+    sweep: tuple[Path, subprocess.CompletedProcess[str]], tiny: ModelFolder, text_file: Path
+) -> None:
+    cwd, _ = sweep
+    (checkpoint,) = cwd.glob("outputs/model/awq-int3/*/checkpoint")
+    run = json.loads((checkpoint.parent / "metrics.json").read_text())
+    done = compress(
+        "evaluate",
+        str(checkpoint),
+        "--base",
+        str(tiny.path),
+        f"eval.texts=[{text_file}]",
+        *QUICK[2:5],
+        cwd=cwd,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["candidate"]["texts"] == run["candidate"]["texts"]
+    assert found["size"] == run["candidate"]["size"]
+    done = compress("bench", str(checkpoint), str(tiny.path), *QUICK[5:], cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert list(json.loads(done.stdout)) == [str(checkpoint), str(tiny.path)]
+
+
+MISTAKES = [
+    (["recipe=awq-int5"], "recipe=awq-int5 is not known: known are awq-int3, awq-int4"),
+    (["recipe=rtn-int4", "scheme.gruop_size=3"], "known are bits, group_size, symmetric"),
+    (
+        ["recipe=rtn-int4", "data.lenght=3"],
+        "data.lenght is not a known key: known are field, length",
+    ),
+    (["recipe=rtn-int4", "scheme.bits=9"], "scheme.bits=9 is not allowed: choose 2 to 8"),
+    (["recipe=rtn-int4", "data.length=abc"], "data.length: Value 'abc'"),
+    (["recipe=rtn-int4", "data.sequences=0"], "data.sequences=0 is not allowed"),
+    (["recipe=rtn-int4", "model=./nope"], "model './nope' is neither"),
+    (["recipe=rtn-int4", "model=nope"], "model=nope is not known: known are folder, smollm2"),
+    (["recipe=rtn-int4", "export=nope"], "export=nope is not known: known are compressed-tensors"),
+    (["recipe=rtn-int4", "device=tpu"], "device=tpu is not known: choose auto, cpu, or cuda"),
+    (["recipe=rtn-int4", "stages=[prune]"], "stages=prune is not known: known are quantize"),
+    (["recipe=rtn-int4,rtn-int3"], "add -m"),
+    (["eval=none"], "recipe= is missing: choose one of awq-int3"),
+    (["-m", "recipe=rtn-int4", "scheme.bits=4,9"], "scheme.bits=9 is not allowed"),
+    (["compare", "nowhere"], "no finished run below nowhere"),
+    (["verify", "nowhere"], "nowhere/manifest.json is missing"),
+    (["evaluate", "./nowhere"], "model './nowhere' is neither"),
+]
+
+
+@pytest.mark.parametrize(("words", "sentence"), MISTAKES, ids=lambda v: " ".join(v)[:40])
+def test_mistakes_end_in_one_sentence(words: list[str], sentence: str, tmp_path: Path) -> None:
+    done = compress(*words, cwd=tmp_path)
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("compress: ")
+    assert sentence in lines[0]
+    assert done.stdout == ""
+    assert not list(tmp_path.iterdir()), "a mistake must leave nothing behind"
+
+
+def test_help_explains_groups_and_shows_examples(tmp_path: Path) -> None:
+    done = compress("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for words in ("recipe: awq-int3", "compress -m recipe=", "compress compare", "scheme.bits"):
+        assert words in done.stdout
