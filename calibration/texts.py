@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -87,6 +88,8 @@ def load_texts(source: str, field: str, split: str) -> list[str]:
 
     Raises UserError with one sentence if the source or the column does not exist.
     """
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     path = _packaged_file(source) if source in PACKAGED else Path(source)
     if path.suffix in LOADERS:
         if not path.exists():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from compress.__main__ import main
 from compress.model.folder import ModelFolder
 
 QUICK = [
@@ -160,14 +161,23 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("words", "sentence"), MISTAKES, ids=lambda v: " ".join(v)[:40])
-def test_mistakes_end_in_one_sentence(words: list[str], sentence: str, tmp_path: Path) -> None:
-    done = compress(*words, cwd=tmp_path)
-    assert done.returncode == 2
-    lines = done.stderr.splitlines()
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("compress: ")
-    assert sentence in lines[0]
-    assert done.stdout == ""
+def test_mistakes_end_in_one_sentence(
+    words: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compress", *words])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    said = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert len(said.err.splitlines()) == 1, said.err
+    assert said.err.startswith("compress: ")
+    assert sentence in said.err
+    assert said.out == ""
     assert not list(tmp_path.iterdir()), "a mistake must leave nothing behind"
 
 

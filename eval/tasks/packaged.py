@@ -31,6 +31,9 @@ def _rows(folder: str, file: str) -> Iterator[dict[str, Any]]:
 def _multiple_choice(folder: str, file: str) -> dict[str, datasets.Dataset]:
     questions = []
     for row in _rows(folder, file):
+        if LETTER.findall(row["options"])[:1] != ["A"]:
+            # One question of CommonsenseQA has its first choices in the wrong field.
+            continue
         choices = [part.strip() for part in LETTER.split(row["options"])[2::2]]
         letters = LETTER.findall(row["options"])
         letter = LETTER.match(row["answer"])

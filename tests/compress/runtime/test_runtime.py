@@ -42,10 +42,13 @@ def test_packed_equals_dense(
     packed, kernels = load_packed(folder, CPU)
     assert kernels == {"int4-cpu": 21}
     dense = load_dense(folder, CPU, torch.bfloat16)
+    exact = load_dense(folder, CPU, torch.float32)
     with torch.inference_mode():
-        expected = dense(tokens).logits.float()
-        error = (packed(tokens).logits.float() - expected).norm() / expected.norm()
-    assert error < 2e-2
+        expected = exact(tokens).logits
+        noise = (dense(tokens).logits.float() - expected).norm()
+        error = (packed(tokens).logits.float() - expected).norm()
+    # bf16 alone moves the logits of this model by some per cent; the kernel may add little to that.
+    assert error < 1.3 * noise
 
 
 def test_what_no_kernel_fits_is_counted_as_dense(tiny: ModelFolder, tmp_path: Path) -> None:
