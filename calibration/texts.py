@@ -83,7 +83,8 @@ def _packaged_file(name: str) -> Path:
 def load_texts(source: str, field: str, split: str) -> list[str]:
     """The documents of a source.
 
-    source: a packaged name, a file (json, jsonl, csv, txt, parquet), or a dataset name on the hub
+    source: a packaged name, a file (json, jsonl, csv, txt, parquet), or a dataset on the hub, owner/name
+        or owner/name:configuration
     field: the column that holds the text; split: which split of a hub dataset
 
     Raises UserError with one sentence if the source or the column does not exist.
@@ -99,15 +100,16 @@ def load_texts(source: str, field: str, split: str) -> list[str]:
             LOADERS[path.suffix], data_files=str(path), split="train", **options
         )
     elif _looks_like_hub_name(source):
+        name, _, configuration = source.partition(":")
         try:
-            rows = datasets.load_dataset(source, split=split)
+            rows = datasets.load_dataset(name, configuration or None, split=split)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"dataset {source} cannot be loaded: {reason}") from error
     else:
         raise UserError(
             f"text source {source!r} is none of: {', '.join(PACKAGED)}, a file ending in "
-            f"{', '.join(LOADERS)}, or a dataset name owner/name"
+            f"{', '.join(LOADERS)}, or a dataset owner/name[:configuration]"
         )
     if field not in rows.column_names:
         raise UserError(f"{source} has no field {field!r}: it has {', '.join(rows.column_names)}")

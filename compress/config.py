@@ -48,9 +48,12 @@ class DataConfig:
 @dataclass
 class EvalConfig:
     """Accuracy: the first ``tokens`` tokens of each text in windows, lm-eval tasks on ``limit``
-    questions each (null = all). dtype is for the texts; tasks run in the checkpoint's own."""
+    questions each (null = all). text_field and split: where a text is in its source. dtype is for
+    the texts; tasks run in the checkpoint's own."""
 
     texts: list[str] = field(default_factory=list)
+    text_field: str = "text"
+    split: str = "train"
     tokens: int = 6144
     window: int = 1024
     dtype: str = "float32"

@@ -25,8 +25,7 @@ from calibration.tokens import TokenBlocks, evaluation_windows
 from compress.config import EvalConfig, SpeedConfig
 from compress.environment import environment
 from compress.errors import UserError
-from compress.export.formats import Weights
-from compress.model.families import family_of
+from compress.model.families import Family, family_of
 from compress.model.folder import DTYPES, ModelFolder, write_json
 from compress.model.skeleton import empty_model
 from compress.progress import track
@@ -69,22 +68,27 @@ def measure_size(folder: ModelFolder) -> dict[str, Any]:
         "parameters": parameters,
         "bits_linears": 8 * stored / sum(linears.values()),
         "bits_file": 8 * file_bytes / parameters,
-        "kept_16bit": sorted(_kept(folder, linears)),
+        "kept_16bit": sorted(_kept(folder, family)),
     }
 
 
-def _kept(folder: ModelFolder, linears: Mapping[str, int]) -> Iterator[str]:
+def _kept(folder: ModelFolder, family: Family) -> Iterator[str]:
     """Weight matrices that stay as they were: embedding, head, and any linear left out."""
     for name in folder.names:
         if name.endswith(".weight") and len(folder.shape(name)) == 2:
-            yield name.removesuffix(".weight")
+            module = name.removesuffix(".weight")
+            shared = folder.tied_head and module == family.embedding
+            yield f"{module} (also the {family.head})" if shared else module
 
 
 def open_windows(config: EvalConfig, tokenizer: Any) -> dict[str, TokenBlocks]:
     """The evaluation windows of each text. Raises UserError for a missing or short text."""
     return {
         text: evaluation_windows(
-            load_texts(text, "text", "train"), tokenizer, tokens=config.tokens, window=config.window
+            load_texts(text, config.text_field, config.split),
+            tokenizer,
+            tokens=config.tokens,
+            window=config.window,
         )
         for text in config.texts
     }
@@ -206,9 +210,3 @@ def measure_decode(
         name: {"load": asdict(load), **result}
         for name, result in measure_speed(decoders, load).items()
     }
-
-
-def check_readable(folder: ModelFolder) -> None:
-    """Raises UserError if the folder is of an unknown family or format."""
-    family_of(folder.config)
-    Weights(folder)

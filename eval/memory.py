@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import resource
 import sys
@@ -17,8 +19,16 @@ RESET_PEAK = "5"
 
 
 def reset_peak() -> bool:
-    """Start a new peak measurement. False where the system cannot: the peak then counts from the
-    start of the process."""
+    """Start a new peak measurement from what is really in use.
+
+    What earlier work freed goes back to the system first: glibc keeps such pages, and they would
+    count. False where the system cannot reset: the peak then counts from the start of the process.
+    """
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     if not os.access(CLEAR, os.W_OK):

@@ -7,8 +7,6 @@ expect.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections import Counter
 from typing import Any
 
@@ -88,16 +86,4 @@ def _ready(model: Any, folder: ModelFolder, device: torch.device) -> Any:
     missing = [name for name, p in model.named_parameters() if p.is_meta]
     if missing:
         raise UserError(f"{folder.path} lacks {len(missing)} tensors, the first is {missing[0]}")
-    _return_freed_memory()
     return model.to(device)
-
-
-def _return_freed_memory() -> None:
-    """Give the pages that reading and repacking left free back to the system.
-
-    glibc keeps them otherwise, and the process would look as large as its load, not as its model.
-    """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
