@@ -53,7 +53,7 @@ serve-check: setup $(VLLM)/.ready  ## compress the demo model and let vLLM's CPU
 
 $(PEER)/.ready:
 	$(PYTHON) -m venv $(PEER)
-	$(PEER)/bin/pip install -q torch==2.13.0
+	$(PEER)/bin/pip install -q -c constraints.txt torch
 	$(PEER)/bin/pip install -q llmcompressor==0.14.0.1
 	touch $@
 

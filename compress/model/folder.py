@@ -22,6 +22,8 @@ from compress.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# Tables that follow from config.json; early Llama checkpoints stored them.
+DERIVED = ("rotary_emb.inv_freq",)
 # What a served folder needs beside the weights. config.json is written by whoever writes weights.
 COMPANIONS = (
     "tokenizer*",
@@ -72,7 +74,7 @@ class ModelFolder:
         for file in sorted(set(files.values())):
             if not file.exists():
                 raise UserError(f"{index} names {file.name}, which is missing")
-        return files
+        return {name: file for name, file in files.items() if not name.endswith(DERIVED)}
 
     def _inside(self, index: Path, file: str) -> Path:
         if not isinstance(file, str) or Path(file).name != file:
@@ -81,7 +83,7 @@ class ModelFolder:
 
     @property
     def names(self) -> list[str]:
-        """All tensor names, in file order."""
+        """All tensor names but tables that follow from the config, in file order."""
         return list(self._file_of)
 
     def __contains__(self, name: str) -> bool:
@@ -120,8 +122,10 @@ class ModelFolder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The 16- or 32-bit type that config.json states for the weights."""
-        name = self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
+        """The 16- or 32-bit type of the weights: as config.json states, else of the first tensor."""
+        name = self.config.get("dtype") or self.config.get("torch_dtype")
+        if name is None:
+            name = str(self.tensor(self.names[0]).dtype).removeprefix("torch.")
         if name not in DTYPES:
             raise UserError(f"{self.path}: dtype {name!r} is not one of {', '.join(DTYPES)}")
         return DTYPES[name]

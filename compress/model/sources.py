@@ -95,7 +95,11 @@ def _from_gguf_package(package: str) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _convert_gguf(files[0], partial)
-        partial.rename(target)
+        try:
+            partial.rename(target)
+        except OSError:
+            # Another process was first; its folder holds the same.
+            shutil.rmtree(partial)
     ModelFolder(target)
     return target
 

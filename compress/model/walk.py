@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.errors import UserError
 from compress.model.families import Family
 from compress.model.folder import ModelFolder
 from compress.model.skeleton import assign, empty_model
@@ -51,8 +52,7 @@ class Walk:
         architectures and between blocks), by running the model with blocks that only take notes.
         """
         family, model = self.family, self.model
-        weight = self.folder.tensor(f"{family.embedding}.weight").to(self.device)
-        assign(model, f"{family.embedding}.weight", weight)
+        assign(model, f"{family.embedding}.weight", self._read(f"{family.embedding}.weight"))
         decoder = model.get_submodule(family.blocks.rpartition(".")[0])
         _buffers_to(decoder, self.device)
         notes = [_NoteTaker() for _ in self.layers]
@@ -71,13 +71,26 @@ class Walk:
 
     @contextmanager
     def open(self, index: int) -> Iterator[nn.Module]:
-        """The block with its weights in memory; they are freed at the end of the context."""
+        """The block with its weights in memory; they are freed at the end of the context.
+
+        Raises UserError if the folder holds a tensor of this block that its config has no place for.
+        """
         layer = self.layers[index]
-        prefix = self.prefix(index)
-        for name, _ in list(layer.named_parameters()):
-            assign(layer, name, self.folder.tensor(f"{prefix}.{name}").to(self.device))
-        yield layer
-        layer.to("meta")
+        prefix = f"{self.prefix(index)}."
+        for name in self.folder.names:
+            if name.startswith(prefix):
+                assign(layer, name.removeprefix(prefix), self._read(name))
+        missing = [name for name, p in layer.named_parameters() if p.is_meta]
+        if missing:
+            raise UserError(f"{self.folder.path} holds no tensor {prefix}{missing[0]}")
+        try:
+            yield layer
+        finally:
+            layer.to("meta")
+
+    def _read(self, name: str) -> Tensor:
+        """A tensor in the model's dtype: some files keep norms or everything in float32."""
+        return self.folder.tensor(name).to(device=self.device, dtype=self.folder.dtype)
 
     @torch.no_grad()
     def run(self, index: int, keep: bool) -> None:

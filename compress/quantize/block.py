@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from calibration.moments import Moments
+from compress.errors import UserError
 from compress.model.families import Family, Input
 from compress.quantize.qtensor import QTensor
 from compress.quantize.scheme import Grid, Scheme, make_grid
@@ -62,8 +63,14 @@ class Block:
 
         The function of the block stays the same. A norm's weight is rounded to the model's dtype
         when it is stored, so the readers take the ratio that was really stored rather than s.
+        Raises UserError if one of them has a grid already.
         """
         assert shared.source is not None
+        if chosen := [n for n in (shared.source, *shared.linears) if n in self.grids]:
+            raise UserError(
+                f"a transform chose the grid of {chosen[0]} and a later one scales it: "
+                "list transforms that scale (awq_scale) before those that narrow (awq_clip)"
+            )
         source = self.part(shared.source)
         if shared.source in self.weights:
             self.weights[shared.source] /= s.unsqueeze(1)
@@ -77,7 +84,6 @@ class Block:
             parameter.data = (parameter.data.float() / s).to(self.dtype)
         for name in shared.linears:
             self.weights[name] *= s
-            self.grids.pop(name, None)
         for moments in {id(m): m for m in map(self.moments.get, shared.linears) if m}.values():
             moments.second /= s.unsqueeze(0) * s.unsqueeze(1)
             moments.magnitude /= s

@@ -112,9 +112,10 @@ def make_grid(W: Tensor, scheme: Scheme, dtype: torch.dtype, bound: Tensor | Non
     if bound is not None:
         low, high = torch.maximum(low, -bound), torch.minimum(high, bound)
     span = 2 * torch.maximum(-low, high) if scheme.symmetric else high - low
-    scale = (span / scheme.max_code).to(dtype)
+    # float16 has no scale for the tiniest groups: take the smallest it has, not none.
+    scale = (span / scheme.max_code).to(dtype).clamp(min=torch.finfo(dtype).tiny)
     # A group of zeros has no range; any scale gives zeros back.
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    scale = torch.where(span == 0, torch.ones_like(scale), scale)
     if scheme.symmetric:
         return Grid(scale, None)
     zero = (-low / scale.float()).round().clamp(0, scheme.max_code)

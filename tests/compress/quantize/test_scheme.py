@@ -81,6 +81,14 @@ def test_zero_group_stays_zero() -> None:
     ]
 
 
+def test_tiny_groups_keep_a_scale_in_float16() -> None:
+    scheme = Scheme(4, 32)
+    W = 1e-5 * torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    error = to_codes(W, make_grid(W, scheme, torch.float16), scheme).dequantize(FP32) - W
+    # The smallest normal scale is coarser than the group needs, but half a step of it is the bound.
+    assert error.abs().max() <= torch.finfo(torch.float16).tiny / 2 * 1.01
+
+
 def test_bits_per_weight_counts_scales_and_zeros() -> None:
     W = torch.randn(4, 128)
     scheme = Scheme(4, 64)

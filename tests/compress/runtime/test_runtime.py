@@ -51,6 +51,16 @@ def test_packed_equals_dense(
     assert error < 1.3 * noise
 
 
+def test_weights_are_rounded_to_the_checkpoints_type_first(
+    tiny: ModelFolder, tmp_path: Path
+) -> None:
+    """What is judged in float32 are the 16-bit weights that engines compute with."""
+    folder = exported(tiny, Scheme(4, 32), tmp_path)
+    served, judged = (load_dense(folder, CPU, t) for t in (torch.bfloat16, torch.float32))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(judged.get_parameter(name), served.get_parameter(name).float())
+
+
 def test_what_no_kernel_fits_is_counted_as_dense(tiny: ModelFolder, tmp_path: Path) -> None:
     _, kernels = load_packed(exported(tiny, Scheme(8, 32), tmp_path), CPU)
     assert kernels == {"dense": 21}
