@@ -96,9 +96,13 @@ def load_texts(source: str, field: str, split: str) -> list[str]:
         if not path.exists():
             raise UserError(f"text file {path} does not exist")
         options = {"sample_by": "document"} if LOADERS[path.suffix] == "text" else {}
-        rows = datasets.load_dataset(
-            LOADERS[path.suffix], data_files=str(path), split="train", **options
-        )
+        try:
+            rows = datasets.load_dataset(
+                LOADERS[path.suffix], data_files=str(path), split="train", **options
+            )
+        except (datasets.exceptions.DatasetGenerationError, StopIteration, ValueError) as error:
+            reason = str(error.__cause__ or error).partition("\n")[0] or "it is empty"
+            raise UserError(f"text file {path} cannot be read: {reason}") from error
     elif _looks_like_hub_name(source):
         name, _, configuration = source.partition(":")
         try:
@@ -113,7 +117,10 @@ def load_texts(source: str, field: str, split: str) -> list[str]:
         )
     if field not in rows.column_names:
         raise UserError(f"{source} has no field {field!r}: it has {', '.join(rows.column_names)}")
-    texts = [text for text in rows[field] if text and text.strip()]
+    values = list(rows[field])
+    if not all(value is None or isinstance(value, str) for value in values):
+        raise UserError(f"{source} has values that are no text in field {field!r}")
+    texts = [text for text in values if text and text.strip()]
     if not texts:
         raise UserError(f"{source} holds no text in field {field!r}")
     return texts

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,8 @@ UNNAMED = ("recipe", "model", "data", "eval", "speed", "device", "hydra")
 def main() -> None:
     """Entry of ``compress`` and ``python -m compress``."""
     words = sys.argv[1:]
+    # As Ctrl-C: what is unfinished is cleared away, child processes are ended.
+    signal.signal(signal.SIGTERM, _stop)
     try:
         if words and words[0] in VERBS:
             verb = importlib.import_module(f"compress.commands.{words[0]}")
@@ -43,6 +47,13 @@ def main() -> None:
     except UserError as error:
         print(f"compress: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
+    except KeyboardInterrupt as stop:
+        print("compress: stopped, nothing unfinished is kept", file=sys.stderr)
+        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
+
+
+def _stop(number: int, _: object) -> None:
+    raise KeyboardInterrupt(number)
 
 
 def run_recipes(words: list[str]) -> None:
@@ -52,6 +63,8 @@ def run_recipes(words: list[str]) -> None:
     if not (asked.help or asked.hydra_help or asked.info or asked.cfg):
         from compress.pipeline import check
 
+        _check_words(asked.overrides)
+        _check_output(asked.overrides)
         for overrides in _combinations(asked.overrides, asked.multirun):
             if not any(o.startswith("recipe=") for o in overrides):
                 raise UserError(f"recipe= is missing: choose one of {', '.join(options('recipe'))}")
@@ -78,6 +91,25 @@ def run_recipes(words: list[str]) -> None:
         from compress.report.table import table
 
         print(table(finished))
+
+
+def _check_words(overrides: list[str]) -> None:
+    for word in overrides:
+        if "=" not in word and not word.startswith("~"):
+            raise UserError(f"{word} is neither a verb ({', '.join(VERBS)}) nor KEY=VALUE")
+
+
+def _check_output(overrides: list[str]) -> None:
+    """Refuse an output folder that holds something or cannot be written, before Hydra touches it."""
+    chosen = dict(o.split("=", 1) for o in overrides if o.startswith("hydra."))
+    run_dir = Path(chosen.get("hydra.run.dir", "outputs"))
+    if "hydra.run.dir" in chosen and run_dir.is_dir() and any(run_dir.iterdir()):
+        raise UserError(f"{run_dir} is not empty: choose another hydra.run.dir")
+    for folder in (run_dir, Path(chosen.get("hydra.sweep.dir", "outputs"))):
+        existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+        # The kernel's own file systems say yes to root and then refuse.
+        if not existing.is_dir() or not os.access(existing, os.W_OK) or existing == Path("/proc"):
+            raise UserError(f"{folder} cannot be written: choose another hydra.run.dir")
 
 
 def _combinations(overrides: list[str], multirun: bool) -> list[list[str]]:

@@ -95,7 +95,7 @@ def one_sentence(error: BaseException, overrides: Sequence[str]) -> str:
         return f"{unknown[1]} is not a known key: known are {', '.join(_known_keys(unknown[1], overrides))}"
     if missing := re.search(r"Could not find '([^']+)/([^'/]+)'", str(error)):
         group, option = missing.groups()
-        path = ", or a path" if group in SHORTHAND else ""
+        path = ", or the path of something that exists" if group in SHORTHAND else ""
         return f"{group}={option} is not known: known are {', '.join(options(group))}{path}"
     return re.sub(r"\s*\n\s*", "; ", str(error).strip())
 

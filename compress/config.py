@@ -150,7 +150,7 @@ def _build(key: str, schema: type, values: Mapping[str, Any]) -> Any:
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
     except ValidationError as error:
-        raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{key}.{error.full_key}: {str(error).splitlines()[0]}") from error
 
 
 def _check_names(key: str, names: list[str], allowed: tuple[str, ...]) -> None:

@@ -130,16 +130,23 @@ def measure_accuracy(
                 _rows(blocks, text),
                 None if base_model is None else lambda tokens: base_model(tokens.to(device)).logits,
             )
+            log.info("%s: %s", text, _remark(found["candidate"]))
             data = {"data_sha256": blocks.sha256, "window": config.window, "dtype": config.dtype}
             results["candidate"]["texts"][text] = found["candidate"] | data
             if base is not None:
                 results["base"]["texts"][text] = found["base"] | data
         del model, base_model
     if config.tasks:
+        log.info("scoring %s", ", ".join(config.tasks))
         results["candidate"]["tasks"] = _score(candidate, config, tokenizer, device)
         if base is not None:
             results["base"]["tasks"] = _score_cached(base, config, tokenizer, device)
     return results
+
+
+def _remark(found: Mapping[str, float]) -> str:
+    divergence = f", KL {found['kl']:.4f}" if "kl" in found else ""
+    return f"perplexity {found['perplexity']:.2f}{divergence}"
 
 
 def _rows(blocks: TokenBlocks, text: str) -> Iterator[Tensor]:

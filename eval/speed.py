@@ -127,6 +127,8 @@ def _serve(pipe: Connection, open_decoder: Callable[[], Decoder], load: Load) ->
                 "kernels": decoder.kernels,
             }
         )
+    except (EOFError, BrokenPipeError):
+        return  # the parent is gone, and with it whom to tell
     except Exception as error:  # handed to the parent, which raises it
         pipe.send({"error": f"{type(error).__name__}: {error}"})
 

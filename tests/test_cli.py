@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -94,7 +95,7 @@ def test_a_run_folder_holds_what_it_should(
         assert len(base["speed"]["rounds"]["tokens_per_s"]) == 2
         assert metrics["compression"]["seconds"] > 0
         assert metrics["compression"]["audit"]["linears"] == 21
-        assert (metrics["compression"]["calibration"] is None) == recipe.startswith("rtn")
+        assert (metrics["compression"]["calibration_tokens"] is None) == recipe.startswith("rtn")
 
 
 def test_a_checkpoint_verifies_until_it_is_touched(
@@ -158,6 +159,9 @@ MISTAKES = [
     (["recipe=awq-int4", "data.length=1"], "data.length=1 is not allowed: choose 2 or more"),
     (["eval=none"], "recipe= is missing: choose one of awq-int3"),
     (["-m", "recipe=rtn-int4", "scheme.bits=4,9"], "scheme.bits=9 is not allowed"),
+    (["compares", "outputs"], "compares is neither a verb (bench, compare, evaluate, verify) nor"),
+    (["recipe=rtn-int4", "scheme.bits=four"], "scheme.bits: Value 'four'"),
+    (["recipe=rtn-int4", "hydra.run.dir=/proc/run"], "/proc/run cannot be written"),
     (["compare", "nowhere"], "no finished run below nowhere"),
     (["verify", "nowhere"], "nowhere/manifest.json is missing"),
     (["evaluate", "./nowhere"], "model './nowhere' is neither"),
@@ -183,6 +187,40 @@ def test_mistakes_end_in_one_sentence(
     assert sentence in said.err
     assert said.out == ""
     assert not list(tmp_path.iterdir()), "a mistake must leave nothing behind"
+
+
+def test_a_finished_folder_is_not_touched_by_a_refused_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "metrics.json").write_text("{}")
+    words = ["recipe=rtn-int4", f"hydra.run.dir={tmp_path / 'done'}"]
+    monkeypatch.setattr(sys, "argv", ["compress", *words])
+    with pytest.raises(SystemExit):
+        main()
+    assert "is not empty: choose another hydra.run.dir" in capsys.readouterr().err
+    assert [f.name for f in (tmp_path / "done").iterdir()] == ["metrics.json"]
+
+
+def test_an_interrupt_ends_in_one_line_and_leaves_no_result(
+    tiny: ModelFolder, text_file: Path, tmp_path: Path
+) -> None:
+    words = ["recipe=awq-int4", f"model={tiny.path}", f"data={text_file}", "eval=none"]
+    words += ["data.sequences=4", "data.length=64", "scheme.group_size=32"]
+    words += ["speed.output_length=2000", "hydra.run.dir=out"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "compress", *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "measuring decode speed" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    rest = process.stderr.read()
+    assert process.wait(60) == 143
+    assert "Traceback" not in rest
+    assert "compress: stopped" in rest
+    assert not (tmp_path / "out" / "metrics.json").exists()
 
 
 def test_help_explains_groups_and_shows_examples(tmp_path: Path) -> None:

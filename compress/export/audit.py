@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.errors import UserError
 from compress.export.formats import Weights
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder, file_sha256, read_json, write_json
@@ -118,6 +119,8 @@ def verify(path: Path) -> list[str]:
     Checks every file against the manifest, then that each linear reads back and none is left out.
     Raises UserError if there is no manifest.
     """
+    if not (path / MANIFEST).exists() and (path / "checkpoint" / MANIFEST).exists():
+        raise UserError(f"{path} is a run's folder: verify {path / 'checkpoint'}")
     files = read_json(path / MANIFEST).get("files", {})
     present = {file.name for file in path.iterdir()} - {MANIFEST}
     problems = [f"{name} is missing" for name in sorted(set(files) - present)]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from compress.model.folder import INDEX, SINGLE, write_json
+from compress.model.folder import INDEX, SINGLE, save_tensors, write_json
 
 SHARD_BYTES = 4 * 2**30
 
@@ -50,7 +49,7 @@ class ShardWriter:
         return self.path / f"part-{index:05d}.safetensors"
 
     def _flush(self) -> None:
-        save_file(self._pending, self._part(len(self._shards)), metadata={"format": "pt"})
+        save_tensors(self._part(len(self._shards)), self._pending)
         self._shards.append(list(self._pending))
         self._total += self._bytes
         self._pending, self._bytes = {}, 0

@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+READABLE = 0o644
 # Tables that follow from config.json; early Llama checkpoints stored them.
 DERIVED = ("rotary_emb.inv_freq",)
 # What a served folder needs beside the weights. config.json is written by whoever writes weights.
@@ -155,6 +157,12 @@ class ModelFolder:
 def file_sha256(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write one safetensors file that others may read: the library makes it private."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(READABLE)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from calibration.texts import cache_dir
 from compress.errors import UserError
-from compress.model.folder import ModelFolder
+from compress.model.folder import READABLE, ModelFolder
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +50,10 @@ def open_tokenizer(model: ModelFolder) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model.path, local_files_only=True)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{model.path} has no usable tokenizer: {reason}") from error
+        raise UserError(
+            f"{model.path} has no usable tokenizer: tokenizer.json, or the files that "
+            f"transformers makes one from, are missing or broken"
+        ) from error
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
@@ -123,6 +125,8 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     plain.load_state_dict(state, strict=True)
     plain.generation_config = loaded.generation_config
     plain.save_pretrained(target)
+    for file in target.glob("*.safetensors"):
+        file.chmod(READABLE)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
 
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from compress.model.folder import INDEX, ModelFolder, write_json
+from compress.model.folder import INDEX, ModelFolder, save_tensors, write_json
 from compress.quantize.qtensor import QTensor
 
 KEY = "compress_record"
@@ -41,7 +40,7 @@ class RecordWriter:
             if value.zero is not None:
                 flat[f"{base}.zero"] = value.zero
         flat = {name: tensor.cpu().contiguous() for name, tensor in flat.items()}
-        save_file(flat, self.path / file, metadata={"format": "pt"})
+        save_tensors(self.path / file, flat)
         self._weight_map |= dict.fromkeys(flat, file)
 
     def close(self) -> None:

