@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -31,7 +32,7 @@ from compress.errors import UserError
 
 USER_ERROR = 2
 # Overrides that say where, how well and how fast, not what: they stay out of a run's name.
-UNNAMED = ("recipe", "model", "data", "eval", "speed", "device", "hydra")
+UNNAMED = re.compile(r"[+~]*((recipe|model|eval|speed|device|hydra)\b|data(\.source)?(=|$))")
 
 
 def main() -> None:
@@ -107,8 +108,7 @@ def _check_output(overrides: list[str]) -> None:
         raise UserError(f"{run_dir} is not empty: choose another hydra.run.dir")
     for folder in (run_dir, Path(chosen.get("hydra.sweep.dir", "outputs"))):
         existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-        # The kernel's own file systems say yes to root and then refuse.
-        if not existing.is_dir() or not os.access(existing, os.W_OK) or existing == Path("/proc"):
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise UserError(f"{folder} cannot be written: choose another hydra.run.dir")
 
 
@@ -128,8 +128,7 @@ def _combinations(overrides: list[str], multirun: bool) -> list[list[str]]:
 
 def _run_name(recipe: str, overrides: list[str]) -> str:
     """The recipe and whatever was changed in it."""
-    changed = [o for o in overrides if o.lstrip("+~").split("=")[0].split(".")[0] not in UNNAMED]
-    return " ".join([recipe, *changed])
+    return " ".join([recipe, *(o for o in overrides if not UNNAMED.match(o))])
 
 
 if __name__ == "__main__":

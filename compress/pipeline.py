@@ -35,7 +35,7 @@ from compress.model.folder import ModelFolder, write_json
 from compress.model.sources import open_tokenizer, resolve_model
 from compress.quantize.stage import quantize, settle
 from compress.report.table import METRICS, table
-from eval.memory import peak_cuda, peak_rss, reset_peak
+from eval.memory import peak_cuda, peak_rss, reset_peak, rss
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def run_recipe(run: Run, name: str, out: Path) -> dict[str, Any]:
 def _compress(run: Run, model: ModelFolder, tokenizer: Any, out: Path) -> dict[str, Any]:
     """Quantize into out/record, export to out/checkpoint, audit it, write its manifest."""
     reset_peak()
-    start = time.perf_counter()
+    start, start_rss = time.perf_counter(), rss()
     data = _calibration(run, tokenizer)
     tokens: Tensor | None = None if data is None else data.tokens
     with _whole(out / "record") as partial:
@@ -136,6 +136,8 @@ def _compress(run: Run, model: ModelFolder, tokenizer: Any, out: Path) -> dict[s
     log.info("compressed and audited in %.1f s: %s", seconds, out / "checkpoint")
     return {
         "seconds": seconds,
+        # In a sweep the process is not fresh: what was resident before counts in the peak.
+        "start_rss": start_rss,
         "peak_rss": peak_rss(),
         "peak_cuda": peak_cuda(),
         "origin": origin,

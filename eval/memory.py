@@ -9,6 +9,7 @@ import resource
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 STATUS = Path("/proc/self/status")
@@ -35,6 +36,11 @@ def reset_peak() -> bool:
         return False
     CLEAR.write_text(RESET_PEAK)
     return True
+
+
+def rss() -> int:
+    """Resident bytes now."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def peak_rss() -> int:

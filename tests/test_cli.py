@@ -57,8 +57,8 @@ def test_a_sweep_ends_in_a_table(sweep: tuple[Path, subprocess.CompletedProcess[
     names = [row.split("|")[1].strip() for row in rows[2:]]
     assert names[-3:] == [
         "model (original)",
-        "rtn-int3 scheme.group_size=32",
-        "awq-int3 scheme.group_size=32",
+        "rtn-int3 scheme.group_size=32 data.sequences=4 data.length=64",
+        "awq-int3 scheme.group_size=32 data.sequences=4 data.length=64",
     ]
     again = compress("compare", "outputs", cwd=cwd)
     assert again.returncode == 0
@@ -161,7 +161,7 @@ MISTAKES = [
     (["-m", "recipe=rtn-int4", "scheme.bits=4,9"], "scheme.bits=9 is not allowed"),
     (["compares", "outputs"], "compares is neither a verb (bench, compare, evaluate, verify) nor"),
     (["recipe=rtn-int4", "scheme.bits=four"], "scheme.bits: Value 'four'"),
-    (["recipe=rtn-int4", "hydra.run.dir=/proc/run"], "/proc/run cannot be written"),
+    (["recipe=rtn-int4", f"hydra.run.dir={__file__}/x"], "cannot be written: choose another"),
     (["compare", "nowhere"], "no finished run below nowhere"),
     (["verify", "nowhere"], "nowhere/manifest.json is missing"),
     (["evaluate", "./nowhere"], "model './nowhere' is neither"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 
+from calibration.moments import Moments
 from compress.model.folder import ModelFolder
 from compress.quantize.rounding import Nearest
 from compress.quantize.scheme import Scheme
@@ -14,6 +16,7 @@ from compress.quantize.stage import quantize
 from compress.quantize.transforms import AwqClip, AwqScale
 from compress.runtime.decoder import open_decoder
 from compress.runtime.load import load_dense
+from eval.speed import Load, measure_speed
 
 pytestmark = pytest.mark.gpu
 
@@ -38,6 +41,23 @@ def test_quantizing_agrees_with_the_cpu(
             for entry in block["linears"].values()
         ]
     assert errors["cuda"] == pytest.approx(errors["cpu"], rel=0.05)
+
+
+def test_moments_lose_nothing_in_the_matrix_units() -> None:
+    X = (torch.randn(500, 48, generator=torch.Generator().manual_seed(0)) * 30).bfloat16().cuda()
+    moments = Moments.zeros(48, X.device)
+    moments.add(X)
+    exact = X.double()
+    H = exact.T @ exact / len(exact)
+    assert ((moments.mean().second - H).norm() / H.norm()) < 1e-6
+
+
+def test_speed_and_memory_are_of_the_device(tiny: ModelFolder) -> None:
+    load = Load(input_length=8, output_length=4, batch=2, warmup=1, repeats=2, seed=0, threads=None)
+    opener = functools.partial(open_decoder, tiny.path, "cuda")
+    found = measure_speed({"tiny": opener}, load)["tiny"]
+    assert found["tokens_per_s"] > 0
+    assert found["peak_cuda"] > sum(tiny.nbytes(name) for name in tiny.names)
 
 
 def test_decoding_on_the_device(tiny: ModelFolder, tokens: torch.Tensor) -> None:
