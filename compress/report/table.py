@@ -30,13 +30,15 @@ def find_runs(paths: Iterable[Path]) -> list[dict[str, Any]]:
 def table(runs: list[dict[str, Any]]) -> str:
     """A Markdown table of the runs, each model's original first, with what the columns mean below.
 
-    The original's row is from the newest run of its model.
+    The original's row takes each section from the newest run of its model that measured it.
     """
     rows = []
     for fingerprint in dict.fromkeys(run["model"]["fingerprint"] for run in runs):
         of_model = [run for run in runs if run["model"]["fingerprint"] == fingerprint]
-        newest = of_model[-1]
-        rows.append((f"{newest['model']['name']} (original)", newest["base"], None))
+        original: dict[str, Any] = {}
+        for run in of_model:
+            original |= {section: found for section, found in run["base"].items() if found}
+        rows.append((f"{of_model[-1]['model']['name']} (original)", original, None))
         rows += [(run["name"], run["candidate"], run["base"]) for run in of_model]
     texts = _keys(rows, "texts")
     tasks = _keys(rows, "tasks")
