@@ -1,6 +1,6 @@
 """From command-line words to settings: Hydra's composition, with its errors told in one sentence.
 
-This file and ``__main__`` are the only places that see a DictConfig.
+This file, ``__main__`` and ``config.settings_of`` are the only places that see a DictConfig.
 """
 
 from __future__ import annotations
