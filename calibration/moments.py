@@ -4,7 +4,7 @@ For a linear y = W x and a changed weight W + D, the mean squared output error o
 tokens is exactly tr(D H D^T) with H = mean of x x^T. H does not grow with the number of tokens, so a
 search over many candidate weights costs the same for 64 sequences as for 4096.
 
-X (tokens, in); H (in, in)
+X (tokens, in); H, C (in, in)
 """
 
 from __future__ import annotations
@@ -24,26 +24,31 @@ class Moments:
 
     second: float32 (in, in), mean of x x^T once ``mean()`` was called, a sum before
     magnitude: float32 (in,), mean |x| per input column, likewise
+    cross: float32 (in, in), mean of (x' - x) x^T, where x' is the same token's input in the original
+        model; None if it was not collected
     tokens: how many rows were added
     """
 
     second: Tensor
     magnitude: Tensor
+    cross: Tensor | None = None
     tokens: int = 0
 
     @classmethod
-    def zeros(cls, in_features: int, device: torch.device) -> Moments:
-        return cls(
-            torch.zeros(in_features, in_features, device=device),
-            torch.zeros(in_features, device=device),
-        )
+    def zeros(cls, in_features: int, device: torch.device, cross: bool = False) -> Moments:
+        square = torch.zeros(in_features, in_features, device=device)
+        magnitude = torch.zeros(in_features, device=device)
+        return cls(square, magnitude, torch.zeros_like(square) if cross else None)
 
-    def add(self, X: Tensor) -> None:
-        """Add tokens X (..., in)."""
+    def add(self, X: Tensor, original: Tensor | None = None) -> None:
+        """Add tokens X (..., in), and with them their inputs in the original model, same shape."""
         X = X.flatten(0, -2)
         with _exact_products(X.dtype):
             Xf = X.float()
             self.second.addmm_(Xf.T, Xf)
+            if self.cross is not None:
+                assert original is not None
+                self.cross.addmm_(original.flatten(0, -2).float().T, Xf)
         self.magnitude += X.abs().sum(0, dtype=torch.float32)
         self.tokens += X.shape[0]
 
@@ -51,7 +56,16 @@ class Moments:
         """The means over all tokens. Raises ValueError if a sum is not finite."""
         if not torch.isfinite(self.second).all():
             raise ValueError("the calibration activations are not finite")
-        return Moments(self.second / self.tokens, self.magnitude / self.tokens, self.tokens)
+        cross = None if self.cross is None else (self.cross - self.second) / self.tokens
+        return Moments(self.second / self.tokens, self.magnitude / self.tokens, cross, self.tokens)
+
+    def scale(self, s: Tensor) -> None:
+        """Make these the moments of x * s. s: (in,)"""
+        outer = s.unsqueeze(0) * s.unsqueeze(1)
+        self.second *= outer
+        self.magnitude *= s
+        if self.cross is not None:
+            self.cross *= outer
 
 
 @contextmanager
@@ -74,24 +88,72 @@ def _exact_products(dtype: torch.dtype) -> Iterator[None]:
         cpu.fp32_precision, cuda.fp32_precision = before
 
 
-@contextmanager
-def collect(
-    linears: Mapping[str, nn.Linear], shared: Iterable[tuple[str, ...]]
-) -> Iterator[dict[str, Moments]]:
-    """Collect the moments of the inputs of ``linears`` while the block runs inside the context.
+class _Done(Exception):
+    """The last input that was asked for has been seen: the rest of the block need not run."""
 
-    shared: names that read the same tensor (q, k, v ...): counted once, at the first of them.
-    Yields name -> Moments (sums); names that share an input share the object.
+
+class Collector:
+    """Collects the moments of the inputs of linears while their block runs.
+
+    linears: local name -> module; shared: names that read one tensor (q, k, v ...), which is counted
+    once, at the first of them, in the order in which they run. originals: the same linears in a copy
+    of the block that keeps its original weights; with it the cross moments are collected too, and
+    ``run`` is called with the copy first, for every batch.
     """
-    found: dict[str, Moments] = {}
-    with ExitStack() as hooks:
-        for names in shared:
-            first = linears[names[0]]
-            moments = Moments.zeros(first.in_features, first.weight.device)
-            found |= dict.fromkeys(names, moments)
 
-            def hook(_: nn.Module, args: tuple[Tensor], moments: Moments = moments) -> None:
-                moments.add(args[0])
+    def __init__(
+        self,
+        linears: Mapping[str, nn.Linear],
+        shared: Iterable[tuple[str, ...]],
+        originals: Mapping[str, nn.Linear] | None = None,
+    ):
+        self._shared = list(shared)
+        self._linears, self._originals = linears, originals
+        self._sums = {
+            names: Moments.zeros(
+                linears[names[0]].in_features,
+                linears[names[0]].weight.device,
+                cross=originals is not None,
+            )
+            for names in self._shared
+        }
+        self._seen: dict[tuple[str, ...], Tensor] = {}
 
-            hooks.callback(first.register_forward_pre_hook(hook).remove)
-        yield found
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for names in self._shared:
+                last = names is self._shared[-1]
+                if self._originals is not None:
+                    hook = self._hook(names, last, original=True)
+                    handle = self._originals[names[0]].register_forward_pre_hook(hook)
+                    stack.callback(handle.remove)
+                hook = self._hook(names, last, original=False)
+                stack.callback(self._linears[names[0]].register_forward_pre_hook(hook).remove)
+            yield
+
+    def _hook(self, names: tuple[str, ...], last: bool, original: bool) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor]) -> None:
+            if original:
+                self._seen[names] = args[0]
+            else:
+                self._sums[names].add(args[0], self._seen.pop(names, None))
+            if last:
+                raise _Done
+
+        return hook
+
+    def run(self, block: nn.Module, X: Tensor, arguments: Mapping[str, Any]) -> None:
+        """Run a block on one batch, as far as needed."""
+        try:
+            block(X, **arguments)
+        except _Done:
+            return
+        raise AssertionError("the block did not reach the linears it was asked about")
+
+    def means(self) -> dict[str, Moments]:
+        """name -> Moments; names that share an input share the object."""
+        found = {}
+        for names, sums in self._sums.items():
+            found |= dict.fromkeys(names, sums.mean())
+        return found

@@ -17,11 +17,14 @@ from omegaconf.errors import ValidationError
 from compress.errors import UserError
 from compress.export.formats import FORMATS
 from compress.quantize.block import Rounding, Transform
+from compress.quantize.repair import REPAIRS, Kl
 from compress.quantize.rounding import ROUNDINGS
-from compress.quantize.scheme import Scheme
+from compress.quantize.scheme import Scheme, Schemes
+from compress.quantize.search import Search
 from compress.quantize.transforms import TRANSFORMS
 
-STAGES = ("quantize",)
+# In the order in which a recipe may list them.
+STAGES = ("rotate", "quantize", "repair")
 
 
 @dataclass
@@ -86,6 +89,11 @@ class RecipeConfig:
     scheme: dict[str, Any] = field(default_factory=dict)
     transforms: dict[str, Any] = field(default_factory=dict)
     rounding: dict[str, Any] = field(default_factory=dict)
+    # None: embedding and head stay in 16 bits.
+    head: dict[str, Any] | None = None
+    # None: every linear has scheme.bits.
+    search: dict[str, Any] | None = None
+    repair: dict[str, Any] = field(default_factory=dict)
     export: str = "compressed-tensors"
     eval: EvalConfig | None = None
     speed: SpeedConfig | None = None
@@ -97,14 +105,17 @@ class Run:
     """A checked recipe: settings, and the methods it named as objects."""
 
     settings: RecipeConfig
-    scheme: Scheme
+    schemes: Schemes
     transforms: tuple[Transform, ...]
-    rounding: Rounding
+    roundings: tuple[Rounding, ...]
+    search: Search | None
+    repair: Kl | None
     device: torch.device
 
     @property
     def needs_data(self) -> bool:
-        return bool(self.transforms) or self.rounding.needs_moments
+        methods = bool(self.transforms) or any(method.needs_data for method in self.roundings)
+        return methods or self.search is not None or self.repair is not None
 
 
 def settings_of(config: DictConfig) -> RecipeConfig:
@@ -122,17 +133,51 @@ def parse(settings: RecipeConfig) -> Run:
     """
     _check_names("stages", settings.stages, STAGES)
     _check_names("export", [settings.export], tuple(FORMATS))
-    if settings.stages != ["quantize"]:
-        raise UserError(f"stages={settings.stages} is not allowed: choose [quantize]")
-    if len(settings.rounding) != 1:
-        raise UserError(f"rounding must name one method of: {', '.join(ROUNDINGS)}")
+    _check_stages(settings)
+    head, search = settings.head, settings.search
+    repairs = _plugins("repair", settings.repair, REPAIRS)
     return Run(
         settings=settings,
-        scheme=_build("scheme", Scheme, settings.scheme),
+        schemes=Schemes(
+            _build("scheme", Scheme, settings.scheme),
+            head=None if head is None else _build("head", Scheme, head),
+        ),
         transforms=tuple(_plugins("transforms", settings.transforms, TRANSFORMS)),
-        rounding=_plugins("rounding", settings.rounding, ROUNDINGS)[0],
+        roundings=_roundings(settings),
+        search=None if search is None else _build("search", Search, search),
+        repair=repairs[0] if repairs else None,
         device=device_of(settings),
     )
+
+
+def _check_stages(settings: RecipeConfig) -> None:
+    stages = settings.stages
+    ordered = [stage for stage in STAGES if stage in stages]
+    if stages != ordered or "quantize" not in stages:
+        raise UserError(
+            f"stages={stages} is not allowed: choose quantize, with rotate before it and repair after "
+            "it if wanted"
+        )
+    if ("repair" in stages) != (len(settings.repair) == 1):
+        raise UserError(
+            f"the stage repair needs one method of: {', '.join(REPAIRS)}, as in repair=kl; and "
+            "repair=kl needs repair among the stages"
+        )
+
+
+def _roundings(settings: RecipeConfig) -> tuple[Rounding, ...]:
+    """The methods in their order; only one that refines may follow another."""
+    methods = _plugins("rounding", settings.rounding, ROUNDINGS)
+    if not methods:
+        raise UserError(f"rounding must name a method of: {', '.join(ROUNDINGS)}")
+    for name, method in list(zip(settings.rounding, methods, strict=True))[1:]:
+        if not method.refines:
+            refining = ", ".join(n for n, m in ROUNDINGS.items() if m.refines)
+            raise UserError(
+                f"rounding.{name} starts anew, so it must come first: only {refining} may follow "
+                "another method"
+            )
+    return tuple(methods)
 
 
 def _plugins(key: str, named: Mapping[str, Any], table: Mapping[str, type]) -> list[Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from calibration.texts import load_texts
 from calibration.tokens import TokenBlocks, calibration_blocks
-from compress.config import Run
+from compress.config import STAGES, Run
 from compress.environment import environment
 from compress.errors import UserError
 from compress.export.audit import audit, write_manifest
@@ -47,7 +47,7 @@ def check(run: Run) -> None:
     """
     settings = run.settings
     model = ModelFolder(resolve_model(settings.model.source, settings.model.revision))
-    settle(model, family_of(model.config), run.scheme)
+    settle(model, family_of(model.config), run.schemes)
     if run.needs_data:
         load_texts(settings.data.source, settings.data.field, settings.data.split)
     if settings.eval is not None:
@@ -59,8 +59,8 @@ def check(run: Run) -> None:
 def run_recipe(run: Run, name: str, out: Path) -> dict[str, Any]:
     """Compress, export, audit, evaluate, measure. Returns what it wrote to metrics.json.
 
-    ``out`` gets record/, checkpoint/, metrics.json and table.md; each appears under its name only
-    when it is whole. Raises UserError before any weight is read if the recipe does not fit model or
+    ``out`` gets a folder for each stage, checkpoint/, metrics.json and table.md; each appears under
+    its name only when it is whole. Raises UserError before any weight is read if the recipe does not fit model or
     data.
     """
     settings = run.settings
@@ -69,7 +69,7 @@ def run_recipe(run: Run, name: str, out: Path) -> dict[str, Any]:
     windows = {}
     if settings.eval is not None:
         windows = open_windows(settings.eval, tokenizer)
-    for leftover in (out / "record", out / "checkpoint"):
+    for leftover in (out / name for name in (*STAGES, "checkpoint")):
         if leftover.exists():
             raise UserError(f"{leftover} exists already: choose another hydra.run.dir")
 
@@ -107,35 +107,33 @@ def run_recipe(run: Run, name: str, out: Path) -> dict[str, Any]:
 
 
 def _compress(run: Run, model: ModelFolder, tokenizer: Any, out: Path) -> dict[str, Any]:
-    """Quantize into out/record, export to out/checkpoint, audit it, write its manifest."""
+    """Run the stages, each from a folder to a folder; export the last one's record, audit it, write its
+    manifest."""
     reset_peak()
     start, start_rss = time.perf_counter(), rss()
     data = _calibration(run, tokenizer)
     tokens: Tensor | None = None if data is None else data.tokens
-    with _whole(out / "record") as partial:
-        report = quantize(
-            model,
-            partial,
-            tokens=tokens,
-            scheme=run.scheme,
-            transforms=run.transforms,
-            rounding=run.rounding,
-            device=run.device,
-        )
-    record = ModelFolder(out / "record")
+    current, reports, seconds = model, dict[str, Any](), dict[str, float]()
+    for stage in run.settings.stages:
+        began = time.perf_counter()
+        with _whole(out / stage) as partial:
+            reports |= _STAGES[stage](run, model, current, partial, tokens)
+        current = ModelFolder(out / stage)
+        seconds[stage] = time.perf_counter() - began
     origin = {
         "model": model.fingerprint,
         "data": None if data is None else data.sha256,
-        "recipe": _recipe_hash(run, report["scheme"]),
+        "recipe": _recipe_hash(run, reports["scheme"]),
     }
     with _whole(out / "checkpoint") as partial:
-        FORMATS[run.settings.export].write(record, partial)
-        checked = audit(record, ModelFolder(partial))
+        FORMATS[run.settings.export].write(current, partial)
+        checked = audit(current, ModelFolder(partial))
         write_manifest(partial, origin)
-    seconds = time.perf_counter() - start
-    log.info("compressed and audited in %.1f s: %s", seconds, out / "checkpoint")
+    total = time.perf_counter() - start
+    log.info("compressed and audited in %.1f s: %s", total, out / "checkpoint")
     return {
-        "seconds": seconds,
+        "seconds": total,
+        "stage_seconds": seconds,
         # In a sweep the process is not fresh: what was resident before counts in the peak.
         "start_rss": start_rss,
         "peak_rss": peak_rss(),
@@ -143,8 +141,33 @@ def _compress(run: Run, model: ModelFolder, tokenizer: Any, out: Path) -> dict[s
         "origin": origin,
         "calibration_tokens": None if data is None else list(data.tokens.shape),
         "audit": checked,
-        **report,
+        **reports,
     }
+
+
+def _quantize(
+    run: Run, model: ModelFolder, source: ModelFolder, target: Path, tokens: Tensor | None
+) -> dict[str, Any]:
+    return quantize(
+        source,
+        target,
+        tokens=tokens,
+        schemes=run.schemes,
+        transforms=run.transforms,
+        roundings=run.roundings,
+        device=run.device,
+    )
+
+
+def _repair(
+    run: Run, model: ModelFolder, source: ModelFolder, target: Path, tokens: Tensor | None
+) -> dict[str, Any]:
+    assert run.repair is not None
+    assert tokens is not None
+    return {"repair": run.repair(source, model, target, tokens, run.device)}
+
+
+_STAGES = {"quantize": _quantize, "repair": _repair}
 
 
 def _calibration(run: Run, tokenizer: Any) -> TokenBlocks | None:
@@ -164,7 +187,9 @@ def _calibration(run: Run, tokenizer: Any) -> TokenBlocks | None:
 def _recipe_hash(run: Run, scheme: dict[str, Any]) -> str:
     """Hash of what decides the checkpoint: stages, methods with their knobs, data, format."""
     settings = asdict(run.settings)
-    decisive = {k: settings[k] for k in ("stages", "transforms", "rounding", "data", "export")}
+    decisive = {
+        k: settings[k] for k in ("stages", "transforms", "rounding", "repair", "data", "export")
+    }
     return hashlib.sha256(json.dumps([decisive, scheme], sort_keys=True).encode()).hexdigest()
 
 

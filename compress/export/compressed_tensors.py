@@ -12,6 +12,8 @@ transformers read it; it is written here without the compressed-tensors package.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,11 @@ from torch import Tensor
 from compress.errors import UserError
 from compress.export.packing import pack_rows, packed_width, unpack_rows
 from compress.export.shards import ShardWriter
-from compress.model.families import family_of
+from compress.model.families import Family, family_of
 from compress.model.folder import ModelFolder, write_json
 from compress.quantize import record
 from compress.quantize.qtensor import QTensor
+from compress.quantize.scheme import Scheme
 
 NAME = "compressed-tensors"
 CODES = ".weight_packed"
@@ -45,8 +48,10 @@ def write(source: ModelFolder, target: Path) -> None:
                 shards.add(f"{base}.{suffix}", tensor)
     shards.close()
     config = {k: v for k, v in source.config.items() if k != record.KEY}
-    ignore = [family_of(source.config).head]
-    quantization = quantization_config(source.config[record.KEY]["scheme"], ignore)
+    quantization = quantization_config(
+        {name: record.scheme_of(source, name) for name in sorted(quantized)},
+        family_of(source.config),
+    )
     write_json(target / "config.json", {**config, "quantization_config": quantization})
 
 
@@ -62,41 +67,54 @@ def compress_linear(q: QTensor) -> dict[str, Tensor]:
     return tensors
 
 
-def quantization_config(scheme: dict[str, Any], ignore: list[str]) -> dict[str, Any]:
-    """``quantization_config`` of a model whose linears, but for ``ignore``, are of a record's scheme."""
-    channel = scheme["group_size"] == "channel"
+def quantization_config(schemes: Mapping[str, Scheme], family: Family) -> dict[str, Any]:
+    """``quantization_config`` of a model whose linears have these schemes, by full name.
+
+    One scheme for all linears of the blocks is said once, for the class ``Linear``; mixed ones name
+    each linear.
+    """
+    names: dict[Scheme, list[str]] = {}
+    for name, scheme in schemes.items():
+        names.setdefault(scheme, []).append(name)
+    uniform = len(names) == 1
     config: dict[str, Any] = {
         "quant_method": NAME,
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "global_compression_ratio": None,
-        "ignore": ignore,
+        "ignore": [family.head],
         "kv_cache_scheme": None,
         "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "format": "pack-quantized",
-                "weights": {
-                    "num_bits": scheme["bits"],
-                    "type": "int",
-                    "symmetric": scheme["symmetric"],
-                    "strategy": "channel" if channel else "group",
-                    "group_size": None if channel else scheme["group_size"],
-                    "dynamic": False,
-                    "observer": "minmax",
-                    "observer_kwargs": {},
-                },
-                "input_activations": None,
-                "output_activations": None,
-            }
+            f"group_{i}": _group(scheme, ["Linear"] if uniform else targets)
+            for i, (scheme, targets) in enumerate(names.items())
         },
     }
-    if not scheme["symmetric"]:
+    if not all(scheme.symmetric for scheme in names):
         # transformers keeps weights packed until the first forward, and up to 5.23 that path
         # allocates the zero points of an asymmetric file in their unpacked shape and fails. This
         # key makes the plain from_pretrained call unpack them while loading. vLLM 0.32 ignores it.
         config["dequantize"] = True
     return config
+
+
+def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    channel = scheme.group_size == "channel"
+    return {
+        "targets": targets,
+        "format": "pack-quantized",
+        "weights": {
+            "num_bits": scheme.bits,
+            "type": "int",
+            "symmetric": scheme.symmetric,
+            "strategy": "channel" if channel else "group",
+            "group_size": None if channel else scheme.group_size,
+            "dynamic": False,
+            "observer": "minmax",
+            "observer_kwargs": {},
+        },
+        "input_activations": None,
+        "output_activations": None,
+    }
 
 
 def linears(folder: ModelFolder) -> list[str]:
@@ -106,7 +124,7 @@ def linears(folder: ModelFolder) -> list[str]:
 
 def read_linear(folder: ModelFolder, name: str) -> QTensor:
     """The QTensor of one linear. Raises UserError if the file contradicts its config."""
-    weights = _weights_of(folder)
+    weights = _weights_of(folder, name)
     bits = int(weights["num_bits"])
     packed = folder.tensor(f"{name}.weight_packed")
     scale = folder.tensor(f"{name}.weight_scale")
@@ -125,16 +143,21 @@ def read_linear(folder: ModelFolder, name: str) -> QTensor:
     return QTensor(unpack_rows(packed, bits, in_features), scale, zero, bits)
 
 
-def _weights_of(folder: ModelFolder) -> dict[str, Any]:
-    """The weight settings of the single group that ``write`` makes."""
+def _weights_of(folder: ModelFolder, name: str) -> dict[str, Any]:
+    """The weight settings of the group that a linear belongs to."""
     config = folder.config.get("quantization_config", {})
     groups = list(config.get("config_groups", {}).values())
-    if config.get("format") != "pack-quantized" or len(groups) != 1:
+    if config.get("format") != "pack-quantized":
         raise UserError(
-            f"{folder.path}: of compressed-tensors, only pack-quantized with one group is read here, "
-            f"this is {config.get('format')!r} with {len(groups)}"
+            f"{folder.path}: of compressed-tensors, only pack-quantized is read here, "
+            f"this is {config.get('format')!r}"
         )
-    weights = groups[0].get("weights") or {}
+    # A linear's own name counts before its class, as in the engines.
+    own = [group for group in groups if any(_matches(name, t) for t in group["targets"])]
+    group = next(iter([*own, *(g for g in groups if "Linear" in g["targets"])]), None)
+    if group is None:
+        raise UserError(f"{folder.path}: no group of its quantization_config names {name}")
+    weights = group.get("weights") or {}
     if weights.get("type") != "int" or weights.get("strategy") not in ("group", "channel"):
         raise UserError(
             f"{folder.path}: only integer weights by group or channel are read here, "
@@ -143,6 +166,12 @@ def _weights_of(folder: ModelFolder) -> dict[str, Any]:
     if weights.get("actorder") not in (None, "weight", "static"):
         raise UserError(f"{folder.path}: actorder {weights['actorder']!r} is not read here")
     return weights
+
+
+def _matches(name: str, target: str) -> bool:
+    if target.startswith("re:"):
+        return re.match(target.removeprefix("re:"), name) is not None
+    return name == target
 
 
 def _expect(folder: ModelFolder, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -93,21 +93,22 @@ class ModelFolder:
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, read from disk now. Raises UserError if the folder does not hold it."""
-        with _open(self._path_of(name)) as f:
+        with _open(self.file_of(name)) as f:
             return self._checked(name, lambda: f.get_tensor(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, from the header alone."""
-        with _open(self._path_of(name)) as f:
+        with _open(self.file_of(name)) as f:
             return tuple(self._checked(name, lambda: f.get_slice(name).get_shape()))
 
     def nbytes(self, name: str) -> int:
         """Bytes of a tensor on disk, from the header alone."""
-        with _open(self._path_of(name)) as f:
+        with _open(self.file_of(name)) as f:
             part = self._checked(name, lambda: f.get_slice(name))
             return math.prod(part.get_shape()) * BYTES[part.get_dtype()]
 
-    def _path_of(self, name: str) -> Path:
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor. Raises UserError if none does."""
         if name not in self._file_of:
             raise UserError(f"{self.path} holds no tensor {name}")
         return self._file_of[name]

@@ -1,12 +1,13 @@
 """Running a model block by block: weights of one block in memory, hidden states between two blocks.
 
-tokens (sequences, length); hidden states: one (batch, length, hidden) tensor a batch
+tokens (sequences, length); X hidden states (sequences, length, hidden)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,34 @@ from compress.errors import UserError
 from compress.model.families import Family
 from compress.model.folder import ModelFolder
 from compress.model.skeleton import assign, empty_model
+
+
+@dataclass
+class Activations:
+    """What enters a block for the calibration tokens, (sequences, length, hidden) each.
+
+    inputs: through the compressed blocks before it
+    original: through the original blocks before it; None unless the walk carries it
+    targets: what the original block makes of ``original``
+    arguments: what the model hands the block besides (masks, rotary tables), for any number of rows
+    rows: sequences that run at once
+    """
+
+    inputs: Tensor
+    original: Tensor | None
+    targets: Tensor | None
+    arguments: dict[str, Any]
+    rows: int
+
+    def batches(self, X: Tensor) -> tuple[Tensor, ...]:
+        return X.split(self.rows)
+
+    def forward(self, module: nn.Module, X: Tensor) -> Tensor:
+        """The block's outputs on X, a batch at a time."""
+        Y = torch.empty_like(X)
+        for x, y in zip(self.batches(X), self.batches(Y), strict=True):
+            y.copy_(module(x, **self.arguments))
+        return Y
 
 
 class Walk:
@@ -34,9 +63,11 @@ class Walk:
         self.tokens_per_batch = tokens_per_batch
         self.model = empty_model(folder, folder.dtype)
         self.layers: nn.ModuleList = self.model.get_submodule(family.blocks)
-        self.hidden: list[Tensor] = []
-        # What the model hands to each of its blocks beside the hidden states, for each batch.
-        self._arguments: list[list[dict[str, Any]]] = []
+        self.hidden: Tensor | None = None
+        self.original: Tensor | None = None
+        self._rows = 1
+        # What the model hands to each of its blocks beside the hidden states.
+        self._arguments: list[dict[str, Any]] = []
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -45,11 +76,14 @@ class Walk:
         return f"{self.family.blocks}.{index}"
 
     @torch.no_grad()
-    def embed(self, tokens: Tensor) -> None:
-        """Set the hidden states to the embeddings of ``tokens``.
+    def embed(self, tokens: Tensor, original: bool = False) -> None:
+        """Set the hidden states to the embeddings of ``tokens``; ``original`` carries a second copy
+        through the blocks as they are.
 
         Every block is asked what it would be called with (masks, rotary tables: they differ between
         architectures and between blocks), by running the model with blocks that only take notes.
+        The notes are of one sequence: all have the same length and no padding, so they fit every
+        row.
         """
         family, model = self.family, self.model
         assign(model, f"{family.embedding}.weight", self._read(f"{family.embedding}.weight"))
@@ -59,15 +93,21 @@ class Walk:
         norm = model.get_submodule(family.final_norm)
         model.set_submodule(family.blocks, nn.ModuleList(notes))
         model.set_submodule(family.final_norm, nn.Identity())
-        batch = max(1, self.tokens_per_batch // tokens.shape[1])
+        self._rows = max(1, self.tokens_per_batch // tokens.shape[1])
+        tokens = tokens.to(self.device)
         try:
-            for rows in tokens.to(self.device).split(batch):
-                self.hidden.append(decoder(input_ids=rows, use_cache=False).last_hidden_state)
+            decoder(input_ids=tokens[:1], use_cache=False)
+            self._arguments = [note.arguments for note in notes]
+            states = [
+                decoder(input_ids=rows, use_cache=False).last_hidden_state
+                for rows in tokens.split(self._rows)
+            ]
         finally:
             model.set_submodule(family.blocks, self.layers)
             model.set_submodule(family.final_norm, norm)
             model.get_submodule(family.embedding).to("meta")
-        self._arguments = [note.calls for note in notes]
+        self.hidden = torch.cat(states)
+        self.original = self.hidden if original else None
 
     @contextmanager
     def open(self, index: int) -> Iterator[nn.Module]:
@@ -93,13 +133,19 @@ class Walk:
         return self.folder.tensor(name).to(device=self.device, dtype=self.folder.dtype)
 
     @torch.no_grad()
-    def run(self, index: int, keep: bool) -> None:
-        """Run the opened block on the hidden states; ``keep`` makes its outputs the new ones."""
-        layer = self.layers[index]
-        for i, arguments in enumerate(self._arguments[index]):
-            output = layer(self.hidden[i], **arguments)
-            if keep:
-                self.hidden[i] = output
+    def enter(self, index: int) -> Activations:
+        """What enters the opened block, which has its original weights still."""
+        assert self.hidden is not None, "embed() comes first"
+        found = Activations(self.hidden, self.original, None, self._arguments[index], self._rows)
+        if self.original is not None:
+            found.targets = found.forward(self.layers[index], self.original)
+        return found
+
+    @torch.no_grad()
+    def leave(self, index: int, activations: Activations) -> None:
+        """Make the outputs of the block, as it is now, what enters the next one."""
+        self.hidden = activations.forward(self.layers[index], activations.inputs)
+        self.original = activations.targets
 
 
 def _buffers_to(module: nn.Module, device: torch.device) -> None:
@@ -111,12 +157,12 @@ def _buffers_to(module: nn.Module, device: torch.device) -> None:
 
 
 class _NoteTaker(nn.Module):
-    """Stands in for a block: notes how it was called and lets the hidden states pass."""
+    """Stands in for a block: notes how it was called last and lets the hidden states pass."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[dict[str, Any]] = []
+        self.arguments: dict[str, Any] = {}
 
     def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
-        self.calls.append(arguments)
+        self.arguments = arguments
         return hidden_states

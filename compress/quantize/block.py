@@ -5,15 +5,17 @@ W (out, in); H (in, in); s (in,)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from calibration.moments import Moments
+from calibration.moments import Collector, Moments
 from compress.errors import UserError
 from compress.model.families import Family, Input
+from compress.model.walk import Activations
 from compress.quantize.qtensor import QTensor
 from compress.quantize.scheme import Grid, Scheme, make_grid
 
@@ -23,17 +25,22 @@ class Block:
     """A block handed from transform to transform, then to rounding.
 
     module: the decoder layer in the model's dtype; its norms and biases change in place
+    schemes: local name -> scheme of each linear that gets quantized
     weights: local name -> float32 (out, in) working copy of each linear that gets quantized
-    moments: local name -> moments of that linear's input; empty if no method asked for them
+    activations: what enters the block; None if no method looks at data
+    original: a copy of the transformed block that stays unquantized, if a method asks for it
+    moments: local name -> moments of that linear's input, as last observed
     grids: local name -> grid chosen by a transform; min-max where there is none
     notes: what a method has to tell, for metrics.json
     """
 
     module: nn.Module
     family: Family
-    scheme: Scheme
+    schemes: dict[str, Scheme]
     dtype: torch.dtype
     weights: dict[str, Tensor]
+    activations: Activations | None = None
+    original: nn.Module | None = None
     moments: dict[str, Moments] = field(default_factory=dict)
     grids: dict[str, Grid] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
@@ -45,7 +52,42 @@ class Block:
     def grid(self, name: str) -> Grid:
         if name in self.grids:
             return self.grids[name]
-        return make_grid(self.weights[name], self.scheme, self.dtype)
+        return make_grid(self.weights[name], self.schemes[name], self.dtype)
+
+    def scheme(self, shared: Input) -> Scheme:
+        """The one scheme of the readers of an input: engines fuse them, so they never differ."""
+        schemes = {self.schemes[name] for name in shared.linears}
+        assert len(schemes) == 1, (shared.linears, schemes)
+        return schemes.pop()
+
+    @torch.no_grad()
+    def observe(self, *inputs: Input) -> None:
+        """Take the moments of these inputs with the module's weights as they are now.
+
+        With an ``original`` copy the cross moments too. Inputs are given in the order in which they
+        run; the block runs no further than the last one.
+        """
+        assert self.activations is not None, "the methods asked for no data"
+        names = [shared.linears for shared in inputs]
+        firsts = [linears[0] for linears in names]
+        twin = self.original
+        collector = Collector(
+            {name: self.part(name) for name in firsts},
+            names,
+            None if twin is None else {name: twin.get_submodule(name) for name in firsts},  # type: ignore[misc]
+        )
+        data = self.activations
+        with collector.hooks():
+            originals = None if twin is None else data.batches(_given(data.original))
+            for i, X in enumerate(data.batches(data.inputs)):
+                if originals is not None:
+                    collector.run(_given(twin), originals[i], data.arguments)
+                collector.run(self.module, X, data.arguments)
+        self.moments |= collector.means()
+
+    def place(self, name: str, W: Tensor) -> None:
+        """Let the module compute with this weight, rounded to the model's dtype."""
+        self.part(name).weight.data = W.to(self.dtype)
 
     def can_fold(self, shared: Input) -> bool:
         """Whether the source's outputs are the readers' inputs one to one.
@@ -69,7 +111,8 @@ class Block:
         if chosen := [n for n in (shared.source, *shared.linears) if n in self.grids]:
             raise UserError(
                 f"a transform chose the grid of {chosen[0]} and a later one scales it: "
-                "list transforms that scale (awq_scale) before those that narrow (awq_clip)"
+                "list transforms that scale (awq_scale) before those that choose grids "
+                "(awq_clip, opt)"
             )
         source = self.part(shared.source)
         if shared.source in self.weights:
@@ -85,8 +128,12 @@ class Block:
         for name in shared.linears:
             self.weights[name] *= s
         for moments in {id(m): m for m in map(self.moments.get, shared.linears) if m}.values():
-            moments.second /= s.unsqueeze(0) * s.unsqueeze(1)
-            moments.magnitude /= s
+            moments.scale(1 / s)
+
+
+def _given(value: Any) -> Any:
+    assert value is not None
+    return value
 
 
 def output_error(D: Tensor, H: Tensor) -> float:
@@ -95,14 +142,20 @@ def output_error(D: Tensor, H: Tensor) -> float:
 
 
 class Transform(Protocol):
-    """Changes a block without changing its function, or narrows its grids. Needs the moments."""
+    """Changes a block without changing its function, or chooses its grids. Needs the moments."""
 
     def __call__(self, block: Block) -> None: ...
 
 
 class Rounding(Protocol):
-    """Picks the integers of every linear of a block."""
+    """Picks the integers of every linear of a block.
 
-    needs_moments: bool
+    needs_data: looks at activations; needs_original: also at those of the original model;
+    refines: starts from the integers of the method before it. A method that does not is given {}.
+    """
 
-    def __call__(self, block: Block) -> dict[str, QTensor]: ...
+    needs_data: ClassVar[bool]
+    needs_original: ClassVar[bool]
+    refines: ClassVar[bool]
+
+    def __call__(self, block: Block, start: Mapping[str, QTensor]) -> dict[str, QTensor]: ...

@@ -2,30 +2,36 @@
 
 It is a Hugging Face folder (config.json, safetensors, index, tokenizer) in which a quantized linear
 ``NAME.weight`` is stored as ``NAME.codes`` uint8, ``NAME.scale``, and ``NAME.zero`` uint8 unless
-symmetric. config.json carries ``compress_record`` with the scheme.
+symmetric. config.json carries ``compress_record`` with the schemes.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-
 from torch import Tensor
 
+from compress.errors import UserError
+from compress.model.families import family_of
 from compress.model.folder import INDEX, ModelFolder, save_tensors, write_json
 from compress.quantize.qtensor import QTensor
+from compress.quantize.scheme import Scheme, Schemes
 
 KEY = "compress_record"
+VERSION = 2
 
 
 class RecordWriter:
     """Writes a record file by file, so that no more than one block is held in memory."""
 
-    def __init__(self, path: Path, source: ModelFolder, scheme: dict[str, Any]):
+    def __init__(self, path: Path, source: ModelFolder, schemes: Schemes):
         self.path = path
         path.mkdir(parents=True)
         source.copy_companions(path)
-        self._config = {**source.config, KEY: {"version": 1, "scheme": scheme}}
+        self._config: dict[str, Any] = {
+            **source.config,
+            KEY: {"version": VERSION, "schemes": schemes.as_config()},
+        }
         self._weight_map: dict[str, str] = {}
 
     def add(self, file: str, tensors: dict[str, Tensor | QTensor]) -> None:
@@ -57,5 +63,26 @@ def linears(record: ModelFolder) -> list[str]:
 def read_linear(record: ModelFolder, name: str) -> QTensor:
     """The QTensor of one linear of a record."""
     zero = record.tensor(f"{name}.zero") if f"{name}.zero" in record else None
-    bits = int(record.config[KEY]["scheme"]["bits"])
+    bits = scheme_of(record, name).bits
     return QTensor(record.tensor(f"{name}.codes"), record.tensor(f"{name}.scale"), zero, bits)
+
+
+def schemes_of(record: ModelFolder) -> Schemes:
+    """The schemes of a record. Raises UserError if another version of this tool wrote it."""
+    found = record.config[KEY]
+    if found.get("version") != VERSION:
+        raise UserError(
+            f"{record.path} is a record of version {found.get('version')}, this one reads {VERSION}: "
+            "compress the model again"
+        )
+    return Schemes.from_config(found["schemes"])
+
+
+def scheme_of(record: ModelFolder, name: str) -> Scheme:
+    """The scheme of one quantized linear, embedding or head of a record."""
+    schemes = schemes_of(record)
+    family = family_of(record.config)
+    if name in (family.embedding, family.head):
+        assert schemes.head is not None, name
+        return schemes.head
+    return schemes.of(name)

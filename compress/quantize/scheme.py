@@ -5,8 +5,9 @@ W (out, in); a grid holds scale and zero, each (out, groups).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,6 +79,45 @@ class Scheme:
     def columns_per_group(self, in_features: int) -> int:
         assert self.group_size != "auto", "resolve() settles the group size first"
         return in_features if self.group_size == "channel" else int(self.group_size)
+
+
+@dataclass(frozen=True)
+class Schemes:
+    """The scheme of every linear: one for all, and those that differ.
+
+    linears: of the linears of the decoder blocks
+    exceptions: full name of a linear -> its own scheme
+    head: of the embedding and the language-model head; None leaves them in 16 bits
+    """
+
+    linears: Scheme
+    exceptions: Mapping[str, Scheme] = field(default_factory=dict)
+    head: Scheme | None = None
+
+    def of(self, name: str) -> Scheme:
+        return self.exceptions.get(name, self.linears)
+
+    @property
+    def name(self) -> str:
+        mixed = "mixed-" if self.exceptions else ""
+        head = f"+head-{self.head.name}" if self.head else ""
+        return f"{mixed}{self.linears.name}{head}"
+
+    def as_config(self) -> dict[str, Any]:
+        """What a record keeps of it, as JSON."""
+        return {
+            "linears": asdict(self.linears),
+            "exceptions": {name: asdict(scheme) for name, scheme in self.exceptions.items()},
+            "head": None if self.head is None else asdict(self.head),
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Schemes:
+        return cls(
+            Scheme(**config["linears"]),
+            {name: Scheme(**scheme) for name, scheme in config["exceptions"].items()},
+            None if config["head"] is None else Scheme(**config["head"]),
+        )
 
 
 def _common_group_size(in_features: Iterable[int]) -> int | None:

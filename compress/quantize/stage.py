@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from calibration.moments import collect
 from compress.errors import UserError
 from compress.model.families import Family, family_of
 from compress.model.folder import ModelFolder
@@ -21,7 +20,7 @@ from compress.progress import track
 from compress.quantize.block import Block, Rounding, Transform, output_error
 from compress.quantize.qtensor import QTensor
 from compress.quantize.record import KEY, RecordWriter
-from compress.quantize.scheme import Scheme
+from compress.quantize.scheme import Schemes
 
 log = logging.getLogger(__name__)
 
@@ -31,94 +30,120 @@ def quantize(
     target: Path,
     *,
     tokens: Tensor | None,
-    scheme: Scheme,
+    schemes: Schemes,
     transforms: Sequence[Transform],
-    rounding: Rounding,
+    roundings: Sequence[Rounding],
     device: torch.device,
 ) -> dict[str, Any]:
-    """Quantize every linear of the decoder blocks; embedding and head stay as they are.
+    """Quantize the linears of the decoder blocks.
 
     tokens: calibration tokens (sequences, length), or None if no method needs data. With tokens the
         inputs of a block come from the already quantized blocks before it, and errors are reported.
-    Writes the record to ``target`` and returns what metrics.json keeps: the settled scheme, and per
-    block its seconds and per linear its relative output error.
+    roundings: the first picks the integers, each further one refines them
+    Writes the record to ``target`` and returns what metrics.json keeps: per block its seconds and per
+    linear its relative output error.
 
     Raises UserError for an unknown family, a source that is quantized already or holds tensors its
     config does not account for, a group size that does not fit, weights that are not finite.
     """
     family = family_of(source.config)
-    scheme = settle(source, family, scheme)
-    writer = RecordWriter(target, source, asdict(scheme))
+    schemes = settle(source, family, schemes)
+    writer = RecordWriter(target, source, schemes)
     walk = Walk(source, family, device)
+    original = any(method.needs_original for method in roundings)
+    needed = bool(transforms) or any(method.needs_data for method in roundings)
+    assert tokens is not None or not needed, "methods need tokens"
     if tokens is not None:
-        walk.embed(tokens)
-    assert tokens is not None or not (transforms or rounding.needs_moments), "methods need tokens"
+        walk.embed(tokens, original=original)
 
     blocks = []
     for index in track(range(len(walk)), "quantize blocks"):
         start = time.perf_counter()
         prefix = walk.prefix(index)
         with walk.open(index) as module, torch.no_grad():
-            block = open_block(module, prefix, family, scheme, source.dtype)
+            block = open_block(module, prefix, family, schemes, source.dtype)
             if tokens is not None:
-                _calibrate(block, walk, index)
+                block.activations = walk.enter(index)
+                block.observe(*family.inputs)
             for transform in transforms:
                 transform(block)
-            quantized = rounding(block)
+            quantized = round_block(block, roundings, original)
             report = _close(block, quantized)
-            if tokens is not None:
-                walk.run(index, keep=True)
+            if block.activations is not None:
+                walk.leave(index, block.activations)
             writer.add(f"block-{index:05d}.safetensors", _tensors(block, prefix, quantized))
         report["seconds"] = time.perf_counter() - start
         log.info("%s: %.1f s%s", prefix, report["seconds"], _error_text(report["linears"]))
         blocks.append(report)
     _copy_rest(source, family, len(walk), writer)
     writer.close()
-    return {"scheme": {"name": scheme.name, **asdict(scheme)}, "blocks": blocks}
+    return {"scheme": {"name": schemes.name, **schemes.as_config()}, "blocks": blocks}
 
 
-def settle(source: ModelFolder, family: Family, scheme: Scheme) -> Scheme:
-    """The scheme with its group size settled on the shapes of the model, read from file headers.
+def round_block(block: Block, roundings: Sequence[Rounding], original: bool) -> dict[str, QTensor]:
+    """Pick the integers of a transformed block. ``original``: a method looks at the original block."""
+    for name, W in block.weights.items():
+        block.place(name, W)
+    if original:
+        block.original = copy.deepcopy(block.module)
+    quantized: dict[str, QTensor] = {}
+    for method in roundings:
+        quantized = method(block, quantized)
+    block.original = None
+    return quantized
 
-    Raises UserError if the model is quantized already, or the scheme does not fit it.
+
+def settle(source: ModelFolder, family: Family, schemes: Schemes) -> Schemes:
+    """The schemes with group sizes settled on the shapes of the model, read from file headers.
+
+    Raises UserError if the model is quantized already, or a scheme does not fit it.
     """
     if "quantization_config" in source.config or KEY in source.config:
         raise UserError(f"{source.path} is quantized already: start from its 16-bit original")
-    prefix = f"{family.blocks}."
-    suffixes = tuple(f".{name}.weight" for name in family.linears)
-    shapes = {
-        name: source.shape(name)
-        for name in source.names
-        if name.startswith(prefix) and name.endswith(suffixes)
-    }
+    shapes = {name: source.shape(f"{name}.weight") for name in linear_names(source, family)}
     if not shapes:
         raise UserError(f"{source.path} holds none of the linears of the {family.name} family")
-    settled = scheme.resolve({name: (shape[0], shape[1]) for name, shape in shapes.items()})
-    if settled != scheme:
-        log.info("scheme.group_size=auto: groups of %s divide every linear", settled.group_size)
+    linears = {name: (shape[0], shape[1]) for name, shape in shapes.items()}
+    if unknown := [name for name in schemes.exceptions if name not in linears]:
+        raise UserError(f"{source.path} holds no linear {unknown[0]}")
+    settled = Schemes(
+        schemes.linears.resolve(linears),
+        {name: own.resolve(linears) for name, own in schemes.exceptions.items()},
+        schemes.head and schemes.head.resolve(_head_shapes(source, family)),
+    )
+    if settled != schemes:
+        log.info("scheme.group_size=auto: %s", settled.name)
     return settled
 
 
+def linear_names(source: ModelFolder, family: Family) -> list[str]:
+    """Full names of the linears of the decoder blocks, without suffix, in file order."""
+    suffixes = tuple(f".{name}.weight" for name in family.linears)
+    return [
+        name.removesuffix(".weight")
+        for name in source.names
+        if name.startswith(f"{family.blocks}.") and name.endswith(suffixes)
+    ]
+
+
+def _head_shapes(source: ModelFolder, family: Family) -> dict[str, tuple[int, int]]:
+    names = [n for n in (family.embedding, family.head) if f"{n}.weight" in source]
+    shapes = {name: source.shape(f"{name}.weight") for name in names}
+    return {name: (shape[0], shape[1]) for name, shape in shapes.items()}
+
+
 def open_block(
-    module: nn.Module, prefix: str, family: Family, scheme: Scheme, dtype: torch.dtype
+    module: nn.Module, prefix: str, family: Family, schemes: Schemes, dtype: torch.dtype
 ) -> Block:
     """A block with float32 working copies of its linears. Raises UserError on NaN or Inf weights."""
-    block = Block(module, family, scheme, dtype, weights={})
+    own = {name: schemes.of(f"{prefix}.{name}") for name in family.linears}
+    block = Block(module, family, own, dtype, weights={})
     for name in family.linears:
         W = block.part(name).weight.detach().to(torch.float32, copy=True)
         if not torch.isfinite(W).all():
             raise UserError(f"tensor {prefix}.{name}.weight holds NaN or Inf")
         block.weights[name] = W
     return block
-
-
-def _calibrate(block: Block, walk: Walk, index: int) -> None:
-    """Fill the moments by running the block, not yet quantized, on its inputs."""
-    linears = {name: block.part(name) for name in block.weights}
-    with collect(linears, [shared.linears for shared in block.family.inputs]) as sums:
-        walk.run(index, keep=False)
-    means = {id(m): m.mean() for m in sums.values()}
-    block.moments = {name: means[id(m)] for name, m in sums.items()}
 
 
 def _close(block: Block, quantized: Mapping[str, QTensor]) -> dict[str, Any]:
@@ -134,8 +159,10 @@ def _close(block: Block, quantized: Mapping[str, QTensor]) -> dict[str, Any]:
             H, W = block.moments[name].second, block.weights[name]
             before = output_error(W, H)
             entry["relative_error"] = output_error(Wq.float() - W, H) / before if before else 0.0
+            if block.moments[name].tokens < W.shape[1]:
+                entry["few_tokens"] = block.moments[name].tokens
         report["linears"][name] = entry
-        block.part(name).weight.data = Wq
+        block.place(name, Wq)
     return report
 
 
@@ -146,6 +173,7 @@ def _tensors(block: Block, prefix: str, quantized: Mapping[str, QTensor]) -> dic
 
 
 def _copy_rest(source: ModelFolder, family: Family, blocks: int, writer: RecordWriter) -> None:
+    """Everything outside the blocks."""
     prefixes = tuple(f"{family.blocks}.{index}." for index in range(blocks))
     rest = [name for name in source.names if not name.startswith(prefixes)]
     writer.add("rest.safetensors", {name: source.tensor(name).to(source.dtype) for name in rest})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,9 +15,12 @@ from compress.quantize.scheme import to_codes
 class Nearest:
     """No knobs, no data."""
 
-    needs_moments: ClassVar[bool] = False
+    needs_data: ClassVar[bool] = False
+    needs_original: ClassVar[bool] = False
+    refines: ClassVar[bool] = False
 
-    def __call__(self, block: Block) -> dict[str, QTensor]:
+    def __call__(self, block: Block, start: Mapping[str, QTensor]) -> dict[str, QTensor]:
         return {
-            name: to_codes(W, block.grid(name), block.scheme) for name, W in block.weights.items()
+            name: to_codes(W, block.grid(name), block.schemes[name])
+            for name, W in block.weights.items()
         }

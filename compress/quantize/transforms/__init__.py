@@ -2,5 +2,6 @@
 
 from compress.quantize.transforms.awq_clip import AwqClip
 from compress.quantize.transforms.awq_scale import AwqScale
+from compress.quantize.transforms.opt import Opt
 
-TRANSFORMS = {"awq_scale": AwqScale, "awq_clip": AwqClip}
+TRANSFORMS = {"awq_scale": AwqScale, "awq_clip": AwqClip, "opt": Opt}

@@ -38,7 +38,7 @@ class AwqClip:
         for name, W in block.weights.items():
             if name not in block.family.attention_logits:
                 H = block.moments[name].second
-                block.grids[name] = self.search(W, H, block.scheme, block.dtype)
+                block.grids[name] = self.search(W, H, block.schemes[name], block.dtype)
 
     def search(self, W: Tensor, H: Tensor, scheme: Scheme, dtype: torch.dtype) -> Grid:
         """The grid of each group whose own output error is least; groups are taken as independent."""

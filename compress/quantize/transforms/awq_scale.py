@@ -37,7 +37,7 @@ class AwqScale:
             W = torch.cat([block.weights[name] for name in shared.linears])
             moments = block.moments[shared.linears[0]]
             s, exponent, ratio = self.search(
-                W, moments.second, moments.magnitude, block.scheme, block.dtype
+                W, moments.second, moments.magnitude, block.scheme(shared), block.dtype
             )
             block.fold(shared, s)
             block.notes[f"awq_scale.{'+'.join(shared.linears)}"] = {

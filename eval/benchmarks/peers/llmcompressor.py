@@ -1,6 +1,7 @@
-"""llm-compressor's AWQ on given token blocks. Runs in llm-compressor's own environment, alone.
+"""llm-compressor on given token blocks. Runs in llm-compressor's own environment, alone.
 
-python llmcompressor_awq.py MODEL_FOLDER TOKENS.json BITS GROUP_SIZE OUTPUT_FOLDER
+python llmcompressor.py METHOD MODEL_FOLDER TOKENS.json BITS GROUP_SIZE OUTPUT_FOLDER
+METHOD: rtn, awq (duo scaling "both"), gptq (activation order "static", which files without g_idx can hold)
 """
 
 import json
@@ -9,13 +10,14 @@ import sys
 import torch
 from datasets import Dataset
 from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from transformers import AutoModelForCausalLM
 
 
 def main() -> None:
-    model_path, tokens_path, bits, group_size, output = sys.argv[1:]
+    method, model_path, tokens_path, bits, group_size, output = sys.argv[1:]
     if not torch.cuda.is_available():
         # 0.14 pins host memory even without an accelerator, where pinning fails.
         torch.Tensor.pin_memory = lambda tensor, *_: tensor
@@ -30,14 +32,17 @@ def main() -> None:
         "strategy": "group",
         "group_size": int(group_size),
     }
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    scheme = {"ignore": ["lm_head"], "config_groups": {"group_0": {"targets": ["Linear"]}}}
+    scheme["config_groups"]["group_0"]["weights"] = weights
+    recipe = {
+        "rtn": lambda: [QuantizationModifier(**scheme)],
+        "awq": lambda: [AWQModifier(duo_scaling="both"), QuantizationModifier(**scheme)],
+        "gptq": lambda: [GPTQModifier(actorder="static", **scheme)],
+    }[method]()
     oneshot(
         model=model,
         dataset=Dataset.from_list(rows),
-        recipe=[
-            AWQModifier(duo_scaling="both"),
-            QuantizationModifier(ignore=["lm_head"], config_groups=groups),
-        ],
+        recipe=recipe,
         max_seq_length=len(tokens[0]),
         num_calibration_samples=len(tokens),
         shuffle_calibration_samples=False,

@@ -1,0 +1,215 @@
+"""SignRound (arXiv 2309.05516): rounding offsets and clipping learned by signed gradient steps.
+
+W, V, u, q (out, groups, columns); scale, zero and range factors (out, groups, 1)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from compress.errors import UserError
+from compress.quantize.block import Block
+from compress.quantize.qtensor import QTensor
+from compress.quantize.scheme import Grid, Scheme, make_grid
+
+# How often the whole validation share is looked at, and how large it is (in mini-batches).
+CHECKS = 5
+CHECKED_BATCHES = 4
+# How far an end of a group's range may move, as shares of where it starts.
+LEAST, MOST = 0.05, 1.25
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Learn what to round up and down, and how far to clip, for the block's output error.
+
+    Inputs come from the compressed prefix, targets from the original model. Starts from the integers
+    of the method before it, or from nearest. The best of ``CHECKS`` looks at a fixed share of the
+    data is kept, the start included.
+
+    iters: steps; the step size is 1 / iters, falling to 0
+    batch: sequences a step
+    """
+
+    iters: int = 200
+    batch: int = 8
+
+    needs_data: ClassVar[bool] = True
+    needs_original: ClassVar[bool] = True
+    refines: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for name in ("iters", "batch"):
+            if getattr(self, name) < 1:
+                raise UserError(
+                    f"rounding.learned.{name}={getattr(self, name)} is not allowed: choose 1 or more"
+                )
+
+    def __call__(self, block: Block, start: Mapping[str, QTensor]) -> dict[str, QTensor]:
+        data = block.activations
+        assert data is not None
+        assert data.targets is not None
+        weights = {
+            name: LearnedWeight(
+                W, block.grids.get(name), start.get(name), block.schemes[name], block.dtype
+            )
+            for name, W in block.weights.items()
+        }
+        parameters = {name: block.part(name).weight for name in weights}
+        generator = torch.Generator().manual_seed(0)
+        sequences = len(data.inputs)
+        batch = min(self.batch, sequences)
+        # Tokens with huge activations would drown the others; the next norm divides by size anyway.
+        size = data.targets.float().pow(2).mean(-1, keepdim=True).clamp(min=1e-6)
+        token_weight = 1 / size
+
+        def loss_of(rows: Tensor) -> Tensor:
+            Y = block.module(data.inputs[rows], **data.arguments)
+            error = (Y.float() - data.targets[rows].float()).pow(2) * token_weight[rows]
+            return error.mean()
+
+        def place() -> None:
+            for name, weight in weights.items():
+                parameters[name].data = weight.rounded()
+
+        checked = torch.arange(min(CHECKED_BATCHES * batch, sequences)).split(batch)
+
+        def check() -> float:
+            with torch.no_grad():
+                return sum(float(loss_of(rows)) * len(rows) for rows in checked)
+
+        place()
+        first = least = check()
+        best = {name: weight.state() for name, weight in weights.items()}
+        order = torch.empty(0, dtype=torch.int64)
+        for step in range(self.iters):
+            if len(order) < batch:
+                order = torch.randperm(sequences, generator=generator)
+            rows, order = order[:batch], order[batch:]
+            for p in parameters.values():
+                p.requires_grad_(True)
+                p.grad = None
+            with torch.enable_grad():
+                loss_of(rows).backward()
+            rate = (1 - step / self.iters) / self.iters
+            for name, weight in weights.items():
+                p = parameters[name]
+                p.requires_grad_(False)
+                weight.step(p.grad, rate)
+                p.grad = None
+            place()
+            if (step + 1) * CHECKS % self.iters < CHECKS:
+                found = check()
+                if found < least:
+                    least = found
+                    best = {name: weight.state() for name, weight in weights.items()}
+        quantized = {}
+        for name, weight in weights.items():
+            weight.restore(best[name])
+            quantized[name] = weight.quantized()
+            block.place(name, quantized[name].dequantize(block.dtype))
+        block.notes["learned"] = {"error_ratio": least / first if first else 1.0}
+        return quantized
+
+
+class LearnedWeight:
+    """One linear's weight with its rounding offsets V and the two range factors of every group.
+
+    q = round(W / scale + zero + V) clamped; the range of a group is [low * factor, high * factor],
+    from which scale and zero follow. Gradients pass rounding straight through.
+    """
+
+    def __init__(
+        self,
+        W: Tensor,
+        grid: Grid | None,
+        start: QTensor | None,
+        scheme: Scheme,
+        dtype: torch.dtype,
+    ):
+        self.dtype, self.bits, self.max_code = dtype, scheme.bits, scheme.max_code
+        if start is not None:
+            grid = Grid(start.scale, start.zero)
+        elif grid is None:
+            grid = make_grid(W, scheme, dtype)
+        self.symmetric = grid.zero is None
+        scale = grid.scale.float().unsqueeze(-1)
+        zero = float(2 ** (self.bits - 1)) if grid.zero is None else grid.zero.float().unsqueeze(-1)
+        self.low, self.high = -zero * scale, (self.max_code - zero) * scale
+        self.W = W.unflatten(1, (grid.scale.shape[1], -1))
+        if start is not None:
+            self.W = _inside(
+                self.W, start.codes.unflatten(1, self.W.shape[1:]), scale, zero, self.max_code
+            )
+        self.V = torch.zeros_like(self.W)
+        self.low_factor, self.high_factor = torch.ones_like(scale), torch.ones_like(scale)
+        self._grid()
+
+    def _grid(self) -> None:
+        """scale, rounded to how it is stored, and zero from the range factors."""
+        low, high = self.low * self.low_factor, self.high * self.high_factor
+        self.scale = ((high - low) / self.max_code).to(self.dtype).float()
+        if self.symmetric:
+            self.zero = torch.full_like(self.scale, 2 ** (self.bits - 1))
+        else:
+            self.zero = (-low / self.scale).round_().clamp_(0, self.max_code)
+
+    def _codes(self) -> tuple[Tensor, Tensor]:
+        """Codes before and after the clamp, float32."""
+        q = (self.W / self.scale).add_(self.zero).add_(self.V).round_()
+        return q, q.clamp(0, self.max_code)
+
+    def rounded(self) -> Tensor:
+        """The weight as it comes back from its codes, (out, in) in the model's dtype."""
+        _, q = self._codes()
+        return q.sub_(self.zero).mul_(self.scale).flatten(1).to(self.dtype)
+
+    def step(self, gradient: Tensor, rate: float) -> None:
+        """One signed step against the gradient (out, in) of the loss by the rounded weight."""
+        G = gradient.float().unflatten(1, self.W.shape[1:])
+        unclamped, q = self._codes()
+        inside = unclamped == q
+        by_scale = torch.where(inside, q - self.zero - self.W / self.scale, q - self.zero)
+        by_scale = by_scale.mul_(G).sum(-1, keepdim=True)
+        self.V.sub_(G.sign().mul_(inside), alpha=rate).clamp_(-0.5, 0.5)
+        if self.symmetric:
+            self.high_factor.sub_(by_scale.sign_(), alpha=rate).clamp_(LEAST, MOST)
+            self.low_factor.copy_(self.high_factor)
+        else:
+            by_zero = -G.masked_fill_(inside, 0).sum(-1, keepdim=True) * self.scale
+            by_low = -self.low / self.max_code * by_scale
+            by_low -= (
+                self.low * self.high * self.high_factor / (self.max_code * self.scale**2) * by_zero
+            )
+            by_high = self.high / self.max_code * by_scale
+            by_high += (
+                self.low * self.low_factor * self.high / (self.max_code * self.scale**2) * by_zero
+            )
+            self.low_factor.sub_(by_low.sign_(), alpha=rate).clamp_(LEAST, MOST)
+            self.high_factor.sub_(by_high.sign_(), alpha=rate).clamp_(LEAST, MOST)
+        self._grid()
+
+    def state(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.V.clone(), self.low_factor.clone(), self.high_factor.clone()
+
+    def restore(self, state: tuple[Tensor, Tensor, Tensor]) -> None:
+        self.V, self.low_factor, self.high_factor = state
+        self._grid()
+
+    def quantized(self) -> QTensor:
+        _, q = self._codes()
+        zero = None if self.symmetric else self.zero.squeeze(-1).to(torch.uint8)
+        scale = self.scale.squeeze(-1).to(self.dtype)
+        return QTensor(q.flatten(1).to(torch.uint8), scale, zero, self.bits)
+
+
+def _inside(W: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | float, max_code: int) -> Tensor:
+    """W moved as little as needed to round to ``codes``; what lies beyond the range stays there."""
+    low = torch.where(codes == 0, -torch.inf, codes.float() - 0.49)
+    high = torch.where(codes == max_code, torch.inf, codes.float() + 0.49)
+    return ((W / scale + zero).clamp(low, high) - zero) * scale
