@@ -7,7 +7,7 @@ READY := .venv/.ready
 VLLM := .venv-vllm
 PEER := .venv-llmcompressor
 
-.PHONY: help setup demo test check test-gpu golden serve-check bench-awq clean
+.PHONY: help setup demo test check test-gpu golden serve-check bench-peers clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -57,8 +57,8 @@ $(PEER)/.ready:
 	$(PEER)/bin/pip install -q llmcompressor==0.14.0.1
 	touch $@
 
-bench-awq: setup $(PEER)/.ready  ## AWQ against llm-compressor in one run, about 20 minutes
-	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.benchmarks.awq_peer --peer-python $(PEER)/bin/python
+bench-peers: setup $(PEER)/.ready  ## llm-compressor and auto-round beside ours: hours; outputs/peers keeps what is done
+	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.benchmarks.peers_table --peer-python $(PEER)/bin/python --keep outputs/peers
 
 clean:  ## remove the environments
 	rm -rf .venv $(VLLM) $(PEER)

@@ -153,7 +153,7 @@ class Collector:
 
     def means(self) -> dict[str, Moments]:
         """name -> Moments; names that share an input share the object."""
-        found = {}
+        found: dict[str, Moments] = {}
         for names, sums in self._sums.items():
             found |= dict.fromkeys(names, sums.mean())
         return found

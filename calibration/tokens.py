@@ -6,7 +6,7 @@ tokens: int64 (sequences, length)
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,29 +30,40 @@ def _blocks(tokens: Tensor) -> TokenBlocks:
 
 
 def calibration_blocks(
-    texts: list[str], tokenizer: Any, *, sequences: int, length: int, seed: int
+    mix: Mapping[str, list[str]], tokenizer: Any, *, sequences: int, length: int, seed: int
 ) -> TokenBlocks:
-    """Random blocks for calibration.
+    """Random blocks for calibration, as many from each part of the mix, give or take one.
 
-    Documents are shuffled with the seed, joined with the end-of-text token, cut into blocks, and
-    ``sequences`` blocks are drawn from about four times as many, so that one long document does not
-    fill the sample. A tokenizer that starts every text with BOS has it at the start of every block.
+    mix: documents of each part by name. Row i is of part i modulo the number of parts, so that parts
+    have equal shares of the tokens, however long their documents are, also in the first rows.
 
-    Raises UserError if the text is too short.
+    Raises UserError naming the part whose text is too short.
     """
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(texts), generator=generator).tolist()
     prefix = bos_prefix(tokenizer)
-    body = length - len(prefix)
-    stream = _stream((texts[i] for i in order), tokenizer, 4 * sequences * body)
-    blocks = stream[: len(stream) // body * body].view(-1, body)
-    if len(blocks) < sequences:
-        raise UserError(
-            f"the calibration text gives {len(blocks)} blocks of {length} tokens, "
-            f"data.sequences asks for {sequences}"
-        )
-    chosen = torch.randperm(len(blocks), generator=generator)[:sequences]
-    return _blocks(_with_prefix(blocks[chosen], prefix))
+    drawn = []
+    for i, (name, texts) in enumerate(mix.items()):
+        generator = torch.Generator().manual_seed(seed)
+        # Drawn from more than is needed, so that one long document does not fill the sample.
+        blocks = _shuffled(texts, tokenizer, length - len(prefix), 4 * sequences, generator)
+        wanted = len(range(i, sequences, len(mix)))
+        if len(blocks) < wanted:
+            raise UserError(
+                f"the calibration text {name} gives {len(blocks)} blocks of {length} tokens, "
+                f"{wanted} are needed: lower data.sequences or data.length, or choose a longer text"
+            )
+        drawn.append(blocks[torch.randperm(len(blocks), generator=generator)[:wanted]])
+    rows = [drawn[i % len(drawn)][i // len(drawn)] for i in range(sequences)]
+    return _blocks(_with_prefix(torch.stack(rows), prefix))
+
+
+def _shuffled(
+    texts: list[str], tokenizer: Any, length: int, enough: int, generator: torch.Generator
+) -> Tensor:
+    """Blocks (about enough or fewer, length) of the documents in random order, joined with the
+    end-of-text token."""
+    order = torch.randperm(len(texts), generator=generator).tolist()
+    stream = _stream((texts[i] for i in order), tokenizer, enough * length)
+    return stream[: len(stream) // length * length].view(-1, length)
 
 
 def evaluation_windows(

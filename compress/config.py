@@ -52,13 +52,15 @@ class DataConfig:
 class EvalConfig:
     """Accuracy: the first ``tokens`` tokens of each text in windows, lm-eval tasks on ``limit``
     questions each (null = all). text_field and split: where a text is in its source. dtype is for
-    the texts; tasks run in the checkpoint's own."""
+    the texts; tasks run in the checkpoint's own. block_tokens: tokens of each text on which the harm
+    of every block alone is measured; null leaves it out."""
 
     texts: list[str] = field(default_factory=list)
     text_field: str = "text"
     split: str = "train"
     tokens: int = 6144
     window: int = 1024
+    block_tokens: int | None = None
     dtype: str = "float32"
     tasks: list[str] = field(default_factory=list)
     limit: int | None = None
@@ -135,13 +137,15 @@ def parse(settings: RecipeConfig) -> Run:
     _check_names("export", [settings.export], tuple(FORMATS))
     _check_stages(settings)
     head, search = settings.head, settings.search
+    schemes = Schemes(
+        _build("scheme", Scheme, settings.scheme),
+        head=None if head is None else _build("head", Scheme, head),
+    )
+    FORMATS[settings.export].check(schemes, search is not None)
     repairs = _plugins("repair", settings.repair, REPAIRS)
     return Run(
         settings=settings,
-        schemes=Schemes(
-            _build("scheme", Scheme, settings.scheme),
-            head=None if head is None else _build("head", Scheme, head),
-        ),
+        schemes=schemes,
         transforms=tuple(_plugins("transforms", settings.transforms, TRANSFORMS)),
         roundings=_roundings(settings),
         search=None if search is None else _build("search", Search, search),

@@ -25,12 +25,14 @@ from calibration.tokens import TokenBlocks, evaluation_windows
 from compress.config import EvalConfig, SpeedConfig
 from compress.environment import environment
 from compress.errors import UserError
+from compress.export.formats import Weights
 from compress.model.families import Family, family_of
 from compress.model.folder import DTYPES, ModelFolder, write_json
 from compress.model.skeleton import empty_model
 from compress.progress import track
 from compress.runtime.decoder import open_decoder
 from compress.runtime.load import load_dense
+from eval.blocks import block_divergence
 from eval.speed import Load, measure_speed
 from eval.task_scores import packaged_tasks, score_tasks, task_sources, unknown_tasks
 from eval.text import evaluate_text
@@ -74,9 +76,10 @@ def measure_size(folder: ModelFolder) -> dict[str, Any]:
 
 def _kept(folder: ModelFolder, family: Family) -> Iterator[str]:
     """Weight matrices that stay as they were: embedding, head, and any linear left out."""
-    for name in folder.names:
-        if name.endswith(".weight") and len(folder.shape(name)) == 2:
-            module = name.removesuffix(".weight")
+    weights = Weights(folder)
+    for name in weights.names:
+        module, _, part = name.rpartition(".")
+        if part == "weight" and module not in weights.linears and len(folder.shape(name)) == 2:
             shared = folder.tied_head and module == family.embedding
             yield f"{module} (also the {family.head})" if shared else module
 
@@ -142,6 +145,35 @@ def measure_accuracy(
         if base is not None:
             results["base"]["tasks"] = _score_cached(base, config, tokenizer, device)
     return results
+
+
+def measure_blocks(
+    candidate: ModelFolder,
+    base: ModelFolder,
+    windows: Mapping[str, TokenBlocks],
+    config: EvalConfig,
+    device: torch.device,
+) -> dict[str, list[float]]:
+    """KL of every block of the candidate alone in ``base``, for each text; see eval.blocks.
+
+    base: the folder that was quantized, whose hidden states the candidate's blocks share
+    """
+    assert config.block_tokens is not None
+    family, dtype = family_of(base.config), DTYPES[config.dtype]
+    model, other = load_dense(base, device, dtype), load_dense(candidate, device, dtype)
+    norm, head = model.get_submodule(family.final_norm), model.get_output_embeddings()
+    found = {}
+    for text, blocks in windows.items():
+        rows = [row[: config.block_tokens] for row in blocks.tokens.to(device)]
+        count = max(1, config.block_tokens // config.window)
+        found[text] = block_divergence(
+            model,
+            list(model.get_submodule(family.blocks)),
+            list(other.get_submodule(family.blocks)),
+            lambda hidden: head(norm(hidden)),
+            track(rows[:count], f"blocks alone, {text}"),
+        )
+    return found
 
 
 def _remark(found: Mapping[str, float]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from calibration.texts import load_texts
+from calibration.texts import load_mix, load_texts
 from calibration.tokens import TokenBlocks, calibration_blocks
 from compress.config import STAGES, Run
 from compress.environment import environment
@@ -26,6 +26,7 @@ from compress.export.formats import FORMATS
 from compress.measure import (
     check_tasks,
     measure_accuracy,
+    measure_blocks,
     measure_decode,
     measure_size,
     open_windows,
@@ -33,8 +34,11 @@ from compress.measure import (
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder, write_json
 from compress.model.sources import open_tokenizer, resolve_model
+from compress.quantize.search import budget, choose
 from compress.quantize.stage import quantize, settle
+from compress.report import bits, blocks
 from compress.report.table import METRICS, table
+from compress.rotate import rotate, rotated_sizes
 from eval.memory import peak_cuda, peak_rss, reset_peak, rss
 
 log = logging.getLogger(__name__)
@@ -47,9 +51,14 @@ def check(run: Run) -> None:
     """
     settings = run.settings
     model = ModelFolder(resolve_model(settings.model.source, settings.model.revision))
-    settle(model, family_of(model.config), run.schemes)
+    family = family_of(model.config)
+    settle(model, family, run.schemes)
+    if run.search is not None:
+        budget(model, run.search, run.schemes)
+    if "rotate" in settings.stages:
+        rotated_sizes(model, family)
     if run.needs_data:
-        load_texts(settings.data.source, settings.data.field, settings.data.split)
+        load_mix(settings.data.source, settings.data.field, settings.data.split)
     if settings.eval is not None:
         for text in settings.eval.texts:
             load_texts(text, settings.eval.text_field, settings.eval.split)
@@ -60,8 +69,8 @@ def run_recipe(run: Run, name: str, out: Path) -> dict[str, Any]:
     """Compress, export, audit, evaluate, measure. Returns what it wrote to metrics.json.
 
     ``out`` gets a folder for each stage, checkpoint/, metrics.json and table.md; each appears under
-    its name only when it is whole. Raises UserError before any weight is read if the recipe does not fit model or
-    data.
+    its name only when it is whole. Raises UserError before any weight is read if the recipe does not
+    fit model or data.
     """
     settings = run.settings
     model = ModelFolder(resolve_model(settings.model.source, settings.model.revision))
@@ -86,6 +95,12 @@ def run_recipe(run: Run, name: str, out: Path) -> dict[str, Any]:
         )
         for row in rows:
             rows[row] |= accuracy[row]
+        if settings.eval.block_tokens is not None:
+            before = out / settings.stages[settings.stages.index("quantize") - 1]
+            quantized = model if settings.stages[0] == "quantize" else ModelFolder(before)
+            compression["block_kl"] = measure_blocks(
+                checkpoint, quantized, windows, settings.eval, run.device
+            )
     if settings.speed is not None:
         log.info("measuring decode speed")
         speed = measure_decode({"base": model, "candidate": checkpoint}, settings.speed, run.device)
@@ -102,8 +117,23 @@ def run_recipe(run: Run, name: str, out: Path) -> dict[str, Any]:
     }
     with _whole(out / METRICS) as partial:
         write_json(partial, metrics)
+    _draw(compression, out)
     (out / "table.md").write_text(table([metrics]), encoding="utf-8")
     return metrics
+
+
+def _draw(compression: dict[str, Any], out: Path) -> None:
+    """The pictures of a run: bits that were searched, and where the loss comes from."""
+    if "search" in compression:
+        with _whole(out / bits.PICTURE) as partial:
+            bits.draw_bits(compression["search"], partial)
+    if compression["calibration_tokens"] is not None:
+        by_text = compression.get("block_kl")
+        mean = (
+            None if not by_text else [sum(v) / len(v) for v in zip(*by_text.values(), strict=True)]
+        )
+        with _whole(out / blocks.PICTURE) as partial:
+            blocks.draw_blocks(compression["blocks"], mean, partial)
 
 
 def _compress(run: Run, model: ModelFolder, tokenizer: Any, out: Path) -> dict[str, Any]:
@@ -145,14 +175,25 @@ def _compress(run: Run, model: ModelFolder, tokenizer: Any, out: Path) -> dict[s
     }
 
 
+def _rotate(
+    run: Run, model: ModelFolder, source: ModelFolder, target: Path, tokens: Tensor | None
+) -> dict[str, Any]:
+    return {"rotate": rotate(source, target)}
+
+
 def _quantize(
     run: Run, model: ModelFolder, source: ModelFolder, target: Path, tokens: Tensor | None
 ) -> dict[str, Any]:
-    return quantize(
+    schemes, searched = run.schemes, dict[str, Any]()
+    if run.search is not None:
+        assert tokens is not None
+        schemes, found = choose(source, run.search, schemes, tokens, run.device)
+        searched = {"search": found}
+    return searched | quantize(
         source,
         target,
         tokens=tokens,
-        schemes=run.schemes,
+        schemes=schemes,
         transforms=run.transforms,
         roundings=run.roundings,
         device=run.device,
@@ -167,7 +208,7 @@ def _repair(
     return {"repair": run.repair(source, model, target, tokens, run.device)}
 
 
-_STAGES = {"quantize": _quantize, "repair": _repair}
+_STAGES = {"rotate": _rotate, "quantize": _quantize, "repair": _repair}
 
 
 def _calibration(run: Run, tokenizer: Any) -> TokenBlocks | None:
@@ -176,7 +217,7 @@ def _calibration(run: Run, tokenizer: Any) -> TokenBlocks | None:
         return None
     data = run.settings.data
     return calibration_blocks(
-        load_texts(data.source, data.field, data.split),
+        load_mix(data.source, data.field, data.split),
         tokenizer,
         sequences=data.sequences,
         length=data.length,
@@ -187,9 +228,8 @@ def _calibration(run: Run, tokenizer: Any) -> TokenBlocks | None:
 def _recipe_hash(run: Run, scheme: dict[str, Any]) -> str:
     """Hash of what decides the checkpoint: stages, methods with their knobs, data, format."""
     settings = asdict(run.settings)
-    decisive = {
-        k: settings[k] for k in ("stages", "transforms", "rounding", "repair", "data", "export")
-    }
+    keys = ("stages", "head", "search", "transforms", "rounding", "repair", "data", "export")
+    decisive = {key: settings[key] for key in keys}
     return hashlib.sha256(json.dumps([decisive, scheme], sort_keys=True).encode()).hexdigest()
 
 

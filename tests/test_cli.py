@@ -71,7 +71,7 @@ def test_a_run_folder_holds_what_it_should(
     cwd, _ = sweep
     for recipe in ("rtn-int3", "awq-int3"):
         (run,) = (cwd / "outputs" / "model" / recipe).iterdir()
-        assert {"checkpoint", "record", "metrics.json", "table.md", "compress.log", ".hydra"} <= {
+        assert {"checkpoint", "quantize", "metrics.json", "table.md", "compress.log", ".hydra"} <= {
             f.name for f in run.iterdir()
         }
         metrics = json.loads((run / "metrics.json").read_text())
@@ -151,7 +151,14 @@ MISTAKES = [
     (["recipe=rtn-int4", "model=nope"], "model=nope is not known: known are folder, smollm2"),
     (["recipe=rtn-int4", "export=nope"], "export=nope is not known: known are compressed-tensors"),
     (["recipe=rtn-int4", "device=tpu"], "device=tpu is not known: choose auto, cpu, or cuda"),
-    (["recipe=rtn-int4", "stages=[prune]"], "stages=prune is not known: known are quantize"),
+    (
+        ["recipe=rtn-int4", "stages=[prune]"],
+        "stages=prune is not known: known are rotate, quantize, repair",
+    ),
+    (["recipe=rtn-int4", "stages=[]"], "stages=[] is not allowed: choose quantize"),
+    (["recipe=rtn-int4", "repair=kl"], "repair=kl needs repair among the stages"),
+    (["recipe=rtn-int4", "rounding=[learned,gptq]"], "rounding.gptq starts anew, so it must come"),
+    (["recipe=gptq-int4", "rounding.gptq.damping=0"], "rounding.gptq.damping=0.0 is not allowed"),
     (["recipe=rtn-int4,rtn-int3"], "add -m"),
     (["-m", "recipe=awq-int4", "data.source=gone.txt"], "text file gone.txt does not exist"),
     (["recipe=rtn-int4", "eval.texts=[gone.txt]"], "text file gone.txt does not exist"),

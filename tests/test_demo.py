@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from calibration.texts import load_texts
+from calibration.texts import load_mix, load_texts
 from calibration.tokens import calibration_blocks, evaluation_windows
 from compress.compose import compose_settings
 from compress.export import compressed_tensors
 from compress.model.folder import ModelFolder
 from compress.model.sources import open_tokenizer, resolve_model
 from compress.quantize.rounding import Nearest
-from compress.quantize.scheme import Scheme
+from compress.quantize.scheme import Scheme, Schemes
 from compress.quantize.stage import quantize
 from compress.quantize.transforms import AwqClip, AwqScale
 from compress.runtime.load import load_dense
@@ -54,8 +54,8 @@ def test_awq_costs_less_than_rounding(
 ) -> None:
     """KL of the exported files on both texts, 8 x 256 calibration tokens, 2 windows of 512."""
     tokenizer = open_tokenizer(demo)
-    texts = load_texts("sotu-1960-2004", "text", "train")
-    blocks = calibration_blocks(texts, tokenizer, sequences=8, length=256, seed=0)
+    mix = load_mix("sotu-1960-2004", "text", "train")
+    blocks = calibration_blocks(mix, tokenizer, sequences=8, length=256, seed=0)
     windows = {
         text: evaluation_windows(
             load_texts(text, "text", "train"), tokenizer, tokens=1024, window=512
@@ -70,9 +70,9 @@ def test_awq_costs_less_than_rounding(
             demo,
             tmp_path / name,
             tokens=blocks.tokens if transforms else None,
-            scheme=Scheme(bits),
+            schemes=Schemes(Scheme(bits)),
             transforms=transforms,
-            rounding=Nearest(),
+            roundings=[Nearest()],
             device=CPU,
         )
         compressed_tensors.write(ModelFolder(tmp_path / name), tmp_path / f"{name}-out")

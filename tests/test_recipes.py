@@ -18,13 +18,19 @@ FILES = sorted(RECIPES.rglob("*.yaml"))
 def test_every_file_composes(file: Path) -> None:
     group = file.parent.relative_to(RECIPES).as_posix()
     overrides = ["recipe=rtn-int4"]
+    if group == "repair":
+        overrides.append("stages=[quantize,repair]")
     if group == "recipe":
         overrides = [f"recipe={file.stem}"]
     elif group in ("transforms",):
         overrides.append(f"{group}=[{file.stem}]")
     elif group != ".":
         overrides.append(f"{group}={file.stem}")
-    missing = {"model/folder.yaml": "model.source=x/y", "data/text.yaml": "data.source=x.txt"}
+    missing = {
+        "model/folder.yaml": "model.source=x/y",
+        "data/text.yaml": "data.source=x.txt",
+        "head/int8.yaml": "scheme.symmetric=true",
+    }
     if needed := missing.get(file.relative_to(RECIPES).as_posix()):
         overrides.append(needed)
     parse(compose_settings(overrides))
@@ -36,16 +42,84 @@ def test_no_file_can_name_code(file: Path) -> None:
     yaml.safe_load(file.read_text())
 
 
-def test_named_recipes_are_what_their_names_say() -> None:
-    assert options("recipe") == ["awq-int3", "awq-int4", "rtn-int3", "rtn-int4"]
-    for name in options("recipe"):
-        run = parse(compose_settings([f"recipe={name}"]))
-        assert run.scheme.bits == int(name[-1])
-        assert not run.scheme.symmetric
-        assert [type(t).__name__ for t in run.transforms] == (
-            ["AwqScale", "AwqClip"] if name.startswith("awq") else []
-        )
-        assert run.needs_data == name.startswith("awq")
+# What the part of a recipe's name before the bits stands for: transforms and roundings.
+NAMES = {
+    "awq": (["AwqScale", "AwqClip"], ["Nearest"]),
+    "gptq": (["Opt"], ["Gptq"]),
+    "rtn": ([], ["Nearest"]),
+}
+
+
+@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("bits", [3, 4])
+def test_named_recipes_are_what_their_names_say(method: str, bits: int) -> None:
+    run = parse(compose_settings([f"recipe={method}-int{bits}"]))
+    assert run.schemes.linears.bits == bits
+    assert not run.schemes.linears.symmetric
+    assert run.schemes.exceptions == {}
+    assert run.schemes.head is None
+    assert run.settings.stages == ["quantize"]
+    assert run.search is None
+    assert run.repair is None
+    transforms, roundings = NAMES[method]
+    assert [type(t).__name__ for t in run.transforms] == transforms
+    assert [type(r).__name__ for r in run.roundings] == roundings
+    assert run.needs_data == (method != "rtn")
+
+
+def test_no_recipe_of_a_known_name_is_left_out() -> None:
+    known = {f"{method}-int{bits}" for method in NAMES for bits in (3, 4)}
+    assert {n for n in options("recipe") if n.split("-")[0] in NAMES} == known
+
+
+BASE = ["recipe=rtn-int4", "eval=none", "speed=none"]
+
+
+def test_roundings_follow_each_other_in_order() -> None:
+    run = parse(compose_settings([*BASE, "rounding=[gptq,learned]", "rounding.learned.iters=5"]))
+    assert [type(r).__name__ for r in run.roundings] == ["Gptq", "Learned"]
+    assert run.roundings[1].iters == 5  # type: ignore[attr-defined]
+    assert run.needs_data
+    alone = parse(compose_settings([*BASE, "rounding=learned"]))
+    assert [type(r).__name__ for r in alone.roundings] == ["Learned"]
+
+
+def test_repair_is_a_stage_of_its_own() -> None:
+    run = parse(compose_settings([*BASE, "stages=[quantize,repair]", "repair=kl"]))
+    assert type(run.repair).__name__ == "Kl"
+    assert [type(r).__name__ for r in run.roundings] == ["Nearest"]
+    assert run.needs_data, "nearest looks at no data, repair does"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["rounding=[learned,gptq]"], r"rounding.gptq starts anew.*only learned may follow"),
+        (["rounding=[gptq,nearest]"], r"rounding.nearest starts anew"),
+        (["rounding=[gptq,gptaq]"], r"rounding.gptaq starts anew"),
+        (["rounding=[]"], r"rounding must name a method of: nearest, gptq, gptaq, learned"),
+        (["rounding=gptq", "rounding.gptq.damping=2"], r"rounding.gptq.damping=2.0 is not allowed"),
+        (["stages=[]"], r"stages=\[\] is not allowed: choose quantize"),
+        (["stages=[repair]", "repair=kl"], r"stages=\['repair'\] is not allowed"),
+        (
+            ["stages=[repair,quantize]", "repair=kl"],
+            r"is not allowed: choose quantize, with rotate",
+        ),
+        (["stages=[quantize,rotate]"], r"is not allowed: choose quantize, with rotate before it"),
+        (["stages=[quantize,quantize]"], r"is not allowed: choose quantize"),
+        (["repair=kl"], r"repair=kl needs repair among the stages"),
+        (
+            ["stages=[quantize,repair]"],
+            r"the stage repair needs one method of: kl, as in repair=kl",
+        ),
+        (["stages=[quantize,repair]", "repair=kl", "repair.kl.epochs=0"], r"repair.kl.epochs=0"),
+        (["scheme.bits=1"], r"scheme.bits=1 is not allowed"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_what_does_not_fit_together_is_refused(words: list[str], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        parse(compose_settings([*BASE, *words]))
 
 
 def test_overrides_reach_the_methods() -> None:
@@ -54,7 +128,7 @@ def test_overrides_reach_the_methods() -> None:
             ["recipe=awq-int4", "scheme.group_size=32", "transforms.awq_scale.grid=5", "eval=none"]
         )
     )
-    assert run.scheme.group_size == 32
+    assert run.schemes.linears.group_size == 32
     assert run.transforms[0].grid == 5  # type: ignore[attr-defined]
     assert run.settings.eval is None
 

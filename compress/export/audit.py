@@ -18,6 +18,7 @@ from compress.export.formats import Weights
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder, file_sha256, read_json, write_json
 from compress.quantize.qtensor import QTensor
+from compress.quantize.record import schemes_of
 
 MANIFEST = "manifest.json"
 
@@ -37,6 +38,9 @@ def audit(record: ModelFolder, exported: ModelFolder) -> dict[str, int]:
         different = sorted(set(decided.names) ^ set(written.names))
         raise AuditError(f"{exported.path}: tensors differ from the record: {different[:3]}")
     unquantized = unquantized_linears(written)
+    embedding = family_of(record.config).embedding
+    if schemes_of(record).head is not None and embedding not in written.linears:
+        unquantized.append(f"{embedding}.weight")
     if unquantized:
         raise AuditError(f"{exported.path}: {unquantized[0]} should be quantized and is not")
     for name in decided.names:
@@ -50,16 +54,19 @@ def audit(record: ModelFolder, exported: ModelFolder) -> dict[str, int]:
 
 
 def unquantized_linears(weights: Weights) -> list[str]:
-    """Linears of the decoder blocks that a folder holds in 16 bits."""
+    """Linears of the decoder blocks that a folder holds in 16 bits, and one of embedding and head if the
+    other is quantized."""
     family = family_of(weights.folder.config)
     suffixes = tuple(f".{name}.weight" for name in family.linears)
-    return [
+    expected = [
         name
         for name in weights.names
-        if name.startswith(f"{family.blocks}.")
-        and name.endswith(suffixes)
-        and name.removesuffix(".weight") not in weights.linears
+        if name.startswith(f"{family.blocks}.") and name.endswith(suffixes)
     ]
+    heads = (family.embedding, family.head)
+    if any(name in weights.linears for name in heads):
+        expected += [f"{name}.weight" for name in heads if f"{name}.weight" in weights.names]
+    return [name for name in expected if name.removesuffix(".weight") not in weights.linears]
 
 
 def _same(name: str, decided: Tensor | QTensor, written: Tensor | QTensor) -> None:

@@ -10,19 +10,25 @@ from torch import Tensor
 
 from compress.errors import UserError
 from compress.export import compressed_tensors
+from compress.model.families import family_of
 from compress.model.folder import ModelFolder
 from compress.quantize import record
 from compress.quantize.qtensor import QTensor
+from compress.quantize.scheme import Schemes
 
 
 @dataclass(frozen=True)
 class Format:
-    """write(record, target); linears(folder) and read_linear(folder, name) read it back."""
+    """write(record, target); linears(folder) and read_linear(folder, name) read it back.
+
+    check(schemes, mixed) raises UserError for schemes that no engine could load from it.
+    """
 
     name: str
     write: Callable[[ModelFolder, Path], None]
     linears: Callable[[ModelFolder], list[str]]
     read_linear: Callable[[ModelFolder, str], QTensor]
+    check: Callable[[Schemes, bool], None]
 
 
 FORMATS = {
@@ -31,6 +37,7 @@ FORMATS = {
         compressed_tensors.write,
         compressed_tensors.linears,
         compressed_tensors.read_linear,
+        compressed_tensors.check,
     ),
 }
 
@@ -66,6 +73,10 @@ class Weights:
     def names(self) -> list[str]:
         """Original names: ``NAME.weight`` for every quantized linear, the rest as stored."""
         plain = [n for n in self.folder.names if n.rpartition(".")[0] not in self.linears]
+        if self.linears and self.folder.tied_head:
+            # A tied head has no tensors of its own: a format may repeat the embedding's scales.
+            repeated = f"{family_of(self.folder.config).head}.weight_scale"
+            plain = [n for n in plain if n != repeated]
         # A bias lives beside the quantized parts of its linear.
         biases = [
             n

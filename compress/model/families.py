@@ -33,6 +33,10 @@ class Family:
     inputs: tuple[Input, ...]
     # Linears whose output goes through the softmax: AWQ leaves them out of clipping.
     attention_logits: tuple[str, ...]
+    # The linear whose output heads attention averages as they are, so that a head can be rotated
+    # if the reader of the averages is rotated back; and the linears that add to the residual stream.
+    values: str
+    writers: tuple[str, ...]
     blocks: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
@@ -57,6 +61,8 @@ LLAMA = Family(
         Input(linears=("mlp.down_proj",), source="mlp.up_proj"),
     ),
     attention_logits=("self_attn.q_proj", "self_attn.k_proj"),
+    values="self_attn.v_proj",
+    writers=("self_attn.o_proj", "mlp.down_proj"),
 )
 
 FAMILIES = (LLAMA,)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+
 from torch import Tensor
 
 from compress.errors import UserError

@@ -83,9 +83,11 @@ class Kl:
             for name, module in student.named_modules()
             if name.endswith("norm") and hasattr(module, "weight")
         ]
-        factors = [part.factor for part in (*weights, *norms)]
+        parts: list[ScaledWeight | ScaledNorm] = [*weights, *norms]
         steps = self.epochs * math.ceil(len(tokens) / self.batch)
-        optimizer = torch.optim.Adam(factors, lr=self.rate, betas=(0.9, 0.95))
+        optimizer = torch.optim.Adam(
+            [part.factor for part in parts], lr=self.rate, betas=(0.9, 0.95)
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _share(i, steps))
         generator = torch.Generator().manual_seed(0)
         history = []
@@ -93,23 +95,21 @@ class Kl:
             order = torch.randperm(len(tokens), generator=generator).split(self.batch)
             total = 0.0
             for rows in track(order, f"repair, pass {epoch + 1} of {self.epochs}"):
-                for part in (*weights, *norms):
+                for part in parts:
                     part.place()
                 H = student.model(input_ids=tokens[rows], use_cache=False).last_hidden_state
                 loss, gradient = divergence(
                     H.detach(), student.get_output_embeddings().weight.detach(), goal[rows], head
                 )
                 H.backward(gradient)
-                for part in (*weights, *norms):
+                for part in parts:
                     part.collect()
                 optimizer.step()
                 schedule.step()
                 total += loss * len(rows)
             history.append(total / len(tokens))
             log.info("repair, pass %d: KL %.4f", epoch + 1, history[-1])
-        _write(
-            source, target, {k: v for part in (*weights, *norms) for k, v in part.tensors().items()}
-        )
+        _write(source, target, {k: v for part in parts for k, v in part.tensors().items()})
         return {"kl": history, "tokens": self.epochs * tokens.numel(), "steps": steps}
 
 
@@ -151,7 +151,7 @@ def divergence(H: Tensor, E: Tensor, goal: Tensor, goal_head: Tensor) -> tuple[f
 class ScaledWeight:
     """A linear whose integers stay and whose scales are multiplied by a trained factor."""
 
-    def __init__(self, module: nn.Module, source: ModelFolder, name: str):
+    def __init__(self, module: Any, source: ModelFolder, name: str):
         self.module, self.name = module, name
         q = record.read_linear(source, name)
         device = module.weight.device
@@ -185,7 +185,7 @@ class ScaledWeight:
 class ScaledNorm:
     """A norm whose weight is multiplied by a trained factor."""
 
-    def __init__(self, module: nn.Module, name: str):
+    def __init__(self, module: Any, name: str):
         self.module, self.name = module, name
         self.start = module.weight.detach().float()
         self.dtype = module.weight.dtype

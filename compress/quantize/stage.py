@@ -18,9 +18,10 @@ from compress.model.folder import ModelFolder
 from compress.model.walk import Walk
 from compress.progress import track
 from compress.quantize.block import Block, Rounding, Transform, output_error
+from compress.quantize.head import quantize_rows
 from compress.quantize.qtensor import QTensor
 from compress.quantize.record import KEY, RecordWriter
-from compress.quantize.scheme import Schemes
+from compress.quantize.scheme import Scheme, Schemes
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ def quantize(
         inputs of a block come from the already quantized blocks before it, and errors are reported.
     roundings: the first picks the integers, each further one refines them
     Writes the record to ``target`` and returns what metrics.json keeps: per block its seconds and per
-    linear its relative output error.
+    linear its relative output error; for embedding and head, if they are quantized, the relative
+    error of their weights.
 
     Raises UserError for an unknown family, a source that is quantized already or holds tensors its
     config does not account for, a group size that does not fit, weights that are not finite.
@@ -75,9 +77,13 @@ def quantize(
         report["seconds"] = time.perf_counter() - start
         log.info("%s: %.1f s%s", prefix, report["seconds"], _error_text(report["linears"]))
         blocks.append(report)
-    _copy_rest(source, family, len(walk), writer)
+    head = _copy_rest(source, family, schemes, len(walk), writer, device)
     writer.close()
-    return {"scheme": {"name": schemes.name, **schemes.as_config()}, "blocks": blocks}
+    return {
+        "scheme": {"name": schemes.name, **schemes.as_config()},
+        "blocks": blocks,
+        "head": head,
+    }
 
 
 def round_block(block: Block, roundings: Sequence[Rounding], original: bool) -> dict[str, QTensor]:
@@ -109,11 +115,18 @@ def settle(source: ModelFolder, family: Family, schemes: Schemes) -> Schemes:
     settled = Schemes(
         schemes.linears.resolve(linears),
         {name: own.resolve(linears) for name, own in schemes.exceptions.items()},
-        schemes.head and schemes.head.resolve(_head_shapes(source, family)),
+        schemes.head and _resolve_head(schemes.head, linears, _head_shapes(source, family)),
     )
     if settled != schemes:
         log.info("scheme.group_size=auto: %s", settled.name)
     return settled
+
+
+def _resolve_head(
+    head: Scheme, linears: dict[str, tuple[int, int]], heads: dict[str, tuple[int, int]]
+) -> Scheme:
+    """``auto`` means for the head what it means for the linears, so that one scheme can hold both."""
+    return head.resolve(linears | heads if head.group_size == "auto" else heads)
 
 
 def linear_names(source: ModelFolder, family: Family) -> list[str]:
@@ -127,7 +140,8 @@ def linear_names(source: ModelFolder, family: Family) -> list[str]:
 
 
 def _head_shapes(source: ModelFolder, family: Family) -> dict[str, tuple[int, int]]:
-    names = [n for n in (family.embedding, family.head) if f"{n}.weight" in source]
+    """Shapes of the embedding and, unless it is the same matrix, of the head."""
+    names = (family.embedding,) if source.tied_head else (family.embedding, family.head)
     shapes = {name: source.shape(f"{name}.weight") for name in names}
     return {name: (shape[0], shape[1]) for name, shape in shapes.items()}
 
@@ -172,11 +186,32 @@ def _tensors(block: Block, prefix: str, quantized: Mapping[str, QTensor]) -> dic
     return plain | {f"{prefix}.{name}.weight": q for name, q in quantized.items()}
 
 
-def _copy_rest(source: ModelFolder, family: Family, blocks: int, writer: RecordWriter) -> None:
-    """Everything outside the blocks."""
+def _copy_rest(
+    source: ModelFolder,
+    family: Family,
+    schemes: Schemes,
+    blocks: int,
+    writer: RecordWriter,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Everything outside the blocks, embedding and head quantized if they have a scheme.
+
+    Returns for each quantized matrix its bits per weight and relative error.
+    """
     prefixes = tuple(f"{family.blocks}.{index}." for index in range(blocks))
     rest = [name for name in source.names if not name.startswith(prefixes)]
+    report = {}
+    if schemes.head is not None:
+        for name in _head_shapes(source, family):
+            W = source.tensor(f"{name}.weight").to(source.dtype)
+            q, report[name] = quantize_rows(name, W, schemes.head, device)
+            log.info("%s: relative error %.2e", name, report[name]["relative_error"])
+            writer.add(f"{name}.safetensors", {f"{name}.weight": q})
+        # Some files of tied models hold the shared matrix twice: here it is one.
+        done = (f"{family.embedding}.weight", f"{family.head}.weight")
+        rest = [name for name in rest if name not in done]
     writer.add("rest.safetensors", {name: source.tensor(name).to(source.dtype) for name in rest})
+    return report
 
 
 def _error_text(linears: Mapping[str, Mapping[str, float]]) -> str:

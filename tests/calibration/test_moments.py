@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from calibration.moments import Moments, collect
+from calibration.moments import Collector, Moments
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -38,13 +38,92 @@ def test_trace_is_the_output_error() -> None:
 def test_shared_inputs_are_counted_once() -> None:
     first, second = torch.nn.Linear(8, 4), torch.nn.Linear(8, 4)
     X = torch.randn(10, 8)
-    with collect({"a": first, "b": second}, [("a", "b")]) as found:
-        first(X)
-        second(X)
+    collector = Collector({"a": first}, [("a", "b")])
+    block = torch.nn.Sequential(first, torch.nn.Linear(4, 8), second)
+    with collector.hooks():
+        collector.run(block, X, {})
+    found = collector.means()
     assert found["a"] is found["b"]
     assert found["a"].tokens == 10
+    assert torch.allclose(found["a"].second, X.T @ X / 10, rtol=1e-5)
     first(X)
-    assert found["a"].tokens == 10, "the hook must be gone after the context"
+    assert collector.means()["a"].tokens == 10, "the hook must be gone after the context"
+
+
+class Noting(torch.nn.Linear):
+    """A linear that counts how often it ran."""
+
+    runs = 0
+
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        self.runs += 1
+        return super().forward(X)
+
+
+def test_a_block_runs_no_further_than_asked() -> None:
+    first, second, third = (Noting(8, 8) for _ in range(3))
+    collector = Collector({"a": first, "b": second}, [("a",), ("b",)])
+    with collector.hooks():
+        collector.run(torch.nn.Sequential(first, second, third), torch.randn(10, 8), {})
+    # The hook of the last one stops the block before that linear itself is computed.
+    assert (first.runs, second.runs, third.runs) == (1, 0, 0)
+    assert {name: m.tokens for name, m in collector.means().items()} == {"a": 10, "b": 10}
+
+
+def test_a_linear_that_never_runs_is_a_broken_invariant() -> None:
+    collector = Collector({"a": torch.nn.Linear(8, 8)}, [("a",)])
+    with collector.hooks(), pytest.raises(AssertionError, match="did not reach"):
+        collector.run(torch.nn.Linear(8, 8), torch.randn(3, 8), {})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_cross_moments_against_float64(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    original = torch.randn(4, 100, 24, generator=generator).to(dtype)
+    X = (original + 0.3 * torch.randn(original.shape, generator=generator)).to(dtype)
+    moments = Moments.zeros(24, X.device, cross=True)
+    for batch, before in zip(X, original, strict=True):
+        moments.add(batch, before)
+    cross = moments.mean().cross
+    assert cross is not None
+    x, before = X.flatten(0, 1).double(), original.flatten(0, 1).double()
+    expected = (before - x).T @ x / len(x)
+    assert (cross - expected).norm() / expected.norm() < 1e-4
+    # Rows are of the difference, columns of the inputs as they are: the transpose is another matrix.
+    assert (cross - expected.T).norm() / expected.norm() > 0.1
+
+
+def test_cross_moments_pair_the_copy_with_the_block() -> None:
+    """The copy runs first; what its linear read is paired with the same tokens in the block."""
+    torch.manual_seed(0)
+    block, copy = (torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 2)) for _ in "ab")
+    batches, originals = torch.randn(3, 20, 6), torch.randn(3, 20, 6)
+    collector = Collector({"1": block[1]}, [("1",)], {"1": copy[1]})
+    with collector.hooks(), torch.no_grad():
+        for X, before in zip(batches, originals, strict=True):
+            collector.run(copy, before, {})
+            collector.run(block, X, {})
+    with torch.no_grad():
+        x, before = block[0](batches).flatten(0, 1), copy[0](originals).flatten(0, 1)
+    found = collector.means()["1"]
+    assert found.cross is not None
+    assert torch.allclose(found.second, x.T @ x / 60, atol=1e-5)
+    assert torch.allclose(found.cross, (before - x).T @ x / 60, atol=1e-5)
+
+
+def test_scaling_moments_is_scaling_inputs() -> None:
+    generator = torch.Generator().manual_seed(3)
+    X, before = torch.randn(2, 50, 12, generator=generator)
+    s = torch.rand(12, generator=generator) + 0.5
+    found, expected = (Moments.zeros(12, X.device, cross=True) for _ in "ab")
+    found.add(X, before)
+    found.scale(s)
+    expected.add(X * s, before * s)
+    assert found.cross is not None
+    assert expected.cross is not None
+    assert torch.allclose(found.second, expected.second, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(found.magnitude, expected.magnitude, rtol=1e-5)
+    assert torch.allclose(found.cross, expected.cross, rtol=1e-4, atol=1e-4)
 
 
 def test_infinite_activations_are_refused() -> None:

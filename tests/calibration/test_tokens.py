@@ -8,23 +8,40 @@ from typing import Any
 import pytest
 import torch
 
-from calibration.texts import load_texts
+from calibration.texts import PACKAGED, load_mix, load_texts
 from calibration.tokens import bos_prefix, calibration_blocks, evaluation_windows
+from compress.compose import compose_settings
 from compress.errors import UserError
 from tests.conftest import byte_tokenizer
 
 TEXTS = [f"document {i}: " + "some words about it " * 20 for i in range(30)]
+MIX = {"words": TEXTS}
 
 
 def test_blocks_depend_on_the_seed_alone() -> None:
     make = lambda seed: calibration_blocks(  # noqa: E731
-        TEXTS, byte_tokenizer(), sequences=8, length=64, seed=seed
+        MIX, byte_tokenizer(), sequences=8, length=64, seed=seed
     )
     first, again, other = make(0), make(0), make(1)
     assert first.tokens.shape == (8, 64)
     assert torch.equal(first.tokens, again.tokens)
     assert first.sha256 == again.sha256
     assert first.sha256 != other.sha256
+
+
+def test_a_mix_gives_every_part_an_equal_share() -> None:
+    """However long the documents of a part are, and whatever else is in the mix."""
+    tokenizer = byte_tokenizer()
+    letters = {"a": ["a" * 50] * 200, "b": ["b" * 5000] * 9, "c": ["c" * 900] * 30}
+    draw = lambda mix, sequences: calibration_blocks(  # noqa: E731
+        mix, tokenizer, sequences=sequences, length=64, seed=3
+    )
+    rows = draw(letters, 8).tokens
+    found = [tokenizer.decode(row[row != tokenizer.eos_token_id])[0] for row in rows]
+    assert found == list("abcabcab")
+    assert draw(letters, 8).sha256 == draw(letters, 8).sha256
+    words = draw({"a": letters["a"], "words": TEXTS}, 8).tokens[1::2]
+    assert torch.equal(words, draw({"words": TEXTS, "b": letters["b"]}, 8).tokens[::2])
 
 
 def test_windows_are_the_text_in_order() -> None:
@@ -49,7 +66,7 @@ def test_bos_starts_every_block() -> None:
     tokenizer = WithBos()
     assert bos_prefix(tokenizer) == [1]
     assert bos_prefix(byte_tokenizer()) == []
-    blocks = calibration_blocks(TEXTS, tokenizer, sequences=4, length=32, seed=0).tokens
+    blocks = calibration_blocks(MIX, tokenizer, sequences=4, length=32, seed=0).tokens
     assert blocks.shape == (4, 32)
     assert (blocks[:, 0] == 1).all()
     assert (blocks[:, 1:] != 1).all()
@@ -59,8 +76,10 @@ def test_bos_starts_every_block() -> None:
 
 
 def test_short_texts_are_refused() -> None:
-    with pytest.raises(UserError, match=r"gives \d+ blocks"):
-        calibration_blocks(["short"], byte_tokenizer(), sequences=8, length=64, seed=0)
+    with pytest.raises(UserError, match=r"text b gives 0 blocks of 64 tokens, 4 are"):
+        calibration_blocks(
+            {"a": TEXTS, "b": ["short"]}, byte_tokenizer(), sequences=8, length=64, seed=0
+        )
     with pytest.raises(UserError, match="less than one window"):
         evaluation_windows(["short"], byte_tokenizer(), tokens=100, window=64)
 
@@ -96,10 +115,32 @@ def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, message:
         load_texts(str(tmp_path / name), "text", "train")
 
 
-def test_packaged_years_do_not_overlap() -> None:
-    assert len(load_texts("sotu-since-2009", "text", "train")) >= 10
-    assert len(load_texts("sotu-1960-2004", "text", "train")) >= 40
-    from calibration.texts import _sotu
+def test_a_mix_names_its_parts(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b+c.txt").write_text("two")
+    a, plus = str(tmp_path / "a.txt"), str(tmp_path / "b+c.txt")
+    assert load_mix(plus, "text", "train") == {plus: ["two"]}
+    mix = load_mix(f"sotu-since-2009+{a}", "text", "train")
+    assert list(mix) == ["sotu-since-2009", a]
+    assert mix[a] == ["one"]
+    with pytest.raises(UserError, match=r"text source 'stou' is none of: sotu-1960-2004"):
+        load_mix(f"{a}+stou", "text", "train")
 
-    calibration = {row["name"] for row in _sotu(lambda year: 1960 <= year <= 2004)}
-    assert not calibration & {row["name"] for row in _sotu(lambda year: year >= 2009)}
+
+def test_what_is_reported_is_never_calibrated_on() -> None:
+    """No document of a text that standard evaluation reports, or of a held-out part, is in the
+    default mix, nor in another packaged text that may be added to it."""
+    settings = compose_settings(["recipe=awq-int4"])
+    assert settings.eval is not None
+    mix = load_mix(settings.data.source, "text", "train")
+    assert len(mix) > 1
+    held_out = {*settings.eval.texts, "xsum-news-held-out", "python-networkx"}
+    calibration = {text for name in PACKAGED if name not in held_out for text in _texts(name)}
+    assert calibration >= {text for texts in mix.values() for text in texts}
+    for name in held_out:
+        assert len(_texts(name)) >= 10
+        assert not calibration & set(_texts(name)), name
+
+
+def _texts(name: str) -> list[str]:
+    return load_texts(name, "text", "train")

@@ -10,10 +10,11 @@ import torch
 
 from calibration.moments import Moments
 from compress.model.folder import ModelFolder
-from compress.quantize.rounding import Nearest
-from compress.quantize.scheme import Scheme
+from compress.quantize.repair import Kl
+from compress.quantize.rounding import Gptaq, Learned, Nearest
+from compress.quantize.scheme import Scheme, Schemes
 from compress.quantize.stage import quantize
-from compress.quantize.transforms import AwqClip, AwqScale
+from compress.quantize.transforms import AwqClip, AwqScale, Opt
 from compress.runtime.decoder import open_decoder
 from compress.runtime.load import load_dense
 from eval.speed import Load, measure_speed
@@ -30,9 +31,9 @@ def test_quantizing_agrees_with_the_cpu(
             tiny,
             tmp_path / name,
             tokens=tokens,
-            scheme=Scheme(3, 32),
+            schemes=Schemes(Scheme(3, 32)),
             transforms=[AwqScale(), AwqClip()],
-            rounding=Nearest(),
+            roundings=[Nearest()],
             device=torch.device(name),
         )
         errors[name] = [
@@ -41,6 +42,33 @@ def test_quantizing_agrees_with_the_cpu(
             for entry in block["linears"].values()
         ]
     assert errors["cuda"] == pytest.approx(errors["cpu"], rel=0.05)
+
+
+def test_refining_and_repair_agree_with_the_cpu(
+    tiny: ModelFolder, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    """Loosely: an integer that falls the other way moves those after it."""
+    errors, kl = {}, {}
+    for name in ("cpu", "cuda"):
+        device = torch.device(name)
+        report = quantize(
+            tiny,
+            tmp_path / name,
+            tokens=tokens,
+            schemes=Schemes(Scheme(3, 32)),
+            transforms=[Opt()],
+            roundings=[Gptaq(), Learned(iters=10)],
+            device=device,
+        )
+        errors[name] = [
+            entry["relative_error"]
+            for block in report["blocks"]
+            for entry in block["linears"].values()
+        ]
+        source, target = ModelFolder(tmp_path / name), tmp_path / f"{name}-repaired"
+        kl[name] = Kl(epochs=2)(source, tiny, target, tokens, device)["kl"]
+    assert errors["cuda"] == pytest.approx(errors["cpu"], rel=0.2)
+    assert kl["cuda"] == pytest.approx(kl["cpu"], rel=0.2)
 
 
 def test_moments_lose_nothing_in_the_matrix_units() -> None:

@@ -51,70 +51,77 @@ class Learned:
                 )
 
     def __call__(self, block: Block, start: Mapping[str, QTensor]) -> dict[str, QTensor]:
-        data = block.activations
-        assert data is not None
-        assert data.targets is not None
         weights = {
             name: LearnedWeight(
                 W, block.grids.get(name), start.get(name), block.schemes[name], block.dtype
             )
             for name, W in block.weights.items()
         }
-        parameters = {name: block.part(name).weight for name in weights}
-        generator = torch.Generator().manual_seed(0)
-        sequences = len(data.inputs)
-        batch = min(self.batch, sequences)
-        # Tokens with huge activations would drown the others; the next norm divides by size anyway.
-        size = data.targets.float().pow(2).mean(-1, keepdim=True).clamp(min=1e-6)
-        token_weight = 1 / size
-
-        def loss_of(rows: Tensor) -> Tensor:
-            Y = block.module(data.inputs[rows], **data.arguments)
-            error = (Y.float() - data.targets[rows].float()).pow(2) * token_weight[rows]
-            return error.mean()
-
-        def place() -> None:
-            for name, weight in weights.items():
-                parameters[name].data = weight.rounded()
-
-        checked = torch.arange(min(CHECKED_BATCHES * batch, sequences)).split(batch)
-
-        def check() -> float:
-            with torch.no_grad():
-                return sum(float(loss_of(rows)) * len(rows) for rows in checked)
-
-        place()
-        first = least = check()
+        loss = BlockLoss(block, self.batch)
+        _place(block, weights)
+        first = least = loss.check()
         best = {name: weight.state() for name, weight in weights.items()}
-        order = torch.empty(0, dtype=torch.int64)
         for step in range(self.iters):
-            if len(order) < batch:
-                order = torch.randperm(sequences, generator=generator)
-            rows, order = order[:batch], order[batch:]
-            for p in parameters.values():
-                p.requires_grad_(True)
-                p.grad = None
-            with torch.enable_grad():
-                loss_of(rows).backward()
+            gradients = loss.gradients(list(weights))
             rate = (1 - step / self.iters) / self.iters
             for name, weight in weights.items():
-                p = parameters[name]
-                p.requires_grad_(False)
-                weight.step(p.grad, rate)
-                p.grad = None
-            place()
-            if (step + 1) * CHECKS % self.iters < CHECKS:
-                found = check()
-                if found < least:
-                    least = found
-                    best = {name: weight.state() for name, weight in weights.items()}
-        quantized = {}
+                weight.step(gradients[name], rate)
+            _place(block, weights)
+            if (step + 1) * CHECKS % self.iters < CHECKS and (found := loss.check()) < least:
+                least = found
+                best = {name: weight.state() for name, weight in weights.items()}
         for name, weight in weights.items():
             weight.restore(best[name])
-            quantized[name] = weight.quantized()
-            block.place(name, quantized[name].dequantize(block.dtype))
+        _place(block, weights)
         block.notes["learned"] = {"error_ratio": least / first if first else 1.0}
-        return quantized
+        return {name: weight.quantized() for name, weight in weights.items()}
+
+
+def _place(block: Block, weights: Mapping[str, LearnedWeight]) -> None:
+    for name, weight in weights.items():
+        block.place(name, weight.rounded())
+
+
+class BlockLoss:
+    """How far a block's outputs are from the original's, on mini-batches of the calibration tokens.
+
+    The squared error of a token counts relative to its size: what follows is a norm, which divides by
+    it, and a few tokens with huge activations would drown the others.
+    """
+
+    def __init__(self, block: Block, batch: int):
+        assert block.activations is not None
+        assert block.activations.targets is not None
+        self.block, self.data, self.targets = block, block.activations, block.activations.targets
+        self.batch = min(batch, len(self.targets))
+        self._generator = torch.Generator().manual_seed(0)
+        self._waiting = torch.empty(0, dtype=torch.int64)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Mean relative squared error of these sequences."""
+        Y = self.block.module(self.data.inputs[rows], **self.data.arguments).float()
+        T = self.targets[rows].float()
+        return ((Y - T).pow(2).mean(-1) / T.pow(2).mean(-1).clamp(min=1e-6)).mean()
+
+    def check(self) -> float:
+        """The loss of the share of the data that decides which step is kept: always the same."""
+        rows = torch.arange(min(CHECKED_BATCHES * self.batch, len(self.targets))).split(self.batch)
+        with torch.no_grad():
+            return sum(float(self(r)) * len(r) for r in rows)
+
+    def gradients(self, names: list[str]) -> dict[str, Tensor]:
+        """Gradients of the next mini-batch's loss by the weights in the module."""
+        if len(self._waiting) < self.batch:
+            self._waiting = torch.randperm(len(self.targets), generator=self._generator)
+        rows, self._waiting = self._waiting[: self.batch], self._waiting[self.batch :]
+        parameters = [self.block.part(name).weight for name in names]
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            found = torch.autograd.grad(self(rows), parameters)
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        return dict(zip(names, found, strict=True))
 
 
 class LearnedWeight:
@@ -159,29 +166,33 @@ class LearnedWeight:
         else:
             self.zero = (-low / self.scale).round_().clamp_(0, self.max_code)
 
-    def _codes(self) -> tuple[Tensor, Tensor]:
-        """Codes before and after the clamp, float32."""
-        q = (self.W / self.scale).add_(self.zero).add_(self.V).round_()
-        return q, q.clamp(0, self.max_code)
+    def _levels(self) -> tuple[Tensor, Tensor, Tensor]:
+        """W / scale; code - zero after the clamp; and where the clamp changed nothing."""
+        x = self.W / self.scale
+        unclamped = (x + self.zero).add_(self.V).round_()
+        q = unclamped.clamp(0, self.max_code)
+        inside = q == unclamped
+        return x, q.sub_(self.zero), inside
 
     def rounded(self) -> Tensor:
         """The weight as it comes back from its codes, (out, in) in the model's dtype."""
-        _, q = self._codes()
-        return q.sub_(self.zero).mul_(self.scale).flatten(1).to(self.dtype)
+        x, levels, inside = self._levels()
+        # d rounded / d scale, with rounding passed straight through (LSQ, arXiv 1902.08153, eq. 3).
+        self._by_scale, self._inside = levels - x.mul_(inside), inside
+        return levels.mul_(self.scale).flatten(1).to(self.dtype)
 
     def step(self, gradient: Tensor, rate: float) -> None:
-        """One signed step against the gradient (out, in) of the loss by the rounded weight."""
-        G = gradient.float().unflatten(1, self.W.shape[1:])
-        unclamped, q = self._codes()
-        inside = unclamped == q
-        by_scale = torch.where(inside, q - self.zero - self.W / self.scale, q - self.zero)
-        by_scale = by_scale.mul_(G).sum(-1, keepdim=True)
+        """One signed step against the gradient (out, in) of the loss by the last ``rounded()``."""
+        G = gradient.unflatten(1, self.W.shape[1:])
+        inside = self._inside
+        by_scale = (self._by_scale * G).sum(-1, keepdim=True)
         self.V.sub_(G.sign().mul_(inside), alpha=rate).clamp_(-0.5, 0.5)
         if self.symmetric:
             self.high_factor.sub_(by_scale.sign_(), alpha=rate).clamp_(LEAST, MOST)
             self.low_factor.copy_(self.high_factor)
         else:
-            by_zero = -G.masked_fill_(inside, 0).sum(-1, keepdim=True) * self.scale
+            outside = G.masked_fill(inside, 0).sum(-1, keepdim=True, dtype=torch.float32)
+            by_zero = -outside * self.scale
             by_low = -self.low / self.max_code * by_scale
             by_low -= (
                 self.low * self.high * self.high_factor / (self.max_code * self.scale**2) * by_zero
@@ -202,10 +213,10 @@ class LearnedWeight:
         self._grid()
 
     def quantized(self) -> QTensor:
-        _, q = self._codes()
+        _, levels, _ = self._levels()
+        codes = levels.add_(self.zero).flatten(1).to(torch.uint8)
         zero = None if self.symmetric else self.zero.squeeze(-1).to(torch.uint8)
-        scale = self.scale.squeeze(-1).to(self.dtype)
-        return QTensor(q.flatten(1).to(torch.uint8), scale, zero, self.bits)
+        return QTensor(codes, self.scale.squeeze(-1).to(self.dtype), zero, self.bits)
 
 
 def _inside(W: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | float, max_code: int) -> Tensor:

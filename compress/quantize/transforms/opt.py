@@ -68,10 +68,18 @@ class Opt:
             for share in shares:
                 best.offer(span * share / scheme.max_code, middle)
         else:
-            for a in shares:
-                for b in shares:
+            # Both ends together, then each by itself: a fifth of the work of all pairs.
+            low_share = high_share = torch.ones_like(low)
+            for ends in ((1, 1), (1, 0), (0, 1)):
+                start = low_share, high_share
+                for share in shares:
+                    a = start[0] * share if ends[0] else start[0]
+                    b = start[1] * share if ends[1] else start[1]
                     scale = _stored((high * b - low * a) / scheme.max_code, dtype)
-                    best.offer(scale, (-low * a / scale).round().clamp(0, scheme.max_code))
+                    zero = (-low * a / scale).round().clamp(0, scheme.max_code)
+                    better = best.offer(scale, zero)
+                    low_share = torch.where(better, a, low_share)
+                    high_share = torch.where(better, b, high_share)
         for _ in range(self.rounds):
             best.offer(best.refitted(), best.zero)
         zero = None if scheme.symmetric else best.zero.squeeze(-1).to(torch.uint8)
@@ -97,7 +105,8 @@ class _Best:
         projected = torch.bmm(A.transpose(0, 1), self.Hg).transpose(0, 1)
         return (projected * B).sum(-1, keepdim=True)
 
-    def offer(self, scale: Tensor, zero: Tensor) -> None:
+    def offer(self, scale: Tensor, zero: Tensor) -> Tensor:
+        """Keep this grid where it is better. Returns where that is."""
         scale = _stored(scale, self.dtype)
         D = self._levels(scale, zero).mul_(scale).sub_(self.groups)
         error = self._product(D, D)
@@ -105,6 +114,7 @@ class _Best:
         self.scale = torch.where(better, scale, self.scale)
         self.zero = torch.where(better, zero, self.zero)
         self.error = torch.where(better, error, self.error)
+        return better
 
     def refitted(self) -> Tensor:
         """The scale with the least error for the codes of the best grid."""

@@ -17,7 +17,7 @@ from compress.export.audit import AuditError, audit, verify, write_manifest
 from compress.export.shards import ShardWriter
 from compress.model.folder import INDEX, ModelFolder
 from compress.quantize.rounding import Nearest
-from compress.quantize.scheme import Scheme
+from compress.quantize.scheme import Scheme, Schemes
 from compress.quantize.stage import quantize
 from compress.runtime.load import load_dense
 
@@ -34,9 +34,9 @@ def export(tmp_path: Path, make_model: Callable[..., ModelFolder]) -> Callable[.
             make_model(model_type),
             tmp_path / "record",
             tokens=None,
-            scheme=scheme,
+            schemes=Schemes(scheme),
             transforms=[],
-            rounding=Nearest(),
+            roundings=[Nearest()],
             device=CPU,
         )
         record = ModelFolder(tmp_path / "record")

@@ -25,10 +25,14 @@ def test_hidden_states_equal_the_whole_model(
     walk.embed(tokens)
     for index in range(len(walk)):
         with walk.open(index) as module:
-            walk.run(index, keep=False)
-            before = [h.clone() for h in walk.hidden]
-            walk.run(index, keep=True)
-            assert not torch.equal(before[0], walk.hidden[0])
+            activations = walk.enter(index)
+            assert [len(rows) for rows in activations.batches(activations.inputs)] == [4, 2]
+            assert activations.original is None
+            assert activations.targets is None
+            before = activations.inputs.clone()
+            walk.leave(index, activations)
+            assert torch.equal(activations.inputs, before), "what enters must stay as it was"
+            assert not torch.equal(before, walk.hidden)
             assert not any(p.is_meta for p in module.parameters())
         assert all(p.is_meta for p in walk.model.parameters()), (
             "a block must be freed after its turn"
@@ -38,10 +42,37 @@ def test_hidden_states_equal_the_whole_model(
         expected = [
             whole(rows, output_hidden_states=True).hidden_states for rows in tokens.split(4)
         ]
-    assert len(walk.hidden) == 2
-    for hidden, states in zip(walk.hidden, expected, strict=True):
+    assert walk.hidden is not None
+    for hidden, states in zip(walk.hidden.split(4), expected, strict=True):
         # The last state of the list is after the final norm.
         assert torch.equal(whole.model.norm(hidden), states[-1])
+
+
+def test_the_originals_states_do_not_see_what_was_changed(
+    tiny: ModelFolder, tokens: torch.Tensor
+) -> None:
+    """Two walks at once: inputs through the changed blocks, targets through the original ones."""
+    plain = Walk(tiny, LLAMA, torch.device("cpu"))
+    plain.embed(tokens)
+    states = []
+    for index in range(len(plain)):
+        with plain.open(index):
+            activations = plain.enter(index)
+            plain.leave(index, activations)
+            states.append((activations.inputs, plain.hidden))
+    walk = Walk(tiny, LLAMA, torch.device("cpu"))
+    walk.embed(tokens, original=True)
+    for index, (before, after) in enumerate(states):
+        with walk.open(index) as module:
+            activations = walk.enter(index)
+            assert activations.original is not None
+            assert activations.targets is not None
+            assert torch.equal(activations.original, before)
+            assert torch.equal(activations.targets, after)
+            assert torch.equal(activations.inputs, before) == (index == 0)
+            module.get_submodule("mlp.down_proj").weight.data *= 0.5
+            walk.leave(index, activations)
+            assert not torch.equal(walk.hidden, after)
 
 
 def test_wrong_shapes_are_named(tiny: ModelFolder) -> None:

@@ -12,7 +12,7 @@ from compress.errors import UserError
 from compress.export import compressed_tensors
 from compress.model.folder import ModelFolder
 from compress.quantize.rounding import Nearest
-from compress.quantize.scheme import Scheme
+from compress.quantize.scheme import Scheme, Schemes
 from compress.quantize.stage import quantize
 from compress.runtime.decoder import Decoder, open_decoder
 from compress.runtime.load import load_dense, load_packed
@@ -25,9 +25,9 @@ def exported(model: ModelFolder, scheme: Scheme, path: Path) -> ModelFolder:
         model,
         path / "record",
         tokens=None,
-        scheme=scheme,
+        schemes=Schemes(scheme),
         transforms=[],
-        rounding=Nearest(),
+        roundings=[Nearest()],
         device=CPU,
     )
     compressed_tensors.write(ModelFolder(path / "record"), path / "out")

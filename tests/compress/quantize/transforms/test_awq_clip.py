@@ -62,10 +62,10 @@ def test_query_and_key_are_left_out() -> None:
     block = Block(
         torch.nn.Module(),
         LLAMA,
-        SCHEME,
+        dict.fromkeys(names, SCHEME),
         torch.bfloat16,
         weights,
-        dict.fromkeys(names, moments.mean()),
+        moments=dict.fromkeys(names, moments.mean()),
     )
     AwqClip()(block)
     assert set(block.grids) == {"self_attn.v_proj"}

@@ -10,8 +10,8 @@ import torch
 from compress.model.families import LLAMA
 from compress.model.folder import ModelFolder
 from compress.model.walk import Walk
-from compress.quantize.scheme import Scheme
-from compress.quantize.stage import _calibrate, open_block
+from compress.quantize.scheme import Scheme, Schemes
+from compress.quantize.stage import open_block
 from compress.quantize.transforms import AwqScale
 
 SCHEME = Scheme(3, 32)
@@ -72,10 +72,11 @@ def test_function_is_preserved(
     walk = Walk(folder, LLAMA, torch.device("cpu"))
     walk.embed(tokens)
     with walk.open(0) as module:
-        block = open_block(module, walk.prefix(0), LLAMA, SCHEME, folder.dtype)
-        _calibrate(block, walk, 0)
-        arguments = walk._arguments[0][0]
-        hidden = walk.hidden[0].double()
+        block = open_block(module, walk.prefix(0), LLAMA, Schemes(SCHEME), folder.dtype)
+        block.activations = walk.enter(0)
+        block.observe(*LLAMA.inputs)
+        hidden = block.activations.inputs.double()
+        arguments = dict(block.activations.arguments)
         arguments["position_embeddings"] = tuple(
             t.double() for t in arguments["position_embeddings"]
         )
@@ -102,8 +103,9 @@ def test_moments_follow_the_fold(tiny: ModelFolder, tokens: torch.Tensor) -> Non
     walk = Walk(tiny, LLAMA, torch.device("cpu"))
     walk.embed(tokens)
     with walk.open(0) as module, torch.no_grad():
-        block = open_block(module, walk.prefix(0), LLAMA, SCHEME, tiny.dtype)
-        _calibrate(block, walk, 0)
+        block = open_block(module, walk.prefix(0), LLAMA, Schemes(SCHEME), tiny.dtype)
+        block.activations = walk.enter(0)
+        block.observe(*LLAMA.inputs)
         name = "mlp.gate_proj"
         W, H = block.weights[name].clone(), block.moments[name].second.clone()
         block.fold(LLAMA.inputs[2], torch.rand(W.shape[1]) + 0.5)

@@ -1,6 +1,6 @@
 """llm-compressor on given token blocks. Runs in llm-compressor's own environment, alone.
 
-python llmcompressor.py METHOD MODEL_FOLDER TOKENS.json BITS GROUP_SIZE OUTPUT_FOLDER
+python run_llmcompressor.py METHOD MODEL_FOLDER TOKENS.json BITS GROUP_SIZE OUTPUT_FOLDER
 METHOD: rtn, awq (duo scaling "both"), gptq (activation order "static", which files without g_idx can hold)
 """
 

@@ -1,6 +1,6 @@
 """auto-round on given token blocks. Runs in auto-round's own environment, alone.
 
-python autoround.py MODEL_FOLDER TOKENS.json BITS GROUP_SIZE ITERS BATCH OUTPUT_FOLDER
+python run_autoround.py MODEL_FOLDER TOKENS.json BITS GROUP_SIZE ITERS BATCH OUTPUT_FOLDER
 
 Saved as its "fake" format: a plain folder of the weights as they come back from their integers. The
 files are 16-bit; the bits per weight are those asked for.

