@@ -38,7 +38,8 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """Calibration text: source, its field and split; sequences x length tokens drawn with seed."""
+    """Calibration text: source (several joined by + get equal shares), its field and split;
+    sequences x length tokens drawn with seed."""
 
     source: str = MISSING
     field: str = "text"

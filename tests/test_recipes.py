@@ -42,34 +42,48 @@ def test_no_file_can_name_code(file: Path) -> None:
     yaml.safe_load(file.read_text())
 
 
-# What the part of a recipe's name before the bits stands for: transforms and roundings.
+# What a recipe's name before its bits stands for: bits, stages, transforms and roundings.
 NAMES = {
-    "awq": (["AwqScale", "AwqClip"], ["Nearest"]),
-    "gptq": (["Opt"], ["Gptq"]),
-    "rtn": ([], ["Nearest"]),
+    "rtn": ((4, 3), ["quantize"], [], ["Nearest"]),
+    "awq": ((4, 3), ["quantize"], ["AwqScale", "AwqClip"], ["Nearest"]),
+    "gptq": ((4, 3), ["quantize"], ["Opt"], ["Gptq"]),
+    "gptaq": ((4,), ["quantize"], ["AwqScale", "Opt"], ["Gptaq"]),
+    "learned": ((4, 3), ["quantize"], ["Opt"], ["Learned"]),
+    "best": ((4, 3, 2), ["quantize", "repair"], ["AwqScale", "Opt"], ["Learned"]),
 }
+OTHERS = ["mixed-3.5", "rotate-int4-channel"]
 
 
-@pytest.mark.parametrize("method", NAMES)
-@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize(
+    ("method", "bits"), [(method, bits) for method, row in NAMES.items() for bits in row[0]]
+)
 def test_named_recipes_are_what_their_names_say(method: str, bits: int) -> None:
+    _, stages, transforms, roundings = NAMES[method]
     run = parse(compose_settings([f"recipe={method}-int{bits}"]))
     assert run.schemes.linears.bits == bits
     assert not run.schemes.linears.symmetric
     assert run.schemes.exceptions == {}
     assert run.schemes.head is None
-    assert run.settings.stages == ["quantize"]
+    assert run.settings.stages == stages
     assert run.search is None
-    assert run.repair is None
-    transforms, roundings = NAMES[method]
+    assert (run.repair is not None) == ("repair" in stages)
     assert [type(t).__name__ for t in run.transforms] == transforms
     assert [type(r).__name__ for r in run.roundings] == roundings
     assert run.needs_data == (method != "rtn")
 
 
-def test_no_recipe_of_a_known_name_is_left_out() -> None:
-    known = {f"{method}-int{bits}" for method in NAMES for bits in (3, 4)}
-    assert {n for n in options("recipe") if n.split("-")[0] in NAMES} == known
+def test_mixed_and_rotated_recipes() -> None:
+    mixed = parse(compose_settings(["recipe=mixed-3.5"]))
+    assert mixed.search is not None
+    assert mixed.search.average_bits == 3.5
+    rotated = parse(compose_settings(["recipe=rotate-int4-channel"]))
+    assert rotated.settings.stages == ["rotate", "quantize"]
+    assert rotated.schemes.linears.name == "int4-channel-asym"
+
+
+def test_no_recipe_is_left_out() -> None:
+    known = {f"{method}-int{bits}" for method, row in NAMES.items() for bits in row[0]}
+    assert set(options("recipe")) == known | set(OTHERS)
 
 
 BASE = ["recipe=rtn-int4", "eval=none", "speed=none"]

@@ -17,9 +17,9 @@ from compress.quantize.block import Block
 from compress.quantize.qtensor import QTensor
 from compress.quantize.scheme import Grid, Scheme, make_grid
 
-# How often the whole validation share is looked at, and how large it is (in mini-batches).
+# How often, and on how many sequences, the loss is looked at that decides which step is kept.
 CHECKS = 5
-CHECKED_BATCHES = 4
+CHECKED = 16
 # How far an end of a group's range may move, as shares of where it starts.
 LEAST, MOST = 0.05, 1.25
 
@@ -36,8 +36,8 @@ class Learned:
     batch: sequences a step
     """
 
-    iters: int = 200
-    batch: int = 8
+    iters: int = 100
+    batch: int = 2
 
     needs_data: ClassVar[bool] = True
     needs_original: ClassVar[bool] = True
@@ -105,7 +105,7 @@ class BlockLoss:
 
     def check(self) -> float:
         """The loss of the share of the data that decides which step is kept: always the same."""
-        rows = torch.arange(min(CHECKED_BATCHES * self.batch, len(self.targets))).split(self.batch)
+        rows = torch.arange(min(CHECKED, len(self.targets))).split(self.batch)
         with torch.no_grad():
             return sum(float(self(r)) * len(r) for r in rows)
 
