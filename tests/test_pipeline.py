@@ -202,7 +202,7 @@ def test_golden_errors_of_a_seeded_run(
 METHODS: dict[str, dict[str, Any]] = {
     "gptq": {"roundings": [Gptq()]},
     "gptaq": {"roundings": [Gptaq()]},
-    "learned": {"roundings": [Learned(iters=10)]},
+    "learned": {"roundings": [Learned(iters=10, batch=4)]},
     "opt": {"transforms": [Opt()]},
     "opt+gptq": {"transforms": [Opt()], "roundings": [Gptq()]},
 }

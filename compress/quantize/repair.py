@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from calibration.generated import generated_tokens
 from compress.errors import UserError
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder
@@ -35,12 +36,15 @@ ROWS = 256
 class Kl:
     """Adam on a factor for every scale and every norm weight, all starting at 1.
 
-    epochs: passes over the calibration tokens
+    epochs: passes over the tokens
+    generated: sequences that the original writes itself and that are added to the calibration tokens;
+        they keep what is trained from fitting the calibration's domain alone
     rate: the largest step of a factor; it rises over the first tenth of the steps and falls to 0
     batch: sequences a step
     """
 
     epochs: int = 4
+    generated: int = 0
     rate: float = 2e-3
     batch: int = 4
 
@@ -69,6 +73,15 @@ class Kl:
             raise UserError("repair=kl trains in bfloat16 or float32: set the model's dtype to one")
         tokens = tokens.to(device)
         teacher = load_dense(original, device, source.dtype)
+        if self.generated:
+            own = generated_tokens(
+                teacher,
+                sequences=self.generated,
+                length=tokens.shape[1],
+                prefix=_common_start(tokens),
+                seed=0,
+            )
+            tokens = torch.cat([tokens, own])
         goal = _final_states(teacher, tokens)
         head = teacher.get_output_embeddings().weight.detach()
         del teacher
@@ -110,7 +123,18 @@ class Kl:
             history.append(total / len(tokens))
             log.info("repair, pass %d: KL %.4f", epoch + 1, history[-1])
         _write(source, target, {k: v for part in parts for k, v in part.tensors().items()})
-        return {"kl": history, "tokens": self.epochs * tokens.numel(), "steps": steps}
+        return {
+            "kl": history,
+            "tokens": self.epochs * tokens.numel(),
+            "generated_tokens": self.generated * tokens.shape[1],
+            "steps": steps,
+        }
+
+
+def _common_start(tokens: Tensor) -> list[int]:
+    """[BOS] if every sequence starts with the same token, else []."""
+    first = tokens[:, 0]
+    return [int(first[0])] if len(first) > 1 and bool((first == first[0]).all()) else []
 
 
 def _share(step: int, steps: int) -> float:
