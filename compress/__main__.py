@@ -32,7 +32,7 @@ from compress.errors import UserError
 
 USER_ERROR = 2
 # Overrides that say where, how well and how fast, not what: they stay out of a run's name.
-UNNAMED = re.compile(r"[+~]*((recipe|model|eval|speed|device|hydra)\b|data(\.source)?(=|$))")
+UNNAMED = re.compile(r"[+~]*((recipe|model|eval|speed|device|hydra)\b|data=text|data\.source)")
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,9 @@ def quantize(
     tokens: calibration tokens (sequences, length), or None if no method needs data. With tokens the
         inputs of a block come from the already quantized blocks before it, and errors are reported.
     roundings: the first picks the integers, each further one refines them
-    Writes the record to ``target`` and returns what metrics.json keeps: per block its seconds and per
-    linear its relative output error; for embedding and head, if they are quantized, the relative
-    error of their weights.
+    Writes the record to ``target`` and returns what metrics.json keeps: per block its seconds and, if
+    a method looks at the original, the drift from it; per linear its relative output error; for
+    embedding and head, if they are quantized, the relative error of their weights.
 
     Raises UserError for an unknown family, a source that is quantized already or holds tensors its
     config does not account for, a group size that does not fit, weights that are not finite.
@@ -73,9 +73,10 @@ def quantize(
             report = _close(block, quantized)
             if block.activations is not None:
                 walk.leave(index, block.activations)
+                report |= _drift(walk.hidden, walk.original)
             writer.add(f"block-{index:05d}.safetensors", _tensors(block, prefix, quantized))
         report["seconds"] = time.perf_counter() - start
-        log.info("%s: %.1f s%s", prefix, report["seconds"], _error_text(report["linears"]))
+        log.info("%s: %.1f s%s", prefix, report["seconds"], _error_text(report))
         blocks.append(report)
     head = _copy_rest(source, family, schemes, len(walk), writer, device)
     writer.close()
@@ -180,6 +181,17 @@ def _close(block: Block, quantized: Mapping[str, QTensor]) -> dict[str, Any]:
     return report
 
 
+def _drift(hidden: Tensor | None, original: Tensor | None) -> dict[str, float]:
+    """How far the compressed stream is from the original's, relative to each token's size, if both run.
+
+    This is what gptaq and learned aim at; the errors of single linears count on compressed inputs.
+    """
+    if hidden is None or original is None:
+        return {}
+    lost = (hidden.float() - original.float()).pow(2).mean(-1)
+    return {"drift": float((lost / original.float().pow(2).mean(-1).clamp(min=1e-6)).mean())}
+
+
 def _tensors(block: Block, prefix: str, quantized: Mapping[str, QTensor]) -> dict[str, Any]:
     """Every tensor of the block under its full name, quantized linears as QTensor."""
     plain = {f"{prefix}.{name}": p.data for name, p in block.module.named_parameters()}
@@ -214,9 +226,11 @@ def _copy_rest(
     return report
 
 
-def _error_text(linears: Mapping[str, Mapping[str, float]]) -> str:
-    errors: Iterable[float] = [
-        e["relative_error"] for e in linears.values() if "relative_error" in e
+def _error_text(report: Mapping[str, Any]) -> str:
+    errors = [
+        f"{entry['relative_error']:.2e}"
+        for entry in report["linears"].values()
+        if "relative_error" in entry
     ]
-    text = ", ".join(f"{error:.2e}" for error in errors)
-    return f", relative output error {text}" if text else ""
+    text = f", relative output error {', '.join(errors)}" if errors else ""
+    return text + (f", drift {report['drift']:.2e}" if "drift" in report else "")

@@ -5,4 +5,9 @@ from compress.quantize.rounding.gptq import Gptaq, Gptq
 from compress.quantize.rounding.learned import Learned
 from compress.quantize.rounding.nearest import Nearest
 
-ROUNDINGS: dict[str, type[Rounding]] = {"nearest": Nearest, "gptq": Gptq, "gptaq": Gptaq, "learned": Learned}
+ROUNDINGS: dict[str, type[Rounding]] = {
+    "nearest": Nearest,
+    "gptq": Gptq,
+    "gptaq": Gptaq,
+    "learned": Learned,
+}

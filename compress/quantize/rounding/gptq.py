@@ -144,6 +144,7 @@ def damped_inverse(H: Tensor, damping: float) -> tuple[Tensor, float]:
     The damping is raised tenfold until the Cholesky factorisation succeeds. Raises RuntimeError if
     the mean of the diagonal itself is not enough.
     """
+    assert damping > 0, "nothing raised tenfold stays nothing"
     H = H.double()
     mean = H.diagonal().mean()
     while True:
