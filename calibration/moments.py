@@ -43,7 +43,7 @@ class Moments:
     def add(self, X: Tensor, original: Tensor | None = None) -> None:
         """Add tokens X (..., in), and with them their inputs in the original model, same shape."""
         X = X.flatten(0, -2)
-        with _exact_products(X.dtype):
+        with exact_products(X.dtype):
             Xf = X.float()
             self.second.addmm_(Xf.T, Xf)
             if self.cross is not None:
@@ -69,7 +69,7 @@ class Moments:
 
 
 @contextmanager
-def _exact_products(dtype: torch.dtype) -> Iterator[None]:
+def exact_products(dtype: torch.dtype) -> Iterator[None]:
     """Let float32 matmuls use the bf16 (CPU) or tf32 (GPU) units where that loses nothing.
 
     A product of two bf16 numbers is exact in float32 and the units accumulate in float32, so inputs

@@ -20,19 +20,10 @@ from compress.export.audit import audit
 from compress.model.families import LLAMA
 from compress.model.folder import ModelFolder
 from compress.quantize import record
-from compress.quantize.rounding import Nearest
+from compress.quantize.rounding.nearest import Nearest
 from compress.quantize.scheme import Scheme, Schemes, to_codes
-from compress.quantize.search import (
-    ANCHOR,
-    GRIDS,
-    Search,
-    budget,
-    choose,
-    divergences,
-    first_tokens,
-    sensitivities,
-    solve,
-)
+from compress.quantize.search import Search, budget, choose, first_tokens, solve
+from compress.quantize.sensitivity import ANCHOR, GRIDS, divergences, sensitivities
 from compress.quantize.stage import quantize
 from compress.report.bits import draw_bits
 from compress.runtime.load import load_dense
