@@ -57,6 +57,8 @@ def check(run: Run) -> None:
         budget(model, run.search, run.schemes)
     if "rotate" in settings.stages:
         rotated_sizes(model, family)
+    if run.repair is not None:
+        run.repair.check(model)
     if run.needs_data:
         load_mix(settings.data.source, settings.data.field, settings.data.split)
     if settings.eval is not None:
@@ -96,8 +98,8 @@ def run_recipe(run: Run, name: str, out: Path) -> dict[str, Any]:
         for row in rows:
             rows[row] |= accuracy[row]
         if settings.eval.block_tokens is not None:
-            before = out / settings.stages[settings.stages.index("quantize") - 1]
-            quantized = model if settings.stages[0] == "quantize" else ModelFolder(before)
+            rotated = "rotate" in settings.stages
+            quantized = ModelFolder(out / "rotate") if rotated else model
             compression["block_kl"] = measure_blocks(
                 checkpoint, quantized, windows, settings.eval, run.device
             )

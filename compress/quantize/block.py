@@ -70,11 +70,11 @@ class Block:
         assert self.activations is not None, "the methods asked for no data"
         names = [shared.linears for shared in inputs]
         firsts = [linears[0] for linears in names]
-        twin = self.original
+        twin: Any = self.original
         collector = Collector(
             {name: self.part(name) for name in firsts},
             names,
-            None if twin is None else {name: twin.get_submodule(name) for name in firsts},  # type: ignore[misc]
+            None if twin is None else {name: twin.get_submodule(name) for name in firsts},
         )
         data = self.activations
         with collector.hooks():
@@ -139,6 +139,12 @@ def _given(value: Any) -> Any:
 def output_error(D: Tensor, H: Tensor) -> float:
     """Mean squared output error of a weight change D (out, in) on inputs with second moment H."""
     return float(((D @ H) * D).sum())
+
+
+def group_moments(H: Tensor, columns: int) -> Tensor:
+    """The diagonal blocks of H (in, in), one a group: (groups, columns, columns)."""
+    blocks = H.unflatten(0, (-1, columns)).unflatten(2, (-1, columns))
+    return torch.stack([blocks[g, :, g] for g in range(blocks.shape[0])])
 
 
 class Transform(Protocol):

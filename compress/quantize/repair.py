@@ -55,6 +55,11 @@ class Kl:
                     f"repair.kl.{name}={getattr(self, name)} is not allowed: choose more than 0"
                 )
 
+    def check(self, source: ModelFolder) -> None:
+        """Raises UserError for a float16 model, whose gradients would need loss scaling."""
+        if source.dtype == torch.float16:
+            raise UserError("repair=kl trains in bfloat16 or float32: set the model's dtype to one")
+
     def __call__(
         self,
         source: ModelFolder,
@@ -66,11 +71,9 @@ class Kl:
         """Train the record ``source`` and write it to ``target``.
 
         Returns the mean KL of every epoch as it was while training, in nats per token, and how many
-        tokens the training saw. Raises UserError if the record's dtype is float16, whose gradients
-        would need loss scaling.
+        tokens the training saw. Raises UserError as ``check`` does.
         """
-        if source.dtype == torch.float16:
-            raise UserError("repair=kl trains in bfloat16 or float32: set the model's dtype to one")
+        self.check(source)
         tokens = tokens.to(device)
         teacher = load_dense(original, device, source.dtype)
         if self.generated:

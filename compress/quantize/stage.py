@@ -42,7 +42,8 @@ def quantize(
         inputs of a block come from the already quantized blocks before it, and errors are reported.
     roundings: the first picks the integers, each further one refines them
     Writes the record to ``target`` and returns what metrics.json keeps: per block its seconds and, if
-    a method looks at the original, the drift from it; per linear its relative output error; for
+    a method looks at the original, the drift from it; per linear its relative output error; how often
+    damping was raised; which linears saw fewer tokens than they have inputs; for
     embedding and head, if they are quantized, the relative error of their weights.
 
     Raises UserError for an unknown family, a source that is quantized already or holds tensors its
@@ -82,6 +83,15 @@ def quantize(
     writer.close()
     return {
         "scheme": {"name": schemes.name, **schemes.as_config()},
+        "damping_raised": sum(
+            key.startswith("damping_raised") for report in blocks for key in report["notes"]
+        ),
+        "few_tokens": [
+            f"{walk.prefix(index)}.{name}"
+            for index, report in enumerate(blocks)
+            for name, entry in report["linears"].items()
+            if "few_tokens" in entry
+        ],
         "blocks": blocks,
         "head": head,
     }

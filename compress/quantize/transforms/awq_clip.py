@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import UserError
-from compress.quantize.block import Block
+from compress.quantize.block import Block, group_moments
 from compress.quantize.scheme import Grid, Scheme, fake_quantize, make_grid
 
 # Rows handled at a time: keeps the temporaries of a wide layer small.
@@ -42,9 +42,7 @@ class AwqClip:
 
     def search(self, W: Tensor, H: Tensor, scheme: Scheme, dtype: torch.dtype) -> Grid:
         """The grid of each group whose own output error is least; groups are taken as independent."""
-        columns = scheme.columns_per_group(W.shape[1])
-        blocks = H.unflatten(0, (-1, columns)).unflatten(2, (-1, columns))
-        Hg = torch.stack([blocks[g, :, g] for g in range(blocks.shape[0])])
+        Hg = group_moments(H, scheme.columns_per_group(W.shape[1]))
         bounds = [self._bounds(rows, Hg, scheme, dtype) for rows in W.split(ROWS)]
         return make_grid(W, scheme, dtype, torch.cat(bounds))
 
