@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -236,3 +237,29 @@ def test_golden_numbers_of_every_method(
         for got, expected in zip(found[name], golden[name], strict=True):
             assert got == pytest.approx(expected, rel=0.03), name
     assert found["repair"] == pytest.approx(golden["repair"], rel=0.05)
+
+
+def test_linears_that_saw_too_few_tokens_are_named(
+    tiny: ModelFolder, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    """192 tokens cannot show all of down_proj's 256 inputs; the other linears have 128."""
+    settings = {**PLAIN, "tokens": tokens, "transforms": [AwqScale()]}
+    report = quantize(tiny, tmp_path / "record", **settings)
+    assert report["few_tokens"] == [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
+    assert report["damping_raised"] == 0
+
+
+def test_repair_refuses_float16_before_anything_runs(
+    make_model: Callable[..., ModelFolder], text_file: Path
+) -> None:
+    half = make_model(dtype="float16")
+    words = [
+        "recipe=best-int4",
+        f"model.source={half.path}",
+        "data=text",
+        "eval=none",
+        "speed=none",
+    ]
+    run = parse(compose_settings([*words, f"data.source={text_file}"]))
+    with pytest.raises(UserError, match="repair=kl trains in bfloat16 or float32"):
+        pipeline.check(run)
