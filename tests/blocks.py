@@ -76,7 +76,7 @@ def quantized_blocks(
             block = open_block(module, walk.prefix(index), family, Schemes(scheme), folder.dtype)
             block.activations = walk.enter(index)
             block.observe(*family.inputs)
-            quantized = round_block(block, roundings, original)
+            quantized = round_block(block, roundings)
             for name, q in quantized.items():
                 block.place(name, q.dequantize(block.dtype))
             walk.leave(index, block.activations)

@@ -164,6 +164,13 @@ MISTAKES = [
     (["recipe=rtn-int4", "eval.texts=[gone.txt]"], "text file gone.txt does not exist"),
     (["recipe=rtn-int4", "eval.tasks=[nope]"], "eval.tasks=nope is not known to lm-eval"),
     (["recipe=awq-int4", "data.length=1"], "data.length=1 is not allowed: choose 2 or more"),
+    (["recipe=rtn-int4", "eval.block_tokens=1"], "eval.block_tokens=1 is not allowed: choose 2 or"),
+    (["recipe=best-int3", "repair.kl.generated=-1"], "repair.kl.generated=-1 is not allowed"),
+    (
+        ["recipe=awq-int4", "data.source=sotu-1960-2004+sotu-1960-2004"],
+        "names sotu-1960-2004 twice",
+    ),
+    (["recipe=best-int3", "data.sequences=1"], "set data.sequences to 2 or more"),
     (["eval=none"], "recipe= is missing: choose one of awq-int3"),
     (["-m", "recipe=rtn-int4", "scheme.bits=4,9"], "scheme.bits=9 is not allowed"),
     (["compares", "outputs"], "compares is neither a verb (bench, compare, evaluate, verify) nor"),

@@ -16,6 +16,7 @@ NAME.weight_scale. A tied head is the embedding's matrix; its scales are then st
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,8 @@ from compress.model.folder import ModelFolder, write_json
 from compress.quantize import record
 from compress.quantize.qtensor import QTensor
 from compress.quantize.scheme import Scheme, Schemes
+
+log = logging.getLogger(__name__)
 
 NAME = "compressed-tensors"
 CODES = ".weight_packed"
@@ -77,9 +80,15 @@ def check(schemes: Schemes, mixed: bool = False) -> None:
 
     transformers (5.23) loads a quantized embedding in two ways: packed, if it unpacks the whole file
     while loading, which it does by the first scheme of the file alone; or as int8 in a file whose
-    schemes are all symmetric. mixed: the linears will differ from each other
+    schemes are all symmetric. mixed: the linears will differ from each other. With zero points such a
+    file is written, with a warning: vLLM reads it, transformers refuses it.
     """
     head = schemes.head
+    if mixed and not schemes.linears.symmetric:
+        log.warning(
+            "mixed bits with zero points: transformers cannot load the checkpoint (scheme.symmetric=true "
+            "would do), only engines that unpack each linear by its own scheme"
+        )
     if head is None:
         return
     if head.bits not in HEAD_BITS:

@@ -28,7 +28,7 @@ class Block:
     schemes: local name -> scheme of each linear that gets quantized
     weights: local name -> float32 (out, in) working copy of each linear that gets quantized
     activations: what enters the block; None if no method looks at data
-    original: a copy of the transformed block that stays unquantized, if a method asks for it
+    original: a copy of the transformed block that stays unquantized, while a method needs it
     moments: local name -> moments of that linear's input, as last observed
     grids: local name -> grid chosen by a transform; min-max where there is none
     notes: what a method has to tell, for metrics.json

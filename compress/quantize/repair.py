@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,35 +29,49 @@ from compress.runtime.load import load_dense
 
 log = logging.getLogger(__name__)
 
-# Positions whose logits exist at the same time.
-ROWS = 256
+# Positions whose logits exist at the same time: few enough for a CPU's last cache.
+ROWS = 128
+# One sequence in so many is held out.
+HELD_OUT = 16
 
 
 @dataclass(frozen=True)
 class Kl:
     """Adam on a factor for every scale and every norm weight, all starting at 1.
 
+    One sequence in ``HELD_OUT`` is not trained on: after each pass the divergence on these decides
+    which state is kept, the start included.
+
     epochs: passes over the tokens
     generated: sequences that the original writes itself and that are added to the calibration tokens;
         they keep what is trained from fitting the calibration's domain alone
     rate: the largest step of a factor; it rises over the first tenth of the steps and falls to 0
     batch: sequences a step
+    seed: of the text it writes and of the order
     """
 
     epochs: int = 4
     generated: int = 0
     rate: float = 2e-3
     batch: int = 4
+    seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.generated < 0:
+            raise UserError(
+                f"repair.kl.generated={self.generated} is not allowed: choose 0 or more"
+            )
         for name in ("epochs", "batch", "rate"):
             if not getattr(self, name) > 0:
                 raise UserError(
                     f"repair.kl.{name}={getattr(self, name)} is not allowed: choose more than 0"
                 )
 
-    def check(self, source: ModelFolder) -> None:
-        """Raises UserError for a float16 model, whose gradients would need loss scaling."""
+    def check(self, source: ModelFolder, sequences: int) -> None:
+        """Raises UserError for a float16 model, whose gradients would need loss scaling, and for too
+        few sequences of calibration to hold one out."""
+        if sequences < 2:
+            raise UserError("repair=kl holds a sequence out: set data.sequences to 2 or more")
         if source.dtype == torch.float16:
             raise UserError("repair=kl trains in bfloat16 or float32: set the model's dtype to one")
 
@@ -66,78 +81,151 @@ class Kl:
         original: ModelFolder,
         target: Path,
         tokens: Tensor,
+        tokenizer: Any,
         device: torch.device,
     ) -> dict[str, Any]:
         """Train the record ``source`` and write it to ``target``.
 
-        Returns the mean KL of every epoch as it was while training, in nats per token, and how many
-        tokens the training saw. Raises UserError as ``check`` does.
+        tokens: int64 (sequences, length)
+        Returns in nats per token the mean KL of every pass as it was while training (``kl``) and of
+        the held-out sequences before and after every pass (``held_out_kl``), which of these states was
+        kept (0 is the start), and how many tokens the training saw. Raises UserError as ``check`` does.
         """
-        self.check(source)
+        self.check(source, len(tokens))
         tokens = tokens.to(device)
         teacher = load_dense(original, device, source.dtype)
         if self.generated:
+            start = time.perf_counter()
             own = generated_tokens(
                 teacher,
                 sequences=self.generated,
                 length=tokens.shape[1],
-                prefix=_common_start(tokens),
-                seed=0,
+                tokenizer=tokenizer,
+                seed=self.seed,
             )
             tokens = torch.cat([tokens, own])
-        goal = _final_states(teacher, tokens)
-        head = teacher.get_output_embeddings().weight.detach()
+            log.info(
+                "repair, %d sequences written in %.1f s", len(own), time.perf_counter() - start
+            )
+        goal = Goal(tokens, _final_states(teacher, tokens), _head_of(teacher))
         del teacher
-        student = load_dense(source, device, source.dtype)
-        weights = [
-            ScaledWeight(student.get_submodule(name), source, name)
-            for name in record.linears(source)
-            if name != family_of(source.config).head and name != family_of(source.config).embedding
-        ]
-        norms = [
-            ScaledNorm(module, name)
-            for name, module in student.named_modules()
-            if name.endswith("norm") and hasattr(module, "weight")
-        ]
-        parts: list[ScaledWeight | ScaledNorm] = [*weights, *norms]
-        steps = self.epochs * math.ceil(len(tokens) / self.batch)
-        optimizer = torch.optim.Adam(
-            [part.factor for part in parts], lr=self.rate, betas=(0.9, 0.95)
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _share(i, steps))
-        generator = torch.Generator().manual_seed(0)
-        history = []
-        for epoch in range(self.epochs):
-            order = torch.randperm(len(tokens), generator=generator).split(self.batch)
-            total = 0.0
-            for rows in track(order, f"repair, pass {epoch + 1} of {self.epochs}"):
-                for part in parts:
-                    part.place()
-                H = student.model(input_ids=tokens[rows], use_cache=False).last_hidden_state
-                loss, gradient = divergence(
-                    H.detach(), student.get_output_embeddings().weight.detach(), goal[rows], head
-                )
-                H.backward(gradient)
-                for part in parts:
-                    part.collect()
-                optimizer.step()
-                schedule.step()
-                total += loss * len(rows)
-            history.append(total / len(tokens))
-            log.info("repair, pass %d: KL %.4f", epoch + 1, history[-1])
-        _write(source, target, {k: v for part in parts for k, v in part.tensors().items()})
-        return {
-            "kl": history,
-            "tokens": self.epochs * tokens.numel(),
+        student = Student(load_dense(source, device, source.dtype), source, goal)
+        every = min(HELD_OUT, len(tokens))
+        is_held = torch.arange(len(tokens)) % every == every - 1
+        held, trained = is_held.nonzero().squeeze(1), (~is_held).nonzero().squeeze(1)
+        report = self._train(student, trained, held)
+        _write(source, target, student.tensors())
+        return report | {
+            "tokens": self.epochs * tokens[trained].numel(),
             "generated_tokens": self.generated * tokens.shape[1],
-            "steps": steps,
         }
 
+    def _train(self, student: Student, trained: Tensor, held: Tensor) -> dict[str, Any]:
+        """Leaves the student in its best state. trained, held: numbers of sequences."""
+        steps = self.epochs * math.ceil(len(trained) / self.batch)
+        optimizer = torch.optim.Adam(student.factors, lr=self.rate, betas=(0.9, 0.95))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _share(i, steps))
+        generator = torch.Generator().manual_seed(self.seed)
+        history, checks = [], [student.mean_loss(held, self.batch)]
+        kept, best = 0, student.state()
+        for epoch in range(self.epochs):
+            order = trained[torch.randperm(len(trained), generator=generator)].split(self.batch)
+            total = 0.0
+            for rows in track(order, f"repair, pass {epoch + 1} of {self.epochs}"):
+                total += student.learn(rows) * len(rows)
+                optimizer.step()
+                schedule.step()
+            history.append(total / len(trained))
+            checks.append(student.mean_loss(held, self.batch))
+            log.info(
+                "repair, pass %d: KL %.4f; held out %.4f, %.4f at the start",
+                epoch + 1,
+                history[-1],
+                checks[-1],
+                checks[0],
+            )
+            if checks[-1] < checks[kept]:
+                kept, best = epoch + 1, student.state()
+        if kept < self.epochs:
+            log.warning("repair: the state after pass %d was better than the last: kept", kept)
+        student.restore(best)
+        return {"kl": history, "held_out_kl": checks, "kept": kept, "steps": steps}
 
-def _common_start(tokens: Tensor) -> list[int]:
-    """[BOS] if every sequence starts with the same token, else []."""
-    first = tokens[:, 0]
-    return [int(first[0])] if len(first) > 1 and bool((first == first[0]).all()) else []
+
+@dataclass(frozen=True)
+class Goal:
+    """What the original makes of the tokens (sequences, length). states: its final ones, (sequences,
+    length, hidden); head: (vocabulary, hidden)"""
+
+    tokens: Tensor
+    states: Tensor
+    head: Tensor
+
+
+class Student:
+    """The quantized model with the factors that are trained."""
+
+    def __init__(self, model: Any, source: ModelFolder, goal: Goal):
+        self.model, self.goal, self.head = model, goal, _head_of(model)
+        self.parts = _parts(model, source)
+        self.factors = [part.factor for part in self.parts]
+
+    def learn(self, rows: Tensor) -> float:
+        """The mean divergence of these sequences, whose gradient is left in the factors."""
+        H = self._states(rows)
+        loss, gradient = self._divergence(rows, H.detach())
+        H.backward(gradient)
+        for part in self.parts:
+            part.collect()
+        return loss
+
+    @torch.no_grad()
+    def mean_loss(self, rows: Tensor, batch: int) -> float:
+        """The mean divergence of these sequences."""
+        parts = rows.split(batch)
+        losses = [self._divergence(part, self._states(part))[0] for part in parts]
+        weighted = [loss * len(part) for loss, part in zip(losses, parts, strict=True)]
+        return sum(weighted) / len(rows)
+
+    def _states(self, rows: Tensor) -> Tensor:
+        for part in self.parts:
+            part.place()
+        found = self.model.model(input_ids=self.goal.tokens[rows], use_cache=False)
+        return cast(Tensor, found.last_hidden_state)
+
+    def _divergence(self, rows: Tensor, H: Tensor) -> tuple[float, Tensor]:
+        return divergence(H, self.head, self.goal.states[rows], self.goal.head)
+
+    def state(self) -> list[Tensor]:
+        return [factor.detach().clone() for factor in self.factors]
+
+    def restore(self, state: list[Tensor]) -> None:
+        for factor, value in zip(self.factors, state, strict=True):
+            factor.data = value
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What was trained, by full name, as it is stored."""
+        return {name: tensor for part in self.parts for name, tensor in part.tensors().items()}
+
+
+def _head_of(model: Any) -> Tensor:
+    return cast(Tensor, model.get_output_embeddings().weight.detach())
+
+
+def _parts(student: Any, source: ModelFolder) -> list[ScaledWeight | ScaledNorm]:
+    """What is trained: every quantized linear of the decoder blocks and every norm."""
+    family = family_of(source.config)
+    weights = [
+        ScaledWeight(student.get_submodule(name), source, name)
+        for name in record.linears(source)
+        if name not in (family.head, family.embedding)
+    ]
+    norms = [
+        ScaledNorm(module, name)
+        for name, module in student.named_modules()
+        if name.endswith("norm") and hasattr(module, "weight")
+    ]
+    return [*weights, *norms]
 
 
 def _share(step: int, steps: int) -> float:
@@ -169,7 +257,8 @@ def divergence(H: Tensor, E: Tensor, goal: Tensor, goal_head: Tensor) -> tuple[f
         ours = (flat[part] @ E.T).float().log_softmax(-1)
         theirs = (flat_goal[part] @ goal_head.T).float().log_softmax(-1)
         p = theirs.exp()
-        total += float((p * theirs.sub_(ours)).sum())
+        own = torch.linalg.vecdot(p, theirs)
+        total += float((own - torch.linalg.vecdot(p, ours)).double().sum())
         difference = ours.exp_().sub_(p).div_(len(flat))
         gradient[part] = difference.to(E.dtype) @ E
     return total / len(flat), gradient.view_as(H)
@@ -199,10 +288,9 @@ class ScaledWeight:
     def collect(self) -> None:
         """The gradient of the factor from the gradient of the weight."""
         gradient = self.module.weight.grad
-        by_scale = (gradient.unflatten(1, self.levels.shape[1:]) * self.levels).sum(
-            -1, keepdim=True
-        )
-        self.factor.grad = by_scale.float() * self.scale
+        by_level = gradient.unflatten(1, self.levels.shape[1:]) * self.levels
+        by_scale = by_level.sum(-1, keepdim=True, dtype=torch.float32)
+        self.factor.grad = by_scale * self.scale
         self.module.weight.grad = None
 
     def tensors(self) -> dict[str, Tensor]:

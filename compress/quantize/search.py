@@ -30,6 +30,9 @@ from compress.quantize.stage import linear_names, settle
 
 log = logging.getLogger(__name__)
 
+# Tokens of a sequence that sensitivity is measured on, at least: less would be mostly without context.
+WINDOW = 128
+
 
 @dataclass(frozen=True)
 class Search:
@@ -50,7 +53,9 @@ class Search:
 
     def __post_init__(self) -> None:
         if (self.average_bits is None) == (self.megabytes is None):
-            raise UserError("search needs a budget: set one of search.average_bits and megabytes")
+            raise UserError(
+                "search needs one budget: set search.average_bits or search.megabytes, the other to null"
+            )
         if not self.choices or not all(2 <= bits <= 8 for bits in self.choices):
             raise UserError(f"search.choices={list(self.choices)} is not allowed: choose 2 to 8")
         if self.tokens < 1:
@@ -181,7 +186,7 @@ def choose(
     schemes = settle(source, family, schemes)
     allowed = budget(source, search, schemes)
     groups = allowed.groups
-    used = first_tokens(tokens, search.tokens)
+    used = spread_tokens(tokens, search.tokens)
     costs, floors = sensitivities(source, schemes, search.bits, used, device)
     picks = solve(costs, allowed.sizes, allowed.limit)
     bits = [search.bits[pick] for pick in picks]
@@ -216,10 +221,11 @@ def choose(
     return Schemes(schemes.linears, different, schemes.head), report
 
 
-def first_tokens(tokens: Tensor, count: int) -> Tensor:
-    """About the first ``count`` tokens: whole sequences, or the start of one. (sequences, length)"""
-    length = min(count, tokens.shape[1])
-    return tokens[: count // length, :length]
+def spread_tokens(tokens: Tensor, count: int) -> Tensor:
+    """About ``count`` tokens from the starts of as many sequences as give ``WINDOW`` each: neighbouring
+    sequences are of different parts of the calibration mix. (sequences, length)"""
+    length = min(count, tokens.shape[1], max(WINDOW, count // len(tokens)))
+    return tokens[: max(1, count // length), :length]
 
 
 def solve(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -70,7 +69,7 @@ def quantize(
                 block.observe(*family.inputs)
             for transform in transforms:
                 transform(block)
-            quantized = round_block(block, roundings, original)
+            quantized = round_block(block, roundings)
             report = _close(block, quantized)
             if block.activations is not None:
                 walk.leave(index, block.activations)
@@ -97,16 +96,13 @@ def quantize(
     }
 
 
-def round_block(block: Block, roundings: Sequence[Rounding], original: bool) -> dict[str, QTensor]:
-    """Pick the integers of a transformed block. ``original``: a method looks at the original block."""
+def round_block(block: Block, roundings: Sequence[Rounding]) -> dict[str, QTensor]:
+    """Pick the integers of a transformed block."""
     for name, W in block.weights.items():
         block.place(name, W)
-    if original:
-        block.original = copy.deepcopy(block.module)
     quantized: dict[str, QTensor] = {}
     for method in roundings:
         quantized = method(block, quantized)
-    block.original = None
     return quantized
 
 

@@ -4,12 +4,13 @@
         [--bits 4 3 2] [--only NAME ...] [--out FILE.json]
 
 Everybody gets the same bf16 folder, the same 64 x 512 calibration tokens (addresses of 1960 to 2004),
-groups of 64, asymmetric, all linears but the head; each runs in a process of its own, alone, whose
-wall and processor time and peak resident memory are taken by the parent (imports and saving
-included). Time is also given in units of one bf16 forward of the calibration tokens through the
-original without its head. The written files of all are read by our reader and judged on the same
-windows of two texts, one of the calibration's kind and one outside it. ``--keep`` holds what each
-wrote and its measurements: what is there already is not run again, so a long comparison can go on.
+groups of 64, asymmetric, all linears but the head; ``best-*`` adds text that the model writes itself,
+and its time counts. Each runs in a process of its own, whose wall and processor time and peak resident
+memory are taken (imports and saving included). Time is also given in units of one bf16 forward of the
+calibration tokens through the original without its head, timed before and after. The written files of
+all are read by our reader and judged on the same windows of two texts, one of the calibration's kind
+and one outside it. ``--keep`` holds what each wrote and its measurements: what is there already is not
+run again, so a long comparison can go on; a row that was cut off starts anew.
 ``make bench-peers`` prepares the environment.
 """
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -64,6 +66,7 @@ def peers(bits: int, python: str, model: Path, tokens: Path, out: Path) -> dict[
     return {
         f"llm-compressor awq int{bits}": [python, llmc, "awq", *common, str(out)],
         f"llm-compressor gptq int{bits}": [python, llmc, "gptq", *common, str(out)],
+        f"llm-compressor gptq imatrix int{bits}": [python, llmc, "gptq-imatrix", *common, str(out)],
         f"auto-round int{bits}": [
             python,
             autoround,
@@ -75,23 +78,32 @@ def peers(bits: int, python: str, model: Path, tokens: Path, out: Path) -> dict[
     }
 
 
+# Runs a command and prints its wall and processor seconds and peak resident kB. A process starts with
+# its parent's peak: this one, which holds a model at times, must not be the parent.
+LAUNCHER = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+with open(sys.argv[1], "w") as log:
+    status = subprocess.run(sys.argv[2:], stdout=log, stderr=subprocess.STDOUT).returncode
+seconds, usage = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([status, seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss]))
+"""
+
+
 def timed(command: list[str], log: Path) -> dict[str, float]:
     """Run a process to its end: wall and processor seconds and peak resident bytes, its children
     included. Raises RuntimeError if it fails."""
-    start = time.perf_counter()
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
+    launched = subprocess.run(
+        [sys.executable, "-c", LAUNCHER, str(log), *command],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    status, seconds, processor, peak = json.loads(launched.stdout)
     if status:
         raise RuntimeError(f"{' '.join(command)} failed with status {status}: see {log}")
-    processor = usage.ru_utime + usage.ru_stime
-    return {"seconds": seconds, "cpu_seconds": processor, "peak_rss": usage.ru_maxrss * 1024}
+    return {"seconds": seconds, "cpu_seconds": processor, "peak_rss": peak * 1024}
 
 
 @torch.inference_mode()
@@ -110,22 +122,46 @@ def written_folder(path: Path) -> Path:
     return next(path.rglob("config.json")).parent
 
 
+def peer_versions(python: str) -> dict[str, str]:
+    """Versions of the peers and of what they stand on."""
+    names = ("llmcompressor", "auto-round", "compressed-tensors", "torch", "transformers")
+    program = (
+        "import json, sys; from importlib.metadata import version; "
+        "print(json.dumps({name: version(name) for name in sys.argv[1:]}))"
+    )
+    command = [python, "-c", program, *names]
+    found = subprocess.run(command, check=True, capture_output=True, text=True)
+    return dict(json.loads(found.stdout))
+
+
 def run_all(
-    commands: Mapping[str, list[str]], keep: Path, folder: ModelFolder, blocks: TokenBlocks
+    commands: Mapping[str, list[str]],
+    keep: Path,
+    folder: ModelFolder,
+    blocks: TokenBlocks,
+    versions: Mapping[str, str],
 ) -> None:
     """Run what has not been run. A measurement is written when its process has ended well."""
     for name, command in commands.items():
         place = keep / name.replace(" ", "-")
         if (place / MEASUREMENT).exists():
+            if read_json(place / MEASUREMENT)["calibration_sha256"] != blocks.sha256:
+                raise RuntimeError(f"{place} was measured with other calibration tokens")
             continue
-        place.mkdir(parents=True, exist_ok=True)
+        if place.exists():
+            shutil.rmtree(place)
+        place.mkdir(parents=True)
         print(name, flush=True)
-        unit = forward_seconds(folder, blocks.tokens)
+        before = forward_seconds(folder, blocks.tokens)
         found = timed(command, place / "log.txt")
+        units = [before, forward_seconds(folder, blocks.tokens)]
         measured = {
             **found,
-            "unit_seconds": unit,
+            "unit_seconds": sum(units) / 2,
+            "units": units,
             "threads": torch.get_num_threads(),
+            "calibration_sha256": blocks.sha256,
+            "versions": dict(versions),
             "environment": environment(torch.device("cpu")),
         }
         write_json(place / MEASUREMENT, measured)
@@ -215,7 +251,7 @@ def main() -> None:
         if unknown := set(asked.only) - set(commands):
             parser.error(f"{sorted(unknown)[0]} is none of: {', '.join(commands)}")
         commands = {name: commands[name] for name in commands if name in asked.only}
-    run_all(commands, asked.keep, folder, blocks)
+    run_all(commands, asked.keep, folder, blocks, peer_versions(asked.peer_python))
     results = {name: judge(name, asked.keep, folder, settings, tokenizer) for name in commands}
     if asked.out:
         shown = {"calibration_sha256": blocks.sha256, "group_size": GROUP_SIZE, "results": results}

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from calibration.moments import Collector, Moments
+from compress.errors import UserError
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -129,5 +130,5 @@ def test_scaling_moments_is_scaling_inputs() -> None:
 def test_infinite_activations_are_refused() -> None:
     moments = Moments.zeros(2, torch.device("cpu"))
     moments.add(torch.tensor([[1.0, float("inf")]]))
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(UserError, match="activations are not finite"):
         moments.mean()

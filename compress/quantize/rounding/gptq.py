@@ -6,6 +6,7 @@ W (out, in); H, C, U (in, in); Wt, S, Z (in, out), transposed so that a column l
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class Gptq:
             )
 
     def __call__(self, block: Block, start: Mapping[str, QTensor]) -> dict[str, QTensor]:
-        return round_block(block, self.damping, correction=0.0)
+        return round_in_order(block, self.damping)
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,13 @@ class Gptaq:
             )
 
     def __call__(self, block: Block, start: Mapping[str, QTensor]) -> dict[str, QTensor]:
-        return round_block(block, self.damping, self.correction)
+        block.original = copy.deepcopy(block.module)
+        quantized = round_in_order(block, self.damping, self.correction)
+        block.original = None
+        return quantized
 
 
-def round_block(block: Block, damping: float, correction: float) -> dict[str, QTensor]:
+def round_in_order(block: Block, damping: float, correction: float = 0.0) -> dict[str, QTensor]:
     """Quantize the linears of a block in the order in which they run."""
     quantized: dict[str, QTensor] = {}
     for shared in block.family.inputs:
@@ -100,15 +104,13 @@ def round_block(block: Block, damping: float, correction: float) -> dict[str, QT
             log.warning("%s: damping had to be raised to %g to factor H", label, used)
         # The readers of one input share H: their rows are quantized together.
         W = torch.cat([block.weights[name] for name in shared.linears])
-        if correction:
-            assert moments.cross is not None
-            W = W + correction * (W.double() @ moments.cross.double() @ inverse).float()
+        cross = None if moments.cross is None else correction * moments.cross
         grids = [
             block.grids.get(name) or make_grid(rows, block.schemes[name], block.dtype)
             for name, rows in zip(shared.linears, W.split(_sizes(block, shared)), strict=True)
         ]
         order = H.diagonal().argsort(descending=True, stable=True)
-        codes = solve(W, inverse, _stack(grids), block.scheme(shared).bits, order)
+        codes = solve(W, inverse, _stack(grids), block.scheme(shared).bits, order, cross)
         parts = zip(shared.linears, codes.split(_sizes(block, shared)), grids, strict=True)
         for name, rows, grid in parts:
             q = QTensor(rows.contiguous(), grid.scale, grid.zero, block.schemes[name].bits)
@@ -158,13 +160,26 @@ def damped_inverse(H: Tensor, damping: float) -> tuple[Tensor, float]:
         damping = min(10 * damping, 1.0)
 
 
-def solve(W: Tensor, inverse: Tensor, grid: Grid, bits: int, order: Tensor) -> Tensor:
+def solve(
+    W: Tensor,
+    inverse: Tensor,
+    grid: Grid,
+    bits: int,
+    order: Tensor,
+    cross: Tensor | None = None,
+) -> Tensor:
     """Codes uint8 (out, in) of W, columns taken in this order. inverse: of the damped H, float64.
 
     The last column's error cannot be made up for; the first one's is spread over all others.
+    cross: C (in, in) of inputs that the free columns are to make up for too (GPTAQ).
     """
     out_features, in_features = W.shape
-    U = torch.linalg.cholesky(inverse[order][:, order], upper=True).float()
+    U = torch.linalg.cholesky(inverse[order][:, order], upper=True)
+    P = None
+    if cross is not None:
+        # Row j of P is C[j, free] H[free, free]^-1, free = the columns after j (GPTAQ, eq. 15).
+        P = ((cross[order][:, order].double() @ U.T).triu(1) @ U).float()
+    U = U.float()
     group = order // (in_features // grid.scale.shape[1])
     Wt = W.T[order].contiguous()
     S = grid.scale.float().T[group].contiguous()
@@ -180,8 +195,13 @@ def solve(W: Tensor, inverse: Tensor, grid: Grid, bits: int, order: Tensor) -> T
             codes[j] = (Wt[j] / S[j]).add_(Z[j]).round_().clamp_(0, 2**bits - 1)
             error = (Wt[j] - (codes[j] - Z[j]) * S[j]) / U[j, j]
             Wt[j + 1 : end].addr_(U[j, j + 1 : end], error, alpha=-1)
+            if P is not None:
+                Wt[j + 1 : end].addr_(P[j, j + 1 : end], Wt[j])
             errors[j - start] = error
         Wt[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)
+        if P is not None:
+            # A row of Wt is what it was when its turn came: nothing after it has changed it.
+            Wt[end:].addmm_(P[start:end, end:].T, Wt[start:end])
     result = torch.empty_like(codes)
     result[order] = codes
     return result.T.to(torch.uint8)

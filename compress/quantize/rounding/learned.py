@@ -34,10 +34,12 @@ class Learned:
 
     iters: steps; the step size is 1 / iters, falling to 0
     batch: sequences a step
+    seed: of the order of the sequences
     """
 
     iters: int = 100
     batch: int = 2
+    seed: int = 0
 
     needs_data: ClassVar[bool] = True
     needs_original: ClassVar[bool] = True
@@ -57,7 +59,7 @@ class Learned:
             )
             for name, W in block.weights.items()
         }
-        loss = BlockLoss(block, self.batch)
+        loss = BlockLoss(block, self.batch, self.seed)
         _place(block, weights)
         first = least = loss.check()
         best = {name: weight.state() for name, weight in weights.items()}
@@ -89,12 +91,12 @@ class BlockLoss:
     it, and a few tokens with huge activations would drown the others.
     """
 
-    def __init__(self, block: Block, batch: int):
+    def __init__(self, block: Block, batch: int, seed: int = 0):
         assert block.activations is not None
         assert block.activations.targets is not None
         self.block, self.data, self.targets = block, block.activations, block.activations.targets
         self.batch = min(batch, len(self.targets))
-        self._generator = torch.Generator().manual_seed(0)
+        self._generator = torch.Generator().manual_seed(seed)
         self._waiting = torch.empty(0, dtype=torch.int64)
 
     def __call__(self, rows: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """llm-compressor on given token blocks. Runs in llm-compressor's own environment, alone.
 
 python run_llmcompressor.py METHOD MODEL_FOLDER TOKENS.json BITS GROUP_SIZE OUTPUT_FOLDER
-METHOD: rtn, awq (duo scaling "both"), gptq (activation order "static", which files without g_idx can hold)
+METHOD: awq (duo scaling "both"), gptq (activation order "static", which files without g_idx can hold),
+gptq-imatrix (the same on grids searched by activation-weighted error instead of min-max)
 """
 
 import json
@@ -32,12 +33,14 @@ def main() -> None:
         "strategy": "group",
         "group_size": int(group_size),
     }
+    if method == "gptq-imatrix":
+        weights["observer"] = "imatrix_mse"
     scheme = {"ignore": ["lm_head"], "config_groups": {"group_0": {"targets": ["Linear"]}}}
     scheme["config_groups"]["group_0"]["weights"] = weights
     recipe = {
-        "rtn": lambda: [QuantizationModifier(**scheme)],
         "awq": lambda: [AWQModifier(duo_scaling="both"), QuantizationModifier(**scheme)],
         "gptq": lambda: [GPTQModifier(actorder="static", **scheme)],
+        "gptq-imatrix": lambda: [GPTQModifier(actorder="static", **scheme)],
     }[method]()
     oneshot(
         model=model,

@@ -12,7 +12,7 @@ from compress.compose import compose_settings
 from compress.config import parse
 from compress.errors import UserError
 from compress.model.folder import ModelFolder
-from compress.quantize.head import ROWS, quantize_rows, searched_grid
+from compress.quantize.head import ROWS, quantize_rows
 from compress.quantize.record import linears, read_linear
 from compress.quantize.rounding import Nearest
 from compress.quantize.scheme import Scheme, Schemes, fake_quantize, make_grid
@@ -57,12 +57,14 @@ def test_record_holds_each_matrix_once(
 def test_searched_grid_is_never_worse(scheme: Scheme) -> None:
     W = torch.randn(40, 128, generator=torch.Generator().manual_seed(0))
     W[3] = 0
+    W = W.bfloat16().float()
     plain = fake_quantize(W, make_grid(W, scheme, torch.bfloat16), scheme)
-    found = fake_quantize(W, searched_grid(W, scheme, torch.bfloat16), scheme)
+    q, _ = quantize_rows("w", W.bfloat16(), scheme, CPU)
+    found = q.dequantize(torch.float32)
     groups = (-1, scheme.columns_per_group(128))
     before = (plain - W).unflatten(1, groups).square().sum(-1)
     after = (found - W).unflatten(1, groups).square().sum(-1)
-    assert (after <= before).all()
+    assert (after <= before * 1.0001).all()
     assert after.sum() < 0.98 * before.sum() or scheme.bits == 8
 
 

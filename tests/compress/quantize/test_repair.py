@@ -20,6 +20,7 @@ from compress.quantize.rounding import Nearest
 from compress.quantize.scheme import Scheme, Schemes
 from compress.quantize.stage import quantize
 from compress.runtime.load import load_dense
+from tests.conftest import byte_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -132,7 +133,9 @@ def repaired(
     """original, record before, record after, report of a short training."""
     original, before = decided(False)
     target = tmp_path_factory.mktemp("repaired") / "record"
-    report = Kl(epochs=4, rate=5e-3, batch=4)(before, original, target, tokens, CPU)
+    report = Kl(epochs=4, rate=5e-3, batch=4)(
+        before, original, target, tokens, byte_tokenizer(), CPU
+    )
     return original, before, ModelFolder(target), report
 
 
@@ -174,9 +177,9 @@ def test_the_model_comes_nearer_to_the_original(
     assert len(report["kl"]) == 4
     assert report["kl"][-1] < report["kl"][0]
     # The first pass is measured while the factors still move away from 1.
-    assert end < report["kl"][0] < start * 1.05
-    assert report["tokens"] == 4 * tokens.numel()
-    # Batches of 4 and 2 rows.
+    assert end < report["kl"][0] < kl(original, before, tokens[:-1]) * 1.05
+    assert report["tokens"] == 4 * tokens[:-1].numel()
+    # Batches of 4 rows and 1.
     assert report["steps"] == 8
 
 
@@ -185,10 +188,45 @@ def test_a_step_of_next_to_nothing_measures_the_model_as_it_is(
 ) -> None:
     """The reported KL is the model's own, whatever the sizes of the batches."""
     original, before = decided(True)
-    report = Kl(epochs=1, rate=1e-9, batch=5)(before, original, tmp_path / "r", tokens, CPU)
-    assert report["kl"] == [pytest.approx(kl(original, before, tokens), rel=0.05)]
+    report = Kl(epochs=1, rate=1e-9, batch=5)(
+        before, original, tmp_path / "r", tokens, byte_tokenizer(), CPU
+    )
+    assert report["kl"] == [pytest.approx(kl(original, before, tokens[:-1]), rel=0.05)]
+    held = kl(original, before, tokens[-1:])
+    assert report["held_out_kl"] == [pytest.approx(held, rel=0.05)] * 2
     after = ModelFolder(tmp_path / "r")
     assert all(torch.equal(before.tensor(name), after.tensor(name)) for name in before.names)
+
+
+def test_the_state_that_is_best_outside_is_kept(
+    decided: Callable[[bool], tuple[ModelFolder, ModelFolder]],
+    tokens: Tensor,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Steps that are far too large make it worse: the record stays as it was, and a warning tells."""
+    original, before = decided(True)
+    report = Kl(epochs=2, rate=20.0)(
+        before, original, tmp_path / "r", tokens, byte_tokenizer(), CPU
+    )
+    assert report["kept"] == 0
+    assert report["held_out_kl"][0] == min(report["held_out_kl"])
+    after = ModelFolder(tmp_path / "r")
+    assert all(torch.equal(before.tensor(name), after.tensor(name)) for name in before.names)
+    assert "the state after pass 0 was better" in caplog.text
+
+
+def test_seeds_make_other_trainings(
+    decided: Callable[[bool], tuple[ModelFolder, ModelFolder]], tokens: Tensor, tmp_path: Path
+) -> None:
+    original, before = decided(True)
+    found = []
+    for i, seed in enumerate((0, 0, 1)):
+        method = Kl(epochs=1, batch=1, generated=2, seed=seed)
+        method(before, original, tmp_path / str(i), tokens, byte_tokenizer(), CPU)
+        found.append(ModelFolder(tmp_path / str(i)).tensor("model.norm.weight"))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
 
 
 def test_the_repaired_record_is_exported(
@@ -212,10 +250,21 @@ def test_float16_is_refused(
 ) -> None:
     half = make_model(dtype="float16")
     with pytest.raises(UserError, match="bfloat16 or float32"):
-        Kl()(half, half, tmp_path / "r", tokens, CPU)
+        Kl()(half, half, tmp_path / "r", tokens, byte_tokenizer(), CPU)
+
+
+def test_one_sequence_is_too_few(
+    decided: Callable[[bool], tuple[ModelFolder, ModelFolder]], tokens: Tensor, tmp_path: Path
+) -> None:
+    original, before = decided(True)
+    with pytest.raises(UserError, match=r"set data\.sequences to 2 or more"):
+        Kl()(before, original, tmp_path / "r", tokens[:1], byte_tokenizer(), CPU)
+    assert not (tmp_path / "r").exists()
 
 
 @pytest.mark.parametrize("knobs", [{"epochs": 0}, {"rate": 0.0}, {"batch": 0}])
 def test_wrong_knobs_are_refused(knobs: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"repair.kl.* is not allowed: choose more than 0"):
         Kl(**knobs)
+    with pytest.raises(UserError, match=r"repair.kl.generated=-1 is not allowed: choose 0 or more"):
+        Kl(generated=-1)

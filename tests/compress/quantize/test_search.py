@@ -22,7 +22,7 @@ from compress.model.folder import ModelFolder
 from compress.quantize import record
 from compress.quantize.rounding.nearest import Nearest
 from compress.quantize.scheme import Scheme, Schemes, to_codes
-from compress.quantize.search import Search, budget, choose, first_tokens, solve
+from compress.quantize.search import Search, budget, choose, solve, spread_tokens
 from compress.quantize.sensitivity import ANCHOR, GRIDS, divergences, sensitivities
 from compress.quantize.stage import quantize
 from compress.report.bits import draw_bits
@@ -77,12 +77,15 @@ def test_divergences_match_the_definition() -> None:
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
-def test_first_tokens() -> None:
-    tokens = torch.arange(12).view(3, 4)
-    assert torch.equal(first_tokens(tokens, 8), tokens[:2])
-    assert torch.equal(first_tokens(tokens, 9), tokens[:2])
-    assert torch.equal(first_tokens(tokens, 3), tokens[:1, :3])
-    assert torch.equal(first_tokens(tokens, 100), tokens)
+def test_spread_tokens() -> None:
+    """Many short windows, so that every kind of text of a mix is among them."""
+    tokens = torch.arange(8 * 512).reshape(8, 512)
+    assert torch.equal(spread_tokens(tokens, 1024), tokens[:, :128])
+    assert torch.equal(spread_tokens(tokens, 800), tokens[:6, :128])
+    assert torch.equal(spread_tokens(tokens, 2048), tokens[:, :256])
+    assert torch.equal(spread_tokens(tokens, 3), tokens[:1, :3])
+    assert torch.equal(spread_tokens(tokens, 10_000), tokens)
+    assert torch.equal(spread_tokens(tokens[:, :4], 9), tokens[:2, :4])
 
 
 def textbook(model: ModelFolder, tokens: Tensor, block: int, group: int, bits: int) -> float:
@@ -274,8 +277,8 @@ def test_the_picture(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("knobs", "sentence"),
     [
-        ({}, "search needs a budget"),
-        ({"average_bits": 3.0, "megabytes": 4.0}, "search needs a budget"),
+        ({}, "search needs one budget"),
+        ({"average_bits": 3.0, "megabytes": 4.0}, "search needs one budget"),
         ({"average_bits": 1.9}, "average_bits=1.9 is not allowed: choose 2 to 6"),
         ({"average_bits": 6.1}, "average_bits=6.1 is not allowed: choose 2 to 6"),
         ({"average_bits": 3.0, "choices": [4, 8]}, "choose 4 to 8"),
