@@ -56,6 +56,12 @@ def calibration_blocks(
     return _blocks(_with_prefix(torch.stack(rows), prefix))
 
 
+def interleave(a: Tensor, b: Tensor) -> Tensor:
+    """The rows of both, each in its order, spread evenly: the first rows are a fair share of both."""
+    places = torch.cat([(torch.arange(len(part)) + 0.5) / len(part) for part in (a, b)])
+    return torch.cat([a, b])[places.argsort(stable=True)]
+
+
 def _shuffled(
     texts: list[str], tokenizer: Any, length: int, enough: int, generator: torch.Generator
 ) -> Tensor:

@@ -16,8 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
+from calibration.generated import generated_tokens
 from calibration.texts import load_mix, load_texts
-from calibration.tokens import TokenBlocks, calibration_blocks
+from calibration.tokens import TokenBlocks, calibration_blocks, interleave
 from compress.config import STAGES, Run
 from compress.environment import environment
 from compress.errors import UserError
@@ -39,6 +40,7 @@ from compress.quantize.stage import quantize, settle
 from compress.report import bits, blocks
 from compress.report.table import METRICS, table
 from compress.rotate import rotate, rotated_sizes
+from compress.runtime.load import load_dense
 from eval.memory import peak_cuda, peak_rss, reset_peak, rss
 
 log = logging.getLogger(__name__)
@@ -144,12 +146,20 @@ def _compress(run: Run, model: ModelFolder, tokenizer: Any, out: Path) -> dict[s
     reset_peak()
     start, start_rss = time.perf_counter(), rss()
     data = _calibration(run, tokenizer)
-    tokens: Tensor | None = None if data is None else data.tokens
     current, reports, seconds = model, dict[str, Any](), dict[str, float]()
+    tokens: Tensor | None = None if data is None else data.tokens
+    if tokens is not None and run.settings.data.generated:
+        tokens = interleave(tokens, _generated(run, model, tokenizer))
+        seconds["generate"] = time.perf_counter() - start
+        log.info(
+            "the original wrote %d sequences in %.1f s",
+            run.settings.data.generated,
+            seconds["generate"],
+        )
     for stage in run.settings.stages:
         began = time.perf_counter()
         with _whole(out / stage) as partial:
-            reports |= _STAGES[stage](run, model, current, partial, tokens, tokenizer)
+            reports |= _STAGES[stage](run, model, current, partial, tokens)
         current = ModelFolder(out / stage)
         seconds[stage] = time.perf_counter() - began
     origin = {
@@ -171,30 +181,20 @@ def _compress(run: Run, model: ModelFolder, tokenizer: Any, out: Path) -> dict[s
         "peak_rss": peak_rss(),
         "peak_cuda": peak_cuda(),
         "origin": origin,
-        "calibration_tokens": None if data is None else list(data.tokens.shape),
+        "calibration_tokens": None if tokens is None else list(tokens.shape),
         "audit": checked,
         **reports,
     }
 
 
 def _rotate(
-    run: Run,
-    model: ModelFolder,
-    source: ModelFolder,
-    target: Path,
-    tokens: Tensor | None,
-    tokenizer: Any,
+    run: Run, model: ModelFolder, source: ModelFolder, target: Path, tokens: Tensor | None
 ) -> dict[str, Any]:
     return {"rotate": rotate(source, target, seed=run.settings.data.seed)}
 
 
 def _quantize(
-    run: Run,
-    model: ModelFolder,
-    source: ModelFolder,
-    target: Path,
-    tokens: Tensor | None,
-    tokenizer: Any,
+    run: Run, model: ModelFolder, source: ModelFolder, target: Path, tokens: Tensor | None
 ) -> dict[str, Any]:
     schemes, searched = run.schemes, dict[str, Any]()
     if run.search is not None:
@@ -213,16 +213,11 @@ def _quantize(
 
 
 def _repair(
-    run: Run,
-    model: ModelFolder,
-    source: ModelFolder,
-    target: Path,
-    tokens: Tensor | None,
-    tokenizer: Any,
+    run: Run, model: ModelFolder, source: ModelFolder, target: Path, tokens: Tensor | None
 ) -> dict[str, Any]:
     assert run.repair is not None
     assert tokens is not None
-    return {"repair": run.repair(source, model, target, tokens, tokenizer, run.device)}
+    return {"repair": run.repair(source, model, target, tokens, run.device)}
 
 
 _STAGES = {"rotate": _rotate, "quantize": _quantize, "repair": _repair}
@@ -240,6 +235,18 @@ def _calibration(run: Run, tokenizer: Any) -> TokenBlocks | None:
         length=data.length,
         seed=data.seed,
     )
+
+
+def _generated(run: Run, model: ModelFolder, tokenizer: Any) -> Tensor:
+    """Calibration sequences that the original writes itself, on the CPU."""
+    data = run.settings.data
+    return generated_tokens(
+        load_dense(model, run.device, model.dtype),
+        sequences=data.generated,
+        length=data.length,
+        tokenizer=tokenizer,
+        seed=data.seed,
+    ).cpu()
 
 
 def _recipe_hash(run: Run, scheme: dict[str, Any]) -> str:

@@ -165,7 +165,7 @@ MISTAKES = [
     (["recipe=rtn-int4", "eval.tasks=[nope]"], "eval.tasks=nope is not known to lm-eval"),
     (["recipe=awq-int4", "data.length=1"], "data.length=1 is not allowed: choose 2 or more"),
     (["recipe=rtn-int4", "eval.block_tokens=1"], "eval.block_tokens=1 is not allowed: choose 2 or"),
-    (["recipe=best-int3", "repair.kl.generated=-1"], "repair.kl.generated=-1 is not allowed"),
+    (["recipe=best-int3", "data.generated=-1"], "data.generated=-1 is not allowed: choose 0 or"),
     (
         ["recipe=awq-int4", "data.source=sotu-1960-2004+sotu-1960-2004"],
         "names sotu-1960-2004 twice",

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +18,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from calibration.generated import generated_tokens
 from compress.errors import UserError
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder
@@ -43,24 +41,17 @@ class Kl:
     which state is kept, the start included.
 
     epochs: passes over the tokens
-    generated: sequences that the original writes itself and that are added to the calibration tokens;
-        they keep what is trained from fitting the calibration's domain alone
     rate: the largest step of a factor; it rises over the first tenth of the steps and falls to 0
     batch: sequences a step
-    seed: of the text it writes and of the order
+    seed: of the order of the sequences
     """
 
     epochs: int = 4
-    generated: int = 0
     rate: float = 2e-3
     batch: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.generated < 0:
-            raise UserError(
-                f"repair.kl.generated={self.generated} is not allowed: choose 0 or more"
-            )
         for name in ("epochs", "batch", "rate"):
             if not getattr(self, name) > 0:
                 raise UserError(
@@ -81,7 +72,6 @@ class Kl:
         original: ModelFolder,
         target: Path,
         tokens: Tensor,
-        tokenizer: Any,
         device: torch.device,
     ) -> dict[str, Any]:
         """Train the record ``source`` and write it to ``target``.
@@ -94,19 +84,6 @@ class Kl:
         self.check(source, len(tokens))
         tokens = tokens.to(device)
         teacher = load_dense(original, device, source.dtype)
-        if self.generated:
-            start = time.perf_counter()
-            own = generated_tokens(
-                teacher,
-                sequences=self.generated,
-                length=tokens.shape[1],
-                tokenizer=tokenizer,
-                seed=self.seed,
-            )
-            tokens = torch.cat([tokens, own])
-            log.info(
-                "repair, %d sequences written in %.1f s", len(own), time.perf_counter() - start
-            )
         goal = Goal(tokens, _final_states(teacher, tokens), _head_of(teacher))
         del teacher
         student = Student(load_dense(source, device, source.dtype), source, goal)
@@ -115,10 +92,7 @@ class Kl:
         held, trained = is_held.nonzero().squeeze(1), (~is_held).nonzero().squeeze(1)
         report = self._train(student, trained, held)
         _write(source, target, student.tensors())
-        return report | {
-            "tokens": self.epochs * tokens[trained].numel(),
-            "generated_tokens": self.generated * tokens.shape[1],
-        }
+        return report | {"tokens": self.epochs * tokens[trained].numel()}
 
     def _train(self, student: Student, trained: Tensor, held: Tensor) -> dict[str, Any]:
         """Leaves the student in its best state. trained, held: numbers of sequences."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from calibration.texts import PACKAGED, load_mix, load_texts
-from calibration.tokens import bos_prefix, calibration_blocks, evaluation_windows
+from calibration.tokens import bos_prefix, calibration_blocks, evaluation_windows, interleave
 from compress.compose import compose_settings
 from compress.errors import UserError
 from tests.conftest import byte_tokenizer
@@ -144,3 +144,10 @@ def test_what_is_reported_is_never_calibrated_on() -> None:
 
 def _texts(name: str) -> list[str]:
     return load_texts(name, "text", "train")
+
+
+def test_interleaved_rows() -> None:
+    a, b = torch.arange(4).view(2, 2), 100 + torch.arange(8).view(4, 2)
+    assert interleave(a, b)[:, 0].tolist() == [100, 0, 102, 104, 2, 106]
+    assert interleave(b, a)[:, 0].tolist() == [100, 0, 102, 104, 2, 106]
+    assert interleave(a, a + 50)[:, 0].tolist() == [0, 50, 2, 52]

@@ -20,7 +20,6 @@ from compress.quantize.rounding import Nearest
 from compress.quantize.scheme import Scheme, Schemes
 from compress.quantize.stage import quantize
 from compress.runtime.load import load_dense
-from tests.conftest import byte_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -133,9 +132,7 @@ def repaired(
     """original, record before, record after, report of a short training."""
     original, before = decided(False)
     target = tmp_path_factory.mktemp("repaired") / "record"
-    report = Kl(epochs=4, rate=5e-3, batch=4)(
-        before, original, target, tokens, byte_tokenizer(), CPU
-    )
+    report = Kl(epochs=4, rate=5e-3, batch=4)(before, original, target, tokens, CPU)
     return original, before, ModelFolder(target), report
 
 
@@ -188,9 +185,7 @@ def test_a_step_of_next_to_nothing_measures_the_model_as_it_is(
 ) -> None:
     """The reported KL is the model's own, whatever the sizes of the batches."""
     original, before = decided(True)
-    report = Kl(epochs=1, rate=1e-9, batch=5)(
-        before, original, tmp_path / "r", tokens, byte_tokenizer(), CPU
-    )
+    report = Kl(epochs=1, rate=1e-9, batch=5)(before, original, tmp_path / "r", tokens, CPU)
     assert report["kl"] == [pytest.approx(kl(original, before, tokens[:-1]), rel=0.05)]
     held = kl(original, before, tokens[-1:])
     assert report["held_out_kl"] == [pytest.approx(held, rel=0.05)] * 2
@@ -206,9 +201,7 @@ def test_the_state_that_is_best_outside_is_kept(
 ) -> None:
     """Steps that are far too large make it worse: the record stays as it was, and a warning tells."""
     original, before = decided(True)
-    report = Kl(epochs=2, rate=20.0)(
-        before, original, tmp_path / "r", tokens, byte_tokenizer(), CPU
-    )
+    report = Kl(epochs=2, rate=20.0)(before, original, tmp_path / "r", tokens, CPU)
     assert report["kept"] == 0
     assert report["held_out_kl"][0] == min(report["held_out_kl"])
     after = ModelFolder(tmp_path / "r")
@@ -222,8 +215,8 @@ def test_seeds_make_other_trainings(
     original, before = decided(True)
     found = []
     for i, seed in enumerate((0, 0, 1)):
-        method = Kl(epochs=1, batch=1, generated=2, seed=seed)
-        method(before, original, tmp_path / str(i), tokens, byte_tokenizer(), CPU)
+        method = Kl(epochs=1, batch=1, seed=seed)
+        method(before, original, tmp_path / str(i), tokens, CPU)
         found.append(ModelFolder(tmp_path / str(i)).tensor("model.norm.weight"))
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
@@ -250,7 +243,7 @@ def test_float16_is_refused(
 ) -> None:
     half = make_model(dtype="float16")
     with pytest.raises(UserError, match="bfloat16 or float32"):
-        Kl()(half, half, tmp_path / "r", tokens, byte_tokenizer(), CPU)
+        Kl()(half, half, tmp_path / "r", tokens, CPU)
 
 
 def test_one_sequence_is_too_few(
@@ -258,7 +251,7 @@ def test_one_sequence_is_too_few(
 ) -> None:
     original, before = decided(True)
     with pytest.raises(UserError, match=r"set data\.sequences to 2 or more"):
-        Kl()(before, original, tmp_path / "r", tokens[:1], byte_tokenizer(), CPU)
+        Kl()(before, original, tmp_path / "r", tokens[:1], CPU)
     assert not (tmp_path / "r").exists()
 
 
@@ -266,5 +259,3 @@ def test_one_sequence_is_too_few(
 def test_wrong_knobs_are_refused(knobs: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"repair.kl.* is not allowed: choose more than 0"):
         Kl(**knobs)
-    with pytest.raises(UserError, match=r"repair.kl.generated=-1 is not allowed: choose 0 or more"):
-        Kl(generated=-1)
