@@ -54,7 +54,7 @@ serve-check: setup $(VLLM)/.ready  ## compress the demo model and let vLLM's CPU
 $(PEER)/.ready:
 	$(PYTHON) -m venv $(PEER)
 	$(PEER)/bin/pip install -q -c constraints.txt torch
-	$(PEER)/bin/pip install -q llmcompressor==0.14.0.1
+	$(PEER)/bin/pip install -q llmcompressor==0.14.0.1 auto-round==0.15.1
 	touch $@
 
 bench-peers: setup $(PEER)/.ready  ## llm-compressor and auto-round beside ours: hours; outputs/peers keeps what is done

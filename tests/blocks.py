@@ -17,7 +17,7 @@ from compress.quantize.scheme import Scheme, Schemes
 from compress.quantize.stage import open_block, round_block
 
 CPU = torch.device("cpu")
-PAIR = replace(LLAMA, name="pair", inputs=(Input(("a", "b"), None),))
+PAIR = replace(LLAMA, name="pair", inputs=(Input(("a", "b"), None),), attention_output=None)
 
 
 class Pair(nn.Module):
@@ -75,10 +75,10 @@ def quantized_blocks(
         with walk.open(index) as module, torch.no_grad():
             block = open_block(module, walk.prefix(index), family, Schemes(scheme), folder.dtype)
             block.activations = walk.enter(index)
-            block.observe(*family.inputs)
             quantized = round_block(block, roundings)
             for name, q in quantized.items():
                 block.place(name, q.dequantize(block.dtype))
-            walk.leave(index, block.activations)
+            with block.attention_once():
+                walk.leave(index, block.activations)
             assert walk.hidden is not None
             yield block, quantized, walk.hidden

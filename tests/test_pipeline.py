@@ -99,11 +99,13 @@ def test_a_finished_run_is_not_overwritten(
 def test_stages_follow_each_other_and_leave_their_folders(
     tiny: ModelFolder, text_file: Path, tmp_path: Path
 ) -> None:
-    words = ["stages=[quantize,repair]", "repair=kl", "repair.kl.epochs=1"]
+    words = ["stages=[quantize,repair]", "repair=kl", "repair.kl.epochs=1", "data.generated=2"]
     metrics = pipeline.run_recipe(run_of(tiny, text_file, *words), "repaired", tmp_path)
     found = metrics["compression"]
-    assert set(found["stage_seconds"]) == {"quantize", "repair"}
-    assert found["repair"]["tokens"] == 4 * 64
+    assert set(found["stage_seconds"]) == {"generate", "quantize", "repair"}
+    # Of 4 sequences of text and 2 that the original wrote, one is held out.
+    assert found["calibration_tokens"] == [6, 64]
+    assert found["repair"]["tokens"] == 5 * 64
     decided, repaired = ModelFolder(tmp_path / "quantize"), ModelFolder(tmp_path / "repair")
     checkpoint = ModelFolder(tmp_path / "checkpoint")
     name = "model.layers.1.mlp.up_proj"

@@ -37,6 +37,8 @@ class Family:
     # if the reader of the averages is rotated back; and the linears that add to the residual stream.
     values: str
     writers: tuple[str, ...]
+    # The linear that a block's attention ends with, if it has one.
+    attention_output: str | None
     blocks: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
@@ -63,6 +65,7 @@ LLAMA = Family(
     attention_logits=("self_attn.q_proj", "self_attn.k_proj"),
     values="self_attn.v_proj",
     writers=("self_attn.o_proj", "mlp.down_proj"),
+    attention_output="self_attn.o_proj",
 )
 
 FAMILIES = (LLAMA,)

@@ -5,7 +5,8 @@ W (out, in); H (in, in); s (in,)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -30,7 +31,9 @@ class Block:
     activations: what enters the block; None if no method looks at data
     original: a copy of the transformed block that stays unquantized, while a method needs it
     moments: local name -> moments of that linear's input, as last observed
-    grids: local name -> grid chosen by a transform; min-max where there is none
+    grids: local name -> grid that was chosen
+    search: chooses the grids that nobody has chosen when they are asked for, (W, H, scheme, dtype) -> grid;
+        min-max if there is none
     notes: what a method has to tell, for metrics.json
     """
 
@@ -43,16 +46,29 @@ class Block:
     original: nn.Module | None = None
     moments: dict[str, Moments] = field(default_factory=dict)
     grids: dict[str, Grid] = field(default_factory=dict)
+    search: Callable[[Tensor, Tensor, Scheme, torch.dtype], Grid] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    # What attention's output projection reads, batch by batch, as long as nothing before it changes.
+    _attended: list[Tensor] = field(default_factory=list)
 
     def part(self, name: str) -> Any:
         """The norm or linear of this local name."""
         return self.module.get_submodule(name)
 
+    def moments_of(self, name: str) -> Moments:
+        """The moments of this linear's input; the whole block is observed if they were not taken yet."""
+        if name not in self.moments:
+            self.observe(*self.family.inputs)
+        return self.moments[name]
+
     def grid(self, name: str) -> Grid:
-        if name in self.grids:
-            return self.grids[name]
-        return make_grid(self.weights[name], self.schemes[name], self.dtype)
+        """The grid of this linear. A search sees the moments as they are when it is first asked for."""
+        if name not in self.grids:
+            W, scheme = self.weights[name], self.schemes[name]
+            if self.search is None:
+                return make_grid(W, scheme, self.dtype)
+            self.grids[name] = self.search(W, self.moments_of(name).second, scheme, self.dtype)
+        return self.grids[name]
 
     def scheme(self, shared: Input) -> Scheme:
         """The one scheme of the readers of an input: engines fuse them, so they never differ."""
@@ -77,7 +93,7 @@ class Block:
             None if twin is None else {name: twin.get_submodule(name) for name in firsts},
         )
         data = self.activations
-        with collector.hooks():
+        with self.attention_once(), collector.hooks():
             originals = None if twin is None else data.batches(_given(data.original))
             for i, X in enumerate(data.batches(data.inputs)):
                 if originals is not None:
@@ -85,9 +101,42 @@ class Block:
                 collector.run(self.module, X, data.arguments)
         self.moments |= collector.means()
 
+    @contextmanager
+    def attention_once(self) -> Iterator[None]:
+        """Within it the module runs on all batches of its inputs, in order.
+
+        Attention itself is computed in the first such pass and not again until a weight that it depends
+        on changes: later passes start from what its output projection read.
+        """
+        name = self.family.attention_output
+        if name is None:
+            yield
+            return
+        out, attention = self.part(name), self.part(name.rpartition(".")[0])
+        if self._attended:
+            batches = iter(self._attended)
+            attention.forward = lambda *_, **__: (out(next(batches)), None)
+            try:
+                yield
+            finally:
+                del attention.forward
+            return
+        seen: list[Tensor] = []
+        handle = out.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try:
+            yield
+            self._attended = seen
+        finally:
+            handle.remove()
+
     def place(self, name: str, W: Tensor) -> None:
         """Let the module compute with this weight, rounded to the model's dtype."""
-        self.part(name).weight.data = W.to(self.dtype)
+        part, W, linears = self.part(name), W.to(self.dtype), self.family.linears
+        if self._attended and not torch.equal(part.weight, W):
+            assert self.family.attention_output is not None
+            if linears.index(name) < linears.index(self.family.attention_output):
+                self._attended = []
+        part.weight.data = W
 
     def can_fold(self, shared: Input) -> bool:
         """Whether the source's outputs are the readers' inputs one to one.
@@ -108,12 +157,14 @@ class Block:
         Raises UserError if one of them has a grid already.
         """
         assert shared.source is not None
-        if chosen := [n for n in (shared.source, *shared.linears) if n in self.grids]:
+        names = (shared.source, *shared.linears)
+        if chosen := [name for name in names if name in self.grids or self.search is not None]:
             raise UserError(
                 f"a transform chose the grid of {chosen[0]} and a later one scales it: "
                 "list transforms that scale (awq_scale) before those that choose grids "
                 "(awq_clip, opt)"
             )
+        self._attended = []
         source = self.part(shared.source)
         if shared.source in self.weights:
             self.weights[shared.source] /= s.unsqueeze(1)
@@ -157,10 +208,12 @@ class Rounding(Protocol):
     """Picks the integers of every linear of a block.
 
     needs_data: looks at activations; needs_original: also at those of the original model;
-    refines: starts from the integers of the method before it. A method that does not is given {}.
+    observes: takes the moments itself, of one input after the other; refines: starts from the integers
+    of the method before it. A method that does not is given {}.
     """
 
     needs_data: ClassVar[bool]
+    observes: ClassVar[bool]
     needs_original: ClassVar[bool]
     refines: ClassVar[bool]
 

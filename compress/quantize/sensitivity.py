@@ -67,7 +67,6 @@ def sensitivities(
             layer = walk.layers[index]
             block = open_block(layer, walk.prefix(index), family, schemes, source.dtype)
             block.activations = walk.enter(index)
-            block.observe(*family.inputs)
             rows, floor = _block(original, index, block, choices, goal)
             found += rows
             floors.append(floor)
@@ -125,7 +124,7 @@ def _rounded(block: Block, shared: Input, bits: int) -> _Candidate:
     """The readers of an input at so many bits; without weights where none are going to run."""
     weights, error = {}, 0.0
     for name in shared.linears:
-        W, H = block.weights[name], block.moments[name].second
+        W, H = block.weights[name], block.moments_of(name).second
         scheme = replace(block.schemes[name], bits=bits)
         weights[name] = to_codes(W, GRIDS.search(W, H, scheme, block.dtype), scheme).dequantize(
             block.dtype

@@ -66,13 +66,13 @@ def quantize(
             block = open_block(module, prefix, family, schemes, source.dtype)
             if tokens is not None:
                 block.activations = walk.enter(index)
-                block.observe(*family.inputs)
             for transform in transforms:
                 transform(block)
             quantized = round_block(block, roundings)
             report = _close(block, quantized)
             if block.activations is not None:
-                walk.leave(index, block.activations)
+                with block.attention_once():
+                    walk.leave(index, block.activations)
                 report |= _drift(walk.hidden, walk.original)
             writer.add(f"block-{index:05d}.safetensors", _tensors(block, prefix, quantized))
         report["seconds"] = time.perf_counter() - start
@@ -100,6 +100,8 @@ def round_block(block: Block, roundings: Sequence[Rounding]) -> dict[str, QTenso
     """Pick the integers of a transformed block."""
     for name, W in block.weights.items():
         block.place(name, W)
+    if block.activations is not None and not (block.moments or roundings[0].observes):
+        block.observe(*block.family.inputs)
     quantized: dict[str, QTensor] = {}
     for method in roundings:
         quantized = method(block, quantized)

@@ -34,7 +34,7 @@ from calibration.tokens import TokenBlocks, calibration_blocks
 from compress.compose import compose_settings
 from compress.config import RecipeConfig
 from compress.environment import environment
-from compress.measure import measure_accuracy, open_windows
+from compress.measure import measure_accuracy, measure_size, open_windows
 from compress.model.folder import ModelFolder, read_json, write_json
 from compress.model.sources import open_tokenizer, resolve_model
 from compress.runtime.load import load_dense
@@ -187,6 +187,8 @@ def judge(
             torch.device("cpu"),
         )
         measured["texts"] = accuracy["candidate"]["texts"]
+        if "quantization_config" in ModelFolder(candidate).config:
+            measured["size"] = measure_size(ModelFolder(candidate))
         write_json(place / MEASUREMENT, measured)
     return measured
 
@@ -200,11 +202,13 @@ def as_table(results: Mapping[str, Mapping[str, Any]]) -> str:
         + [f"top-1 {t}" for t in texts]
     )
     lines = [
-        f"| | {' | '.join(columns)} | seconds | CPU seconds | units | peak GB |",
-        "|---" * (len(columns) + 5) + "|",
+        f"| | bits/weight | {' | '.join(columns)} | seconds | CPU seconds | units | peak GB |",
+        "|---" * (len(columns) + 6) + "|",
     ]
     for name, r in results.items():
-        cells = [f"{r['texts'][t]['kl']:.4f} ±{r['texts'][t]['kl_stderr']:.4f}" for t in texts]
+        # auto-round's files hold the dequantized weights: its codes, scales and zero points take as much.
+        cells = [f"{r['size']['bits_linears']:.2f}" if "size" in r else "as above"]
+        cells += [f"{r['texts'][t]['kl']:.4f} ±{r['texts'][t]['kl_stderr']:.4f}" for t in texts]
         cells += [f"{r['texts'][t]['perplexity']:.2f}" for t in texts]
         cells += [f"{100 * r['texts'][t]['top1']:.1f}%" for t in texts]
         cells += [f"{r['seconds']:.0f}", f"{r['cpu_seconds']:.0f}"]

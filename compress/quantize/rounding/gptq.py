@@ -19,7 +19,7 @@ from compress.errors import UserError
 from compress.model.families import Input
 from compress.quantize.block import Block
 from compress.quantize.qtensor import QTensor
-from compress.quantize.scheme import Grid, make_grid
+from compress.quantize.scheme import Grid
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ class Gptq:
     damping: float = 0.01
 
     needs_data: ClassVar[bool] = True
+    observes: ClassVar[bool] = True
     needs_original: ClassVar[bool] = False
     refines: ClassVar[bool] = False
 
@@ -68,6 +69,7 @@ class Gptaq:
     correction: float = 1.0
 
     needs_data: ClassVar[bool] = True
+    observes: ClassVar[bool] = True
     needs_original: ClassVar[bool] = True
     refines: ClassVar[bool] = False
 
@@ -105,10 +107,7 @@ def round_in_order(block: Block, damping: float, correction: float = 0.0) -> dic
         # The readers of one input share H: their rows are quantized together.
         W = torch.cat([block.weights[name] for name in shared.linears])
         cross = None if moments.cross is None else correction * moments.cross
-        grids = [
-            block.grids.get(name) or make_grid(rows, block.schemes[name], block.dtype)
-            for name, rows in zip(shared.linears, W.split(_sizes(block, shared)), strict=True)
-        ]
+        grids = [block.grid(name) for name in shared.linears]
         order = H.diagonal().argsort(descending=True, stable=True)
         codes = solve(W, inverse, _stack(grids), block.scheme(shared).bits, order, cross)
         parts = zip(shared.linears, codes.split(_sizes(block, shared)), grids, strict=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from compress.errors import UserError
 from compress.quantize.block import Block
 from compress.quantize.qtensor import QTensor
-from compress.quantize.scheme import Grid, Scheme, make_grid
+from compress.quantize.scheme import Grid, Scheme
 
 # How often, and on how many sequences, the loss is looked at that decides which step is kept.
 CHECKS = 5
@@ -42,6 +42,7 @@ class Learned:
     seed: int = 0
 
     needs_data: ClassVar[bool] = True
+    observes: ClassVar[bool] = False
     needs_original: ClassVar[bool] = True
     refines: ClassVar[bool] = True
 
@@ -55,7 +56,7 @@ class Learned:
     def __call__(self, block: Block, start: Mapping[str, QTensor]) -> dict[str, QTensor]:
         weights = {
             name: LearnedWeight(
-                W, block.grids.get(name), start.get(name), block.schemes[name], block.dtype
+                W, start.get(name) or block.grid(name), block.schemes[name], block.dtype
             )
             for name, W in block.weights.items()
         }
@@ -136,22 +137,19 @@ class LearnedWeight:
     def __init__(
         self,
         W: Tensor,
-        grid: Grid | None,
-        start: QTensor | None,
+        start: QTensor | Grid,
         scheme: Scheme,
         dtype: torch.dtype,
     ):
         self.dtype, self.bits, self.max_code = dtype, scheme.bits, scheme.max_code
-        if start is not None:
-            grid = Grid(start.scale, start.zero)
-        elif grid is None:
-            grid = make_grid(W, scheme, dtype)
-        self.symmetric = grid.zero is None
-        scale = grid.scale.float().unsqueeze(-1)
-        zero = float(2 ** (self.bits - 1)) if grid.zero is None else grid.zero.float().unsqueeze(-1)
+        self.symmetric = start.zero is None
+        scale = start.scale.float().unsqueeze(-1)
+        zero = (
+            float(2 ** (self.bits - 1)) if start.zero is None else start.zero.float().unsqueeze(-1)
+        )
         self.low, self.high = -zero * scale, (self.max_code - zero) * scale
-        self.W = W.unflatten(1, (grid.scale.shape[1], -1))
-        if start is not None:
+        self.W = W.unflatten(1, (start.scale.shape[1], -1))
+        if isinstance(start, QTensor):
             self.W = _inside(
                 self.W, start.codes.unflatten(1, self.W.shape[1:]), scale, zero, self.max_code
             )

@@ -16,6 +16,7 @@ class Nearest:
     """No knobs, no data."""
 
     needs_data: ClassVar[bool] = False
+    observes: ClassVar[bool] = False
     needs_original: ClassVar[bool] = False
     refines: ClassVar[bool] = False
 

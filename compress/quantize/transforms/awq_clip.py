@@ -37,7 +37,7 @@ class AwqClip:
     def __call__(self, block: Block) -> None:
         for name, W in block.weights.items():
             if name not in block.family.attention_logits:
-                H = block.moments[name].second
+                H = block.moments_of(name).second
                 block.grids[name] = self.search(W, H, block.schemes[name], block.dtype)
 
     def search(self, W: Tensor, H: Tensor, scheme: Scheme, dtype: torch.dtype) -> Grid:

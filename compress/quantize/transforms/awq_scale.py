@@ -35,7 +35,7 @@ class AwqScale:
             if not block.can_fold(shared):
                 continue
             W = torch.cat([block.weights[name] for name in shared.linears])
-            moments = block.moments[shared.linears[0]]
+            moments = block.moments_of(shared.linears[0])
             s, exponent, ratio = self.search(
                 W, moments.second, moments.magnitude, block.scheme(shared), block.dtype
             )

@@ -42,9 +42,8 @@ class Opt:
             )
 
     def __call__(self, block: Block) -> None:
-        for name, W in block.weights.items():
-            H = block.moments[name].second
-            block.grids[name] = self.search(W, H, block.schemes[name], block.dtype)
+        block.grids.clear()
+        block.search = self.search
 
     def search(self, W: Tensor, H: Tensor, scheme: Scheme, dtype: torch.dtype) -> Grid:
         """The grid of each group whose own output error is least; groups are taken as independent."""

@@ -1,4 +1,4 @@
-"""auto-round on given token blocks. Runs in auto-round's own environment, alone.
+"""auto-round on given token blocks. Runs in the peers' environment.
 
 python run_autoround.py MODEL_FOLDER TOKENS.json BITS GROUP_SIZE ITERS BATCH OUTPUT_FOLDER
 

@@ -1,4 +1,4 @@
-"""llm-compressor on given token blocks. Runs in llm-compressor's own environment, alone.
+"""llm-compressor on given token blocks. Runs in the peers' environment.
 
 python run_llmcompressor.py METHOD MODEL_FOLDER TOKENS.json BITS GROUP_SIZE OUTPUT_FOLDER
 METHOD: awq (duo scaling "both"), gptq (activation order "static", which files without g_idx can hold),

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from compress.errors import UserError
 from compress.model.families import LLAMA, Input
@@ -278,6 +281,30 @@ def test_linears_see_inputs_from_what_is_quantized_before_them(
             expected = quantized[name].dequantize(block.dtype) if name in before else W
             assert torch.equal(weight, expected), (names, name)
         before += names
+
+
+def test_attention_runs_once_and_as_it_would_every_time(
+    tiny: ModelFolder, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the passes through a block (four inputs and the outputs) only one computes attention."""
+    calls = 0
+    forward = LlamaAttention.forward
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(LlamaAttention, "forward", counting)
+    found = list(quantized_blocks(tiny, tokens, [Gptq()], Scheme(3, 32)))
+    # The first pass ends at q_proj, just inside.
+    assert calls == 2 * len(found)
+    monkeypatch.setattr(Block, "attention_once", lambda _: nullcontext())
+    plain = list(quantized_blocks(tiny, tokens, [Gptq()], Scheme(3, 32)))
+    assert calls == 2 * len(found) + 5 * len(plain)
+    for (_, ours, Y), (_, theirs, Z) in zip(found, plain, strict=True):
+        assert torch.equal(Y, Z)
+        assert all(torch.equal(q.codes, theirs[name].codes) for name, q in ours.items())
 
 
 def test_gptq_costs_less_than_nearest_on_the_same_grids(tiny: ModelFolder, tokens: Tensor) -> None:

@@ -58,7 +58,7 @@ def textbook_gradients(learned: LearnedWeight, W: Tensor, G: Tensor) -> list[Ten
 def test_a_step_follows_the_signs_of_autograd(scheme: Scheme) -> None:
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(8, 96, generator=generator)
-    learned = LearnedWeight(W, None, None, scheme, BF16)
+    learned = LearnedWeight(W, make_grid(W, scheme, BF16), scheme, BF16)
     # Somewhere on the way: offsets of both signs, ends drawn in, so that much is beyond the range.
     V = 0.3 * torch.randn(learned.V.shape, generator=generator).clamp(-1, 1)
     low, high = (0.6 + 0.4 * torch.rand(learned.scale.shape, generator=generator) for _ in "lh")
@@ -87,7 +87,7 @@ def test_a_step_worked_by_hand() -> None:
     # One group, 2 bits, scale 1, zero 0, codes 0 to 3: 1.4 -> 1, 2.0 -> 2, 3.6 is beyond the range.
     W = torch.tensor([[1.4, 2.0, 3.6]])
     grid = Grid(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.uint8))
-    learned = LearnedWeight(W, grid, None, Scheme(2, "channel"), FP32)
+    learned = LearnedWeight(W, grid, Scheme(2, "channel"), FP32)
     assert learned.rounded().tolist() == [[1.0, 2.0, 3.0]]
     # To raise the first, to lower the second, to raise the third, which no offset can: only a wider
     # range. By scale: -1 * (1 - 1.4) + 2 * (2 - 2) - 1 * 3 = -2.6 < 0, so the upper end goes up.
@@ -101,7 +101,8 @@ def test_a_step_worked_by_hand() -> None:
 
 
 def test_offsets_and_ends_have_bounds() -> None:
-    learned = LearnedWeight(torch.randn(4, 64), None, None, Scheme(3, 32), BF16)
+    W = torch.randn(4, 64)
+    learned = LearnedWeight(W, make_grid(W, Scheme(3, 32), BF16), Scheme(3, 32), BF16)
     for _ in range(30):
         learned.rounded()
         learned.step(torch.randn(4, 64), rate=0.5)
@@ -125,9 +126,7 @@ def test_given_integers_are_where_it_starts(scheme: Scheme, dtype: torch.dtype) 
     away = torch.randint(-3, 4, W.shape, generator=generator)
     codes = (near.codes.int() + away).clamp(0, scheme.max_code).to(torch.uint8)
     start = QTensor(codes, near.scale, near.zero, scheme.bits)
-    # A grid of a transform does not count once a method has picked integers on its own.
-    other = make_grid(0.5 * W, scheme, dtype)
-    found = LearnedWeight(W, other, start, scheme, dtype).quantized()
+    found = LearnedWeight(W, start, scheme, dtype).quantized()
     assert torch.equal(found.codes, codes)
     assert found.scale.dtype == dtype
     assert torch.allclose(found.scale.float(), start.scale.float(), rtol=1e-6)
@@ -143,7 +142,7 @@ def test_without_integers_it_starts_from_nearest(scheme: Scheme) -> None:
     W = torch.randn(16, 96, generator=torch.Generator().manual_seed(2))
     grid = make_grid(0.8 * W, scheme, BF16)
     assert torch.equal(
-        LearnedWeight(W, grid, None, scheme, BF16).quantized().codes,
+        LearnedWeight(W, grid, scheme, BF16).quantized().codes,
         to_codes(W, grid, scheme).codes,
     )
 

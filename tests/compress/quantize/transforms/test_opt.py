@@ -177,11 +177,21 @@ def test_it_chooses_grids_and_changes_no_weight(tiny: ModelFolder, tokens: Tenso
     with walk.open(0) as module, torch.no_grad():
         block: Block = open_block(module, walk.prefix(0), LLAMA, Schemes(Scheme(3, 32)), tiny.dtype)
         block.activations = walk.enter(0)
-        block.observe(*LLAMA.inputs)
         weights = {name: W.clone() for name, W in block.weights.items()}
         stored_ = {name: p.clone() for name, p in module.named_parameters()}
-        Opt(steps=3)(block)
-        assert set(block.grids) == set(LLAMA.linears)
+        opt, name = Opt(steps=3), "mlp.down_proj"
+        opt(block)
+        # Grids are chosen when they are asked for, on the moments as they are then.
+        assert not block.grids
+        block.grid("mlp.up_proj")
+        block.moments[name].second.mul_(torch.rand(block.weights[name].shape[1]))
+        expected = opt.search(
+            block.weights[name], block.moments[name].second, block.schemes[name], block.dtype
+        )
+        assert torch.equal(block.grid(name).scale, expected.scale)
+        before = block.grid(name)
+        block.moments[name].second.fill_(1.0)
+        assert block.grid(name) is before, "a grid that was chosen stays"
         assert all(torch.equal(W, block.weights[name]) for name, W in weights.items())
         assert all(torch.equal(p, stored_[name]) for name, p in module.named_parameters())
 
