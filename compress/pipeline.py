@@ -41,7 +41,7 @@ from compress.report import bits, blocks
 from compress.report.table import METRICS, table
 from compress.rotate import rotate, rotated_sizes
 from compress.runtime.load import load_dense
-from eval.memory import peak_cuda, peak_rss, reset_peak, rss
+from eval.memory import give_back, peak_cuda, peak_rss, reset_peak, rss
 
 log = logging.getLogger(__name__)
 
@@ -160,6 +160,7 @@ def _compress(run: Run, model: ModelFolder, tokenizer: Any, out: Path) -> dict[s
         began = time.perf_counter()
         with _whole(out / stage) as partial:
             reports |= _STAGES[stage](run, model, current, partial, tokens)
+        give_back()
         current = ModelFolder(out / stage)
         seconds[stage] = time.perf_counter() - began
     origin = {

@@ -19,17 +19,23 @@ CLEAR = Path("/proc/self/clear_refs")
 RESET_PEAK = "5"
 
 
-def reset_peak() -> bool:
-    """Start a new peak measurement from what is really in use.
-
-    What earlier work freed goes back to the system first: glibc keeps such pages, and they would
-    count. False where the system cannot reset: the peak then counts from the start of the process.
-    """
+def give_back() -> None:
+    """Let the system have the memory that was freed: glibc keeps it, and a later peak would come on top."""
     gc.collect()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def reset_peak() -> bool:
+    """Start a new peak measurement from what is really in use.
+
+    What earlier work freed goes back to the system first. False where the system cannot reset: the peak then counts from the start of the process.
+    """
+    give_back()
     for device in range(torch.cuda.device_count()):
         torch.cuda.reset_peak_memory_stats(device)
     if not os.access(CLEAR, os.W_OK):
