@@ -33,7 +33,8 @@ def give_back() -> None:
 def reset_peak() -> bool:
     """Start a new peak measurement from what is really in use.
 
-    What earlier work freed goes back to the system first. False where the system cannot reset: the peak then counts from the start of the process.
+    What earlier work freed goes back to the system first. False where the system cannot reset: the peak
+    then counts from the start of the process.
     """
     give_back()
     for device in range(torch.cuda.device_count()):
