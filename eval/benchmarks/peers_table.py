@@ -173,23 +173,20 @@ def judge(
     """The measurement of a candidate with the accuracy of its files, which is kept too."""
     place = keep / name.replace(" ", "-")
     measured = read_json(place / MEASUREMENT)
+    candidate = place / "run" / "checkpoint"
+    if not candidate.exists():
+        candidate = written_folder(place / "out")
+    written = ModelFolder(candidate)
+    if "quantization_config" in written.config:
+        measured["size"] = measure_size(written)
     if "texts" not in measured:
         assert settings.eval is not None
-        candidate = place / "run" / "checkpoint"
-        if not candidate.exists():
-            candidate = written_folder(place / "out")
+        windows = open_windows(settings.eval, tokenizer)
         accuracy = measure_accuracy(
-            ModelFolder(candidate),
-            folder,
-            open_windows(settings.eval, tokenizer),
-            settings.eval,
-            tokenizer,
-            torch.device("cpu"),
+            written, folder, windows, settings.eval, tokenizer, torch.device("cpu")
         )
         measured["texts"] = accuracy["candidate"]["texts"]
-        if "quantization_config" in ModelFolder(candidate).config:
-            measured["size"] = measure_size(ModelFolder(candidate))
-        write_json(place / MEASUREMENT, measured)
+    write_json(place / MEASUREMENT, measured)
     return measured
 
 
