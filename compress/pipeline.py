@@ -149,7 +149,7 @@ def _compress(run: Run, model: ModelFolder, tokenizer: Any, out: Path) -> dict[s
     current, reports, seconds = model, dict[str, Any](), dict[str, float]()
     tokens: Tensor | None = None if data is None else data.tokens
     if tokens is not None and run.settings.data.generated:
-        tokens = interleave(tokens, _generated(run, model, tokenizer))
+        tokens = interleave(tokens, _generated(run, model, tokens, tokenizer))
         seconds["generate"] = time.perf_counter() - start
         log.info(
             "the original wrote %d sequences in %.1f s",
@@ -238,13 +238,13 @@ def _calibration(run: Run, tokenizer: Any) -> TokenBlocks | None:
     )
 
 
-def _generated(run: Run, model: ModelFolder, tokenizer: Any) -> Tensor:
+def _generated(run: Run, model: ModelFolder, tokens: Tensor, tokenizer: Any) -> Tensor:
     """Calibration sequences that the original writes itself, on the CPU."""
     data = run.settings.data
     return generated_tokens(
         load_dense(model, run.device, model.dtype),
+        tokens,
         sequences=data.generated,
-        length=data.length,
         tokenizer=tokenizer,
         seed=data.seed,
     ).cpu()

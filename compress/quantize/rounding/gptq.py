@@ -58,11 +58,11 @@ class Gptq:
 class Gptaq:
     """GPTQ whose target is the original model's output: min |Q X - W X'|, X' the original's inputs.
 
-    The least-squares weights for that target, W + W C H^-1 with C = E[(X' - X) X^T], are rounded by
-    GPTQ.
+    When a column is fixed, the columns that are still free make up for its rounding error as in GPTQ,
+    and for what its input lost on the way here: W[:, j] (X' - X)[j], by C = E[(X' - X) X^T].
 
     damping: as in gptq
-    correction: share of the way from W to the least-squares weights that is taken
+    correction: how much of what the inputs lost is made up for; 1 as published
     """
 
     damping: float = 0.01

@@ -18,8 +18,8 @@ from compress.quantize.qtensor import QTensor
 from compress.quantize.scheme import Grid, Scheme
 
 # How often, and on how many sequences, the loss is looked at that decides which step is kept.
-CHECKS = 5
-CHECKED = 16
+CHECKS = 3
+CHECKED = 8
 # How far an end of a group's range may move, as shares of where it starts.
 LEAST, MOST = 0.05, 1.25
 
@@ -166,32 +166,31 @@ class LearnedWeight:
         else:
             self.zero = (-low / self.scale).round_().clamp_(0, self.max_code)
 
-    def _levels(self) -> tuple[Tensor, Tensor, Tensor]:
-        """W / scale; code - zero after the clamp; and where the clamp changed nothing."""
-        x = self.W / self.scale
-        unclamped = (x + self.zero).add_(self.V).round_()
+    def _levels(self) -> tuple[Tensor, Tensor]:
+        """code - zero of every weight after the clamp, and where the clamp changed nothing."""
+        unclamped = torch.addcdiv(self.V, self.W, self.scale).add_(self.zero).round_()
         q = unclamped.clamp(0, self.max_code)
         inside = q == unclamped
-        return x, q.sub_(self.zero), inside
+        return q.sub_(self.zero), inside
 
     def rounded(self) -> Tensor:
         """The weight as it comes back from its codes, (out, in) in the model's dtype."""
-        x, levels, inside = self._levels()
-        # d rounded / d scale, with rounding passed straight through (LSQ, arXiv 1902.08153, eq. 3).
-        self._by_scale, self._inside = levels - x.mul_(inside), inside
-        return levels.mul_(self.scale).flatten(1).to(self.dtype)
+        self._last = self._levels()
+        return (self._last[0] * self.scale).flatten(1).to(self.dtype)
 
     def step(self, gradient: Tensor, rate: float) -> None:
         """One signed step against the gradient (out, in) of the loss by the last ``rounded()``."""
-        G = gradient.unflatten(1, self.W.shape[1:])
-        inside = self._inside
-        by_scale = (self._by_scale * G).sum(-1, keepdim=True)
-        self.V.sub_(G.sign().mul_(inside), alpha=rate).clamp_(-0.5, 0.5)
+        levels, inside = self._last
+        G = gradient.unflatten(1, self.W.shape[1:]).float()
+        G_inside = G * inside
+        # d rounded / d scale, with rounding passed straight through (LSQ, arXiv 1902.08153, eq. 3).
+        by_scale = _sums(levels, G).sub_(_sums(self.W, G_inside).div_(self.scale))
+        outside = G.sum(-1, keepdim=True) - G_inside.sum(-1, keepdim=True)
+        self.V.sub_(G_inside.sign_(), alpha=rate).clamp_(-0.5, 0.5)
         if self.symmetric:
             self.high_factor.sub_(by_scale.sign_(), alpha=rate).clamp_(LEAST, MOST)
             self.low_factor.copy_(self.high_factor)
         else:
-            outside = G.masked_fill(inside, 0).sum(-1, keepdim=True, dtype=torch.float32)
             by_zero = -outside * self.scale
             by_low = -self.low / self.max_code * by_scale
             by_low -= (
@@ -213,10 +212,15 @@ class LearnedWeight:
         self._grid()
 
     def quantized(self) -> QTensor:
-        _, levels, _ = self._levels()
+        levels, _ = self._levels()
         codes = levels.add_(self.zero).flatten(1).to(torch.uint8)
         zero = None if self.symmetric else self.zero.squeeze(-1).to(torch.uint8)
         return QTensor(codes, self.scale.squeeze(-1).to(self.dtype), zero, self.bits)
+
+
+def _sums(A: Tensor, B: Tensor) -> Tensor:
+    """The sum of A * B over the columns of every group, (out, groups, 1)."""
+    return torch.linalg.vecdot(A, B).unsqueeze(-1)
 
 
 def _inside(W: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | float, max_code: int) -> Tensor:
