@@ -1,8 +1,7 @@
 """Text of the model itself: tokens it samples, for methods that follow a model rather than a text.
 
-Half of the sequences start with a random token and go on in the model's own distribution (LLM-QAT,
-arXiv 2305.17888, section 3.1): as general as the model. The other half continue the beginnings of
-calibration sequences, so that the kind of text a user calibrates on keeps its share.
+A random first token, then the model's own distribution (LLM-QAT, arXiv 2305.17888, section 3.1): no
+corpus is needed, and the text is as general as the model.
 """
 
 from __future__ import annotations
@@ -13,38 +12,27 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from calibration.tokens import bos_prefix, interleave
+from calibration.tokens import bos_prefix
 
 # Sequences that are sampled together.
 BATCH = 64
-# Tokens of a calibration sequence that are continued.
-BEGINNING = 32
 
 
 @torch.inference_mode()
 def generated_tokens(
-    model: Any, calibration: Tensor, *, sequences: int, tokenizer: Any, seed: int
+    model: Any, *, sequences: int, length: int, tokenizer: Any, seed: int
 ) -> Tensor:
     """Tokens int64 (sequences, length), sampled at temperature 1, on the model's device.
 
     model: a transformers model for causal language modelling
-    calibration: (any number, length); its first sequences are continued, again from the first if there
-        are too few. The rest (one more if ``sequences`` is odd) start with BOS if the tokenizer's texts
-        do, then a random token of the tokenizer (a model may have untrained rows beyond).
-    End-of-text is not sampled: every sequence has the whole length.
+    Sequences start with BOS if the tokenizer's texts do, then a random token of the tokenizer (a model may
+    have untrained rows beyond). End-of-text is not sampled: every sequence has the whole length.
     """
     generator = torch.Generator().manual_seed(seed)
-    length, continued = calibration.shape[1], sequences // 2
-    first = torch.randint(len(tokenizer), (sequences - continued, 1), generator=generator)
-    bos = torch.tensor(bos_prefix(tokenizer), dtype=torch.int64).expand(len(first), -1)
-    begun = calibration[torch.arange(continued) % len(calibration), :BEGINNING].cpu()
-    starts = [torch.cat([bos, first], dim=1)[:, :length], begun]
-    return interleave(
-        *(
-            torch.cat([_continued(model, rows, length, generator) for rows in start.split(BATCH)])
-            for start in starts
-        )
-    )
+    first = torch.randint(len(tokenizer), (sequences, 1), generator=generator)
+    bos = torch.tensor(bos_prefix(tokenizer), dtype=torch.int64).expand(sequences, -1)
+    start = torch.cat([bos, first], dim=1)[:, :length]
+    return torch.cat([_continued(model, rows, length, generator) for rows in start.split(BATCH)])
 
 
 def _continued(model: Any, rows: Tensor, length: int, generator: torch.Generator) -> Tensor:

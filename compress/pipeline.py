@@ -147,9 +147,9 @@ def _compress(run: Run, model: ModelFolder, tokenizer: Any, out: Path) -> dict[s
     start, start_rss = time.perf_counter(), rss()
     data = _calibration(run, tokenizer)
     current, reports, seconds = model, dict[str, Any](), dict[str, float]()
-    tokens: Tensor | None = None if data is None else data.tokens
+    tokens, written = None if data is None else data.tokens, None
     if tokens is not None and run.settings.data.generated:
-        tokens = interleave(tokens, _generated(run, model, tokens, tokenizer))
+        written = _generated(run, model, tokenizer)
         seconds["generate"] = time.perf_counter() - start
         log.info(
             "the original wrote %d sequences in %.1f s",
@@ -159,7 +159,8 @@ def _compress(run: Run, model: ModelFolder, tokenizer: Any, out: Path) -> dict[s
     for stage in run.settings.stages:
         began = time.perf_counter()
         with _whole(out / stage) as partial:
-            reports |= _STAGES[stage](run, model, current, partial, tokens)
+            seen = _seen(stage, tokens, written)
+            reports |= _STAGES[stage](run, model, current, partial, seen)
         give_back()
         current = ModelFolder(out / stage)
         seconds[stage] = time.perf_counter() - began
@@ -183,6 +184,7 @@ def _compress(run: Run, model: ModelFolder, tokenizer: Any, out: Path) -> dict[s
         "peak_cuda": peak_cuda(),
         "origin": origin,
         "calibration_tokens": None if tokens is None else list(tokens.shape),
+        "generated_tokens": None if written is None else list(written.shape),
         "audit": checked,
         **reports,
     }
@@ -238,13 +240,22 @@ def _calibration(run: Run, tokenizer: Any) -> TokenBlocks | None:
     )
 
 
-def _generated(run: Run, model: ModelFolder, tokens: Tensor, tokenizer: Any) -> Tensor:
+def _seen(stage: str, tokens: Tensor | None, written: Tensor | None) -> Tensor | None:
+    """What a stage sees: the calibration tokens, and of the text that the original wrote all in repair
+    and at most half as much again before. Integers are fitted to a text more closely than scales: there
+    more of it costs more on the calibrated kind of text than it gains elsewhere."""
+    if tokens is None or written is None:
+        return tokens
+    return interleave(tokens, written if stage == "repair" else written[: len(tokens) // 2])
+
+
+def _generated(run: Run, model: ModelFolder, tokenizer: Any) -> Tensor:
     """Calibration sequences that the original writes itself, on the CPU."""
     data = run.settings.data
     return generated_tokens(
         load_dense(model, run.device, model.dtype),
-        tokens,
         sequences=data.generated,
+        length=data.length,
         tokenizer=tokenizer,
         seed=data.seed,
     ).cpu()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from calibration.tokens import calibration_blocks
 from compress import pipeline
@@ -97,15 +98,26 @@ def test_a_finished_run_is_not_overwritten(
 
 
 def test_stages_follow_each_other_and_leave_their_folders(
-    tiny: ModelFolder, text_file: Path, tmp_path: Path
+    tiny: ModelFolder, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["stages=[quantize,repair]", "repair=kl", "repair.kl.epochs=1", "data.generated=2"]
+    seen: list[Tensor] = []
+
+    def quantize(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        seen.append(kwargs["tokens"])
+        return stage_quantize(*args, **kwargs)
+
+    stage_quantize = pipeline.quantize
+    monkeypatch.setattr(pipeline, "quantize", quantize)
+    words = ["stages=[quantize,repair]", "repair=kl", "repair.kl.epochs=1", "data.generated=3"]
     metrics = pipeline.run_recipe(run_of(tiny, text_file, *words), "repaired", tmp_path)
     found = metrics["compression"]
     assert set(found["stage_seconds"]) == {"generate", "quantize", "repair"}
-    # Of 4 sequences of text and 2 that the original wrote, one is held out.
-    assert found["calibration_tokens"] == [6, 64]
-    assert found["repair"]["tokens"] == 5 * 64
+    assert found["calibration_tokens"] == [4, 64]
+    assert found["generated_tokens"] == [3, 64]
+    # Repair sees all that the original wrote but for the sequence that is held out, rounding half as
+    # much as there is text.
+    assert found["repair"]["tokens"] == 6 * 64
+    assert seen[0].shape == (6, 64)
     decided, repaired = ModelFolder(tmp_path / "quantize"), ModelFolder(tmp_path / "repair")
     checkpoint = ModelFolder(tmp_path / "checkpoint")
     name = "model.layers.1.mlp.up_proj"
