@@ -25,7 +25,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 demo: setup  ## compress the demo model three ways and print the table
-	HF_HUB_OFFLINE=1 $(BIN)/compress -m recipe=rtn-int4,awq-int4,awq-int3
+	HF_HUB_OFFLINE=1 $(BIN)/compress -m recipe=rtn-int4,awq-int4,awq-int3 data=sotu
 
 test: setup check  ## every check and test
 	$(BIN)/pytest
