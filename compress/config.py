@@ -41,7 +41,7 @@ class DataConfig:
     """Calibration text: source (several joined by + get equal shares), its field and split;
     sequences x length tokens drawn with seed. generated: so many sequences more, which the original
     writes itself; they keep what is fitted to the text from fitting its domain alone. Repair sees all
-    of them, the stages before it no more than half as many as there are sequences of text."""
+    of them, the stages before it then no more than half as many as there are sequences of text."""
 
     source: str = MISSING
     field: str = "text"

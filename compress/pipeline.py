@@ -159,7 +159,8 @@ def _compress(run: Run, model: ModelFolder, tokenizer: Any, out: Path) -> dict[s
     for stage in run.settings.stages:
         began = time.perf_counter()
         with _whole(out / stage) as partial:
-            seen = _seen(stage, tokens, written)
+            capped = stage != "repair" and "repair" in run.settings.stages
+            seen = _seen(tokens, written, capped)
             reports |= _STAGES[stage](run, model, current, partial, seen)
         give_back()
         current = ModelFolder(out / stage)
@@ -240,13 +241,15 @@ def _calibration(run: Run, tokenizer: Any) -> TokenBlocks | None:
     )
 
 
-def _seen(stage: str, tokens: Tensor | None, written: Tensor | None) -> Tensor | None:
-    """What a stage sees: the calibration tokens, and of the text that the original wrote all in repair
-    and at most half as much again before. Integers are fitted to a text more closely than scales: there
-    more of it costs more on the calibrated kind of text than it gains elsewhere."""
+def _seen(tokens: Tensor | None, written: Tensor | None, capped: bool) -> Tensor | None:
+    """The calibration tokens with what the original wrote among them; capped: at most half as much.
+
+    In the stages before repair it takes from the calibrated kind of text what it gives the others, so
+    they see less of it than repair, which gains on both.
+    """
     if tokens is None or written is None:
         return tokens
-    return interleave(tokens, written if stage == "repair" else written[: len(tokens) // 2])
+    return interleave(tokens, written[: len(tokens) // 2] if capped else written)
 
 
 def _generated(run: Run, model: ModelFolder, tokenizer: Any) -> Tensor:

@@ -118,6 +118,9 @@ def test_stages_follow_each_other_and_leave_their_folders(
     # much as there is text.
     assert found["repair"]["tokens"] == 6 * 64
     assert seen[0].shape == (6, 64)
+    text = pipeline._calibration(run_of(tiny, text_file), byte_tokenizer())
+    assert text is not None
+    assert {tuple(row) for row in text.tokens.tolist()} <= {tuple(r) for r in seen[0].tolist()}
     decided, repaired = ModelFolder(tmp_path / "quantize"), ModelFolder(tmp_path / "repair")
     checkpoint = ModelFolder(tmp_path / "checkpoint")
     name = "model.layers.1.mlp.up_proj"
@@ -126,6 +129,21 @@ def test_stages_follow_each_other_and_leave_their_folders(
     scale = checkpoint.tensor(f"{name}.weight_scale")
     assert torch.equal(scale, repaired.tensor(f"{name}.scale"))
     assert not torch.equal(scale, decided.tensor(f"{name}.scale"))
+
+
+def test_written_text_is_capped_only_beside_more_of_it() -> None:
+    """Rows of calibration are 0, written ones 1, 2, 3."""
+    tokens = torch.zeros(4, 1, dtype=torch.int64)
+    written = torch.tensor([[1], [2], [3]])
+    assert sorted(_rows(pipeline._seen(tokens, written, capped=True))) == [0, 0, 0, 0, 1, 2]
+    assert sorted(_rows(pipeline._seen(tokens, written, capped=False))) == [0, 0, 0, 0, 1, 2, 3]
+    assert pipeline._seen(tokens, None, capped=True) is tokens
+    assert pipeline._seen(None, None, capped=False) is None
+
+
+def _rows(tokens: Tensor | None) -> list[int]:
+    assert tokens is not None
+    return [int(value) for value in tokens.squeeze(1)]
 
 
 def changed(

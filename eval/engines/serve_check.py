@@ -101,8 +101,9 @@ def check(folder: Path, original: Tensor, tokens: Tensor, vllm_python: str) -> b
 
 
 def export_demo(directory: Path, *overrides: str) -> Path:
-    command = [sys.executable, "-m", "compress", "recipe=awq-int4", "eval=none", "speed=none"]
-    subprocess.run([*command, *overrides, f"hydra.run.dir={directory}"], check=True)
+    words = ["recipe=awq-int4", "data=sotu", "eval=none", "speed=none", *overrides]
+    command = [sys.executable, "-m", "compress", *words, f"hydra.run.dir={directory}"]
+    subprocess.run(command, check=True)
     return directory / "checkpoint"
 
 

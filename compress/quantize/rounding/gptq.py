@@ -62,7 +62,8 @@ class Gptaq:
     and for what its input lost on the way here: W[:, j] (X' - X)[j], by C = E[(X' - X) X^T].
 
     damping: as in gptq
-    correction: how much of what the inputs lost is made up for; 1 as published
+    correction: share of what the inputs lost that is made up for; 1 as in the paper, while its
+        published code takes a quarter
     """
 
     damping: float = 0.01

@@ -1,6 +1,6 @@
 """SignRound (arXiv 2309.05516): rounding offsets and clipping learned by signed gradient steps.
 
-W, V, u, q (out, groups, columns); scale, zero and range factors (out, groups, 1)
+W, V, levels and their gradient G (out, groups, columns); scale, zero and range factors (out, groups, 1)
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from compress.model.folder import ModelFolder
 from compress.quantize.block import Block
 from compress.quantize.qtensor import QTensor
 from compress.quantize.rounding import Gptq, Learned, Nearest
-from compress.quantize.rounding.learned import BlockLoss, LearnedWeight
+from compress.quantize.rounding.learned import CHECKED, BlockLoss, LearnedWeight
 from compress.quantize.scheme import Grid, Scheme, make_grid, to_codes
 from tests.blocks import quantized_blocks
 
@@ -212,6 +212,19 @@ def test_the_best_look_is_kept_not_the_last(
     for name, q in found.items():
         assert torch.equal(q.dequantize(tiny.dtype), looks[1][name])
         assert not torch.equal(looks[1][name], looks[3][name])
+
+
+def test_looks_are_at_the_first_sequences(tiny: ModelFolder) -> None:
+    """Changes beyond the looked-at share do not count, one within it does."""
+    many = torch.randint(256, (CHECKED + 2, 16), generator=torch.Generator().manual_seed(0))
+    blocks = quantized_blocks(tiny, many, [Learned(iters=1)], Scheme(3, 32), original=True)
+    block, _, _ = next(blocks)
+    loss = BlockLoss(block, 2)
+    before = loss.check()
+    loss.targets[CHECKED:] += 1
+    assert loss.check() == before
+    loss.targets[CHECKED - 1] += 1
+    assert loss.check() > before
 
 
 def test_a_block_is_left_without_gradients(tiny: ModelFolder, tokens: Tensor) -> None:
