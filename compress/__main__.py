@@ -49,7 +49,10 @@ def main() -> None:
         print(f"compress: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
     except KeyboardInterrupt as stop:
-        print("compress: stopped, nothing unfinished is kept", file=sys.stderr)
+        print(
+            "compress: stopped; half-written files are cleared away, folders of finished stages stay",
+            file=sys.stderr,
+        )
         sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
 
 

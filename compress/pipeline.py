@@ -62,7 +62,9 @@ def check(run: Run) -> None:
     if run.repair is not None:
         run.repair.check(model, settings.data.sequences)
     if run.needs_data:
-        load_mix(settings.data.source, settings.data.field, settings.data.split)
+        _calibration(run, open_tokenizer(model))
+    elif settings.data.generated:
+        log.warning("no method of the recipe looks at data: data.generated is not used")
     if settings.eval is not None:
         for text in settings.eval.texts:
             load_texts(text, settings.eval.text_field, settings.eval.split)
@@ -170,6 +172,7 @@ def _compress(run: Run, model: ModelFolder, tokenizer: Any, out: Path) -> dict[s
         "data": None if data is None else data.sha256,
         "recipe": _recipe_hash(run, reports["scheme"]),
     }
+    log.info("writing the checkpoint and comparing it with the record")
     with _whole(out / "checkpoint") as partial:
         FORMATS[run.settings.export].write(current, partial)
         checked = audit(current, ModelFolder(partial))

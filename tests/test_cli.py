@@ -170,14 +170,18 @@ MISTAKES = [
         ["recipe=awq-int4", "data.source=sotu-1960-2004+sotu-1960-2004"],
         "names sotu-1960-2004 twice",
     ),
+    (
+        ["recipe=awq-int4", "data=sotu", "data.sequences=100000"],
+        "blocks of 512 tokens, 100000 are needed: lower data.sequences or data.length",
+    ),
     (["recipe=best-int3", "data.sequences=1"], "set data.sequences to 2 or more"),
     (["eval=none"], "recipe= is missing: choose one of awq-int3"),
     (["-m", "recipe=rtn-int4", "scheme.bits=4,9"], "scheme.bits=9 is not allowed"),
     (["compares", "outputs"], "compares is neither a verb (bench, compare, evaluate, verify) nor"),
     (["recipe=rtn-int4", "scheme.bits=four"], "scheme.bits: Value 'four'"),
     (["recipe=rtn-int4", f"hydra.run.dir={__file__}/x"], "cannot be written: choose another"),
-    (["compare", "nowhere"], "no finished run below nowhere"),
-    (["verify", "nowhere"], "nowhere/manifest.json is missing"),
+    (["compare", "nowhere"], "there is no folder nowhere"),
+    (["verify", "nowhere"], "there is no folder nowhere"),
     (["evaluate", "./nowhere"], "model './nowhere' is neither"),
 ]
 

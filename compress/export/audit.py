@@ -126,6 +126,8 @@ def verify(path: Path) -> list[str]:
     Checks every file against the manifest, then that each linear reads back and none is left out.
     Raises UserError if there is no manifest.
     """
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path}")
     if not (path / MANIFEST).exists() and (path / "checkpoint" / MANIFEST).exists():
         raise UserError(f"{path} is a run's folder: verify {path / 'checkpoint'}")
     files = read_json(path / MANIFEST).get("files", {})

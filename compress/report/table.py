@@ -17,9 +17,12 @@ ABSENT = "-"
 def find_runs(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """The metrics of every finished run below the paths, oldest first.
 
-    Raises UserError if there is none.
+    Raises UserError if there is none, or no such folder.
     """
     paths = list(paths)
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"there is no folder {path}")
     files = {file for path in paths for file in path.rglob(METRICS)}
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     if not runs:
