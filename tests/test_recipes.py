@@ -42,25 +42,26 @@ def test_no_file_can_name_code(file: Path) -> None:
     yaml.safe_load(file.read_text())
 
 
-# What a recipe's name before its bits stands for: bits, stages, transforms and roundings.
+# What a recipe's name stands for: stages, transforms and roundings; the number at its end are its bits.
 NAMES = {
-    "rtn": ((4, 3), ["quantize"], [], ["Nearest"]),
-    "awq": ((4, 3), ["quantize"], ["AwqScale", "AwqClip"], ["Nearest"]),
-    "gptq": ((4, 3), ["quantize"], ["Opt"], ["Gptq"]),
-    "gptaq": ((4,), ["quantize"], ["AwqScale", "Opt"], ["Gptaq"]),
-    "learned": ((4, 3), ["quantize"], ["Opt"], ["Learned"]),
-    "best": ((4, 3, 2), ["quantize", "repair"], ["AwqScale", "Opt"], ["Learned"]),
+    **dict.fromkeys(["rtn-int4", "rtn-int3"], (["quantize"], [], ["Nearest"])),
+    **dict.fromkeys(["awq-int4", "awq-int3"], (["quantize"], ["AwqScale", "AwqClip"], ["Nearest"])),
+    **dict.fromkeys(["gptq-int4", "gptq-int3"], (["quantize"], ["Opt"], ["Gptq"])),
+    "gptaq-int4": (["quantize"], ["AwqScale", "Opt"], ["Gptaq"]),
+    **dict.fromkeys(["learned-int4", "learned-int3"], (["quantize"], ["Opt"], ["Learned"])),
+    **dict.fromkeys(
+        ["best-int4", "best-int3"], (["quantize", "repair"], ["AwqScale", "Opt"], ["Learned"])
+    ),
+    "best-int2": (["quantize", "repair"], ["Opt"], ["Learned"]),
 }
 OTHERS = ["mixed-3.5", "rotate-int4-channel"]
 
 
-@pytest.mark.parametrize(
-    ("method", "bits"), [(method, bits) for method, row in NAMES.items() for bits in row[0]]
-)
-def test_named_recipes_are_what_their_names_say(method: str, bits: int) -> None:
-    _, stages, transforms, roundings = NAMES[method]
-    run = parse(compose_settings([f"recipe={method}-int{bits}"]))
-    assert run.schemes.linears.bits == bits
+@pytest.mark.parametrize("name", NAMES)
+def test_named_recipes_are_what_their_names_say(name: str) -> None:
+    stages, transforms, roundings = NAMES[name]
+    run = parse(compose_settings([f"recipe={name}"]))
+    assert run.schemes.linears.bits == int(name[-1])
     assert not run.schemes.linears.symmetric
     assert run.schemes.exceptions == {}
     assert run.schemes.head is None
@@ -69,7 +70,7 @@ def test_named_recipes_are_what_their_names_say(method: str, bits: int) -> None:
     assert (run.repair is not None) == ("repair" in stages)
     assert [type(t).__name__ for t in run.transforms] == transforms
     assert [type(r).__name__ for r in run.roundings] == roundings
-    assert run.needs_data == (method != "rtn")
+    assert run.needs_data == (not name.startswith("rtn"))
 
 
 def test_mixed_and_rotated_recipes() -> None:
@@ -82,7 +83,7 @@ def test_mixed_and_rotated_recipes() -> None:
 
 
 def test_no_recipe_is_left_out() -> None:
-    known = {f"{method}-int{bits}" for method, row in NAMES.items() for bits in row[0]}
+    known = set(NAMES)
     assert set(options("recipe")) == known | set(OTHERS)
 
 
