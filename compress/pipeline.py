@@ -247,8 +247,8 @@ def _calibration(run: Run, tokenizer: Any) -> TokenBlocks | None:
 def _seen(tokens: Tensor | None, written: Tensor | None, capped: bool) -> Tensor | None:
     """The calibration tokens with what the original wrote among them; capped: at most half as much.
 
-    In the stages before repair it takes from the calibrated kind of text what it gives the others, so
-    they see less of it than repair, which gains on both.
+    In the stages before repair more of it costs on the calibrated kind of text what it gains on others:
+    half lies between the two ends that were measured (docs/decisions.md, 20).
     """
     if tokens is None or written is None:
         return tokens

@@ -181,6 +181,7 @@ MISTAKES = [
     (["recipe=rtn-int4", "scheme.bits=four"], "scheme.bits: Value 'four'"),
     (["recipe=rtn-int4", f"hydra.run.dir={__file__}/x"], "cannot be written: choose another"),
     (["compare", "nowhere"], "there is no folder nowhere"),
+    (["compare", "."], "no finished run below ."),
     (["verify", "nowhere"], "there is no folder nowhere"),
     (["evaluate", "./nowhere"], "model './nowhere' is neither"),
 ]
