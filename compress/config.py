@@ -41,7 +41,7 @@ class DataConfig:
     """Calibration text: source (several joined by + get equal shares), its field and split;
     sequences x length tokens drawn with seed. generated: so many sequences more, which the original
     writes itself; they keep what is fitted to the text from fitting its domain alone. Repair sees all
-    of them, the stages before it then no more than half as many as there are sequences of text."""
+    of them, the stages before it at most generated_before_repair (null = all)."""
 
     source: str = MISSING
     field: str = "text"
@@ -49,6 +49,7 @@ class DataConfig:
     sequences: int = 64
     length: int = 512
     generated: int = 0
+    generated_before_repair: int | None = None
     seed: int = 0
 
 
@@ -213,7 +214,7 @@ def _check_names(key: str, names: list[str], allowed: tuple[str, ...]) -> None:
 
 
 # The least value of a count, where it is not 1: in 2 tokens there is one to predict.
-LEAST = {"length": 2, "block_tokens": 2, "generated": 0, "seed": 0, "warmup": 0}
+LEAST = {"length": 2, "block_tokens": 2, "generated": 0, "generated_before_repair": 0, "seed": 0, "warmup": 0}
 
 
 def _check_sizes(settings: RecipeConfig) -> None:

@@ -161,8 +161,8 @@ def _compress(run: Run, model: ModelFolder, tokenizer: Any, out: Path) -> dict[s
     for stage in run.settings.stages:
         began = time.perf_counter()
         with _whole(out / stage) as partial:
-            capped = stage != "repair" and "repair" in run.settings.stages
-            seen = _seen(tokens, written, capped)
+            most = None if stage == "repair" else run.settings.data.generated_before_repair
+            seen = _seen(tokens, written, most)
             reports |= _STAGES[stage](run, model, current, partial, seen)
         give_back()
         current = ModelFolder(out / stage)
@@ -244,15 +244,11 @@ def _calibration(run: Run, tokenizer: Any) -> TokenBlocks | None:
     )
 
 
-def _seen(tokens: Tensor | None, written: Tensor | None, capped: bool) -> Tensor | None:
-    """The calibration tokens with what the original wrote among them; capped: at most half as much.
-
-    In the stages before repair more of it costs on the calibrated kind of text what it gains on others:
-    half lies between the two ends that were measured (docs/decisions.md, 20).
-    """
+def _seen(tokens: Tensor | None, written: Tensor | None, most: int | None) -> Tensor | None:
+    """The calibration tokens with what the original wrote among them, at most ``most`` sequences of it."""
     if tokens is None or written is None:
         return tokens
-    return interleave(tokens, written[: len(tokens) // 2] if capped else written)
+    return interleave(tokens, written[:most])
 
 
 def _generated(run: Run, model: ModelFolder, tokenizer: Any) -> Tensor:

@@ -108,14 +108,15 @@ def test_stages_follow_each_other_and_leave_their_folders(
 
     stage_quantize = pipeline.quantize
     monkeypatch.setattr(pipeline, "quantize", quantize)
-    words = ["stages=[quantize,repair]", "repair=kl", "repair.kl.epochs=1", "data.generated=3"]
+    words = ["stages=[quantize,repair]", "repair=kl", "repair.kl.epochs=1"]
+    words += ["data.generated=3", "data.generated_before_repair=2"]
     metrics = pipeline.run_recipe(run_of(tiny, text_file, *words), "repaired", tmp_path)
     found = metrics["compression"]
     assert set(found["stage_seconds"]) == {"generate", "quantize", "repair"}
     assert found["calibration_tokens"] == [4, 64]
     assert found["generated_tokens"] == [3, 64]
-    # Repair sees all that the original wrote but for the sequence that is held out, rounding half as
-    # much as there is text.
+    # Repair sees all that the original wrote but for the sequence that is held out, rounding what it
+    # was told to.
     assert found["repair"]["tokens"] == 6 * 64
     assert seen[0].shape == (6, 64)
     text = pipeline._calibration(run_of(tiny, text_file), byte_tokenizer())
@@ -131,14 +132,15 @@ def test_stages_follow_each_other_and_leave_their_folders(
     assert not torch.equal(scale, decided.tensor(f"{name}.scale"))
 
 
-def test_written_text_is_capped_only_beside_more_of_it() -> None:
+def test_written_text_joins_as_far_as_it_is_told_to() -> None:
     """Rows of calibration are 0, written ones 1, 2, 3."""
     tokens = torch.zeros(4, 1, dtype=torch.int64)
     written = torch.tensor([[1], [2], [3]])
-    assert sorted(_rows(pipeline._seen(tokens, written, capped=True))) == [0, 0, 0, 0, 1, 2]
-    assert sorted(_rows(pipeline._seen(tokens, written, capped=False))) == [0, 0, 0, 0, 1, 2, 3]
-    assert pipeline._seen(tokens, None, capped=True) is tokens
-    assert pipeline._seen(None, None, capped=False) is None
+    assert sorted(_rows(pipeline._seen(tokens, written, 2))) == [0, 0, 0, 0, 1, 2]
+    assert sorted(_rows(pipeline._seen(tokens, written, None))) == [0, 0, 0, 0, 1, 2, 3]
+    assert _rows(pipeline._seen(tokens, written, 0)) == [0, 0, 0, 0]
+    assert pipeline._seen(tokens, None, None) is tokens
+    assert pipeline._seen(None, None, None) is None
 
 
 def _rows(tokens: Tensor | None) -> list[int]:
