@@ -214,7 +214,14 @@ def _check_names(key: str, names: list[str], allowed: tuple[str, ...]) -> None:
 
 
 # The least value of a count, where it is not 1: in 2 tokens there is one to predict.
-LEAST = {"length": 2, "block_tokens": 2, "generated": 0, "generated_before_repair": 0, "seed": 0, "warmup": 0}
+LEAST = {
+    "length": 2,
+    "block_tokens": 2,
+    "generated": 0,
+    "generated_before_repair": 0,
+    "seed": 0,
+    "warmup": 0,
+}
 
 
 def _check_sizes(settings: RecipeConfig) -> None:
