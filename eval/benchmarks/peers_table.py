@@ -1,7 +1,7 @@
 """This project and its peers on the same machine, model, tokens and evaluation, in one table.
 
     python -m eval.benchmarks.peers_table --peer-python ENV/bin/python --keep FOLDER
-        [--bits 4 3 2] [--only NAME ...] [--out FILE.json]
+        [--bits 4 3 2] [--only NAME ...] [--out FILE.json] [--rounds N]
 
 Everybody gets the same bf16 folder, the same 64 x 512 calibration tokens (addresses of 1960 to 2004),
 groups of 64, asymmetric, all linears but the head; ``best-*`` adds text that the model writes itself,
@@ -11,7 +11,8 @@ calibration tokens through the original without its head, timed before and after
 all are read by our reader and judged on the same windows of two texts, one of the calibration's kind
 and one outside it. ``--keep`` holds what each wrote and its measurements: what is there already is not
 run again, so a long comparison can go on; a row that was cut off starts anew.
-``make bench-peers`` prepares the environment.
+``make bench-peers`` prepares the environment. With --rounds the rows are not judged but timed alone, N
+times in turn, and the ratios to the first of them are taken round by round: leave the machine to it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -167,6 +169,32 @@ def run_all(
         write_json(place / MEASUREMENT, measured)
 
 
+def time_rounds(
+    commands: Mapping[str, list[str]], keep: Path, rounds: int, out: Path | None
+) -> None:
+    """Time every command once a round. Prints the medians and the spread of the ratios to the first row;
+    what the commands wrote is deleted."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
+    for _ in range(rounds):
+        for name, command in commands.items():
+            place = keep / name.replace(" ", "-")
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir(parents=True)
+            found[name].append(timed(command, place / "log.txt"))
+            print(name, found[name][-1], flush=True)
+    first = next(iter(found.values()))
+    for name, measured in found.items():
+        ratios = [m["seconds"] / f["seconds"] for m, f in zip(measured, first, strict=True)]
+        print(
+            f"{name}: {statistics.median(m['seconds'] for m in measured):.0f} s, "
+            f"{statistics.median(ratios):.2f} times the first ({min(ratios):.2f} to {max(ratios):.2f}), "
+            f"peak {max(m['peak_rss'] for m in measured) / 1e9:.2f} GB"
+        )
+    if out:
+        shown = {"environment": environment(torch.device("cpu")), "rounds": found}
+        write_json(out, shown)
+
+
 def judge(
     name: str, keep: Path, folder: ModelFolder, settings: RecipeConfig, tokenizer: Any
 ) -> dict[str, Any]:
@@ -221,6 +249,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2], choices=(2, 3, 4))
     parser.add_argument("--only", nargs="+", help="names of the table's rows")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--rounds", type=int, help="only time the rows, so many times in turn")
     asked = parser.parse_args()
 
     settings = compose_settings(["recipe=rtn-int4", "data=sotu", "eval.tasks=[]"])
@@ -252,6 +281,9 @@ def main() -> None:
         if unknown := set(asked.only) - set(commands):
             parser.error(f"{sorted(unknown)[0]} is none of: {', '.join(commands)}")
         commands = {name: commands[name] for name in commands if name in asked.only}
+    if asked.rounds:
+        time_rounds(commands, asked.keep, asked.rounds, asked.out)
+        return
     run_all(commands, asked.keep, folder, blocks, peer_versions(asked.peer_python))
     results = {name: judge(name, asked.keep, folder, settings, tokenizer) for name in commands}
     if asked.out:
