@@ -37,7 +37,6 @@ from compress.model.folder import ModelFolder, write_json
 from compress.model.sources import open_tokenizer, resolve_model
 from compress.quantize.search import budget, choose
 from compress.quantize.stage import quantize, settle
-from compress.report import bits, blocks
 from compress.report.table import METRICS, table
 from compress.rotate import rotate, rotated_sizes
 from compress.runtime.load import load_dense
@@ -130,6 +129,9 @@ def run_recipe(run: Run, name: str, out: Path) -> dict[str, Any]:
 
 def _draw(compression: dict[str, Any], out: Path) -> None:
     """The pictures of a run: bits that were searched, and where the loss comes from."""
+    # Here, not above: the drawing library would add 60 MB to the peak of compressing.
+    from compress.report import bits, blocks
+
     if "search" in compression:
         with _whole(out / bits.PICTURE) as partial:
             bits.draw_bits(compression["search"], partial)

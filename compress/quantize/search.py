@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
 from compress.errors import UserError
@@ -236,6 +235,9 @@ def solve(
     costs, sizes: (groups, choices), sizes whole numbers; their sum over the picks is at most
     ``limit``. The smallest sizes must fit.
     """
+    # Here, not above: every run without a search would carry it in memory.
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
     c, a = np.array(costs, dtype=float), np.array(sizes, dtype=np.int64)
     # HiGHS's tolerances are absolute: small whole sizes and costs far above 1e-6 keep it exact.
     unit = int(np.gcd.reduce(a, axis=None))
