@@ -19,12 +19,16 @@ from torch import Tensor, nn
 
 from compress.errors import UserError
 
+# Rows of a second moment that are added to at a time.
+ROWS = 512
+
 
 @dataclass
 class Moments:
     """Running sums over the tokens that passed a linear's input.
 
-    second: float32 (in, in), mean of x x^T once ``mean()`` was called, a sum before
+    second: float32 (in, in), mean of x x^T once ``mean()`` was called; before, the lower triangle of a
+        sum, with blocks of ``ROWS`` on the diagonal
     magnitude: float32 (in,), mean |x| per input column, likewise
     cross: float32 (in, in), mean of (x' - x) x^T, where x' is the same token's input in the original
         model; None if it was not collected
@@ -47,7 +51,10 @@ class Moments:
         X = X.flatten(0, -2)
         with exact_products(X.dtype):
             Xf = X.float()
-            self.second.addmm_(Xf.T, Xf)
+            # Symmetric: the lower triangle is enough until the mean is taken.
+            for start in range(0, X.shape[1], ROWS):
+                rows = slice(start, start + ROWS)
+                self.second[rows, : rows.stop].addmm_(Xf[:, rows].T, Xf[:, : rows.stop])
             if self.cross is not None:
                 assert original is not None
                 self.cross.addmm_(original.flatten(0, -2).float().T, Xf)
@@ -61,8 +68,10 @@ class Moments:
                 "the calibration activations are not finite: the model's weights are broken, or float16 "
                 "is too narrow for it and the model's dtype should be bfloat16"
             )
-        cross = None if self.cross is None else (self.cross - self.second) / self.tokens
-        return Moments(self.second / self.tokens, self.magnitude / self.tokens, cross, self.tokens)
+        second = self.second.tril()
+        second += second.tril(-1).T
+        cross = None if self.cross is None else (self.cross - second) / self.tokens
+        return Moments(second / self.tokens, self.magnitude / self.tokens, cross, self.tokens)
 
     def scale(self, s: Tensor) -> None:
         """Make these the moments of x * s. s: (in,)"""
