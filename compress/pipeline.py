@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -61,7 +62,7 @@ def check(run: Run) -> None:
     if run.repair is not None:
         run.repair.check(model, settings.data.sequences)
     if run.needs_data:
-        _calibration(run, open_tokenizer(model))
+        _calibration(run, model)
     elif settings.data.generated:
         log.warning("no method of the recipe looks at data: data.generated is not used")
     if settings.eval is not None:
@@ -149,7 +150,7 @@ def _compress(run: Run, model: ModelFolder, tokenizer: Any, out: Path) -> dict[s
     manifest."""
     reset_peak()
     start, start_rss = time.perf_counter(), rss()
-    data = _calibration(run, tokenizer)
+    data = _calibration(run, model)
     current, reports, seconds = model, dict[str, Any](), dict[str, float]()
     tokens, written = None if data is None else data.tokens, None
     if tokens is not None and run.settings.data.generated:
@@ -232,17 +233,27 @@ def _repair(
 _STAGES = {"rotate": _rotate, "quantize": _quantize, "repair": _repair}
 
 
-def _calibration(run: Run, tokenizer: Any) -> TokenBlocks | None:
+def _calibration(run: Run, model: ModelFolder) -> TokenBlocks | None:
     """Calibration tokens, or None if no method of the recipe looks at data."""
     if not run.needs_data:
         return None
     data = run.settings.data
+    return _drawn(
+        (data.source, data.field, data.split), model.path, data.sequences, data.length, data.seed
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _drawn(
+    text: tuple[str, str, str], model: Path, sequences: int, length: int, seed: int
+) -> TokenBlocks:
+    """Kept from the check to the run, and from run to run of a sweep."""
     return calibration_blocks(
-        load_mix(data.source, data.field, data.split),
-        tokenizer,
-        sequences=data.sequences,
-        length=data.length,
-        seed=data.seed,
+        load_mix(*text),
+        open_tokenizer(ModelFolder(model)),
+        sequences=sequences,
+        length=length,
+        seed=seed,
     )
 
 

@@ -119,7 +119,7 @@ def test_stages_follow_each_other_and_leave_their_folders(
     # was told to.
     assert found["repair"]["tokens"] == 6 * 64
     assert seen[0].shape == (6, 64)
-    text = pipeline._calibration(run_of(tiny, text_file), byte_tokenizer())
+    text = pipeline._calibration(run_of(tiny, text_file), tiny)
     assert text is not None
     assert {tuple(row) for row in text.tokens.tolist()} <= {tuple(r) for r in seen[0].tolist()}
     decided, repaired = ModelFolder(tmp_path / "quantize"), ModelFolder(tmp_path / "repair")
