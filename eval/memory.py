@@ -20,8 +20,13 @@ RESET_PEAK = "5"
 
 
 def give_back() -> None:
-    """Let the system have the memory that was freed: glibc keeps it, and a later peak would come on top."""
+    """Let the system have what no object holds any more."""
     gc.collect()
+    trim()
+
+
+def trim() -> None:
+    """Let the system have the memory that was freed: glibc keeps it, and a later peak would come on top."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:

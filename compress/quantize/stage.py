@@ -21,6 +21,7 @@ from compress.quantize.head import quantize_rows
 from compress.quantize.qtensor import QTensor
 from compress.quantize.record import KEY, RecordWriter
 from compress.quantize.scheme import Scheme, Schemes
+from eval.memory import trim
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,8 @@ def quantize(
         report["seconds"] = time.perf_counter() - start
         log.info("%s: %.1f s%s", prefix, report["seconds"], _error_text(report))
         blocks.append(report)
+        # What is kept of each block is little, but scattered: the freed memory between would add up.
+        trim()
     head = _copy_rest(source, family, schemes, len(walk), writer, device)
     writer.close()
     return {
