@@ -130,7 +130,7 @@ def run_recipe(run: Run, name: str, out: Path) -> dict[str, Any]:
 
 def _draw(compression: dict[str, Any], out: Path) -> None:
     """The pictures of a run: bits that were searched, and where the loss comes from."""
-    # Here, not above: the drawing library would add 60 MB to the peak of compressing.
+    # Here, not above: the drawing library would be in memory while compressing.
     from compress.report import bits, blocks
 
     if "search" in compression:
@@ -164,7 +164,8 @@ def _compress(run: Run, model: ModelFolder, tokenizer: Any, out: Path) -> dict[s
     for stage in run.settings.stages:
         began = time.perf_counter()
         with _whole(out / stage) as partial:
-            most = None if stage == "repair" else run.settings.data.generated_before_repair
+            before_repair = stage != "repair" and "repair" in run.settings.stages
+            most = run.settings.data.generated_before_repair if before_repair else None
             seen = _seen(tokens, written, most)
             reports |= _STAGES[stage](run, model, current, partial, seen)
         give_back()

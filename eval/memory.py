@@ -28,9 +28,9 @@ def give_back() -> None:
 def trim() -> None:
     """Let the system have the memory that was freed: glibc keeps it, and a later peak would come on top."""
     if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+        malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if malloc_trim is not None:
+            malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -170,18 +170,24 @@ def run_all(
 
 
 def time_rounds(
-    commands: Mapping[str, list[str]], keep: Path, rounds: int, out: Path | None
+    commands: Mapping[str, list[str]],
+    keep: Path,
+    rounds: int,
+    facts: Mapping[str, Any],
+    out: Path | None,
 ) -> None:
-    """Time every command once a round. Prints the medians and the spread of the ratios to the first row;
-    what the commands wrote is deleted."""
+    """Time every command once a round. Prints the medians and the spread of the ratios to the first row.
+
+    What the commands write below ``keep`` is deleted. facts: what else goes into the file ``out``
+    """
     found: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     for _ in range(rounds):
         for name, command in commands.items():
             place = keep / name.replace(" ", "-")
-            shutil.rmtree(place, ignore_errors=True)
             place.mkdir(parents=True)
             found[name].append(timed(command, place / "log.txt"))
             print(name, found[name][-1], flush=True)
+            shutil.rmtree(place)
     first = next(iter(found.values()))
     for name, measured in found.items():
         ratios = [m["seconds"] / f["seconds"] for m, f in zip(measured, first, strict=True)]
@@ -191,8 +197,7 @@ def time_rounds(
             f"peak {max(m['peak_rss'] for m in measured) / 1e9:.2f} GB"
         )
     if out:
-        shown = {"environment": environment(torch.device("cpu")), "rounds": found}
-        write_json(out, shown)
+        write_json(out, {**facts, "environment": environment(torch.device("cpu")), "rounds": found})
 
 
 def judge(
@@ -251,6 +256,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, help="only time the rows, so many times in turn")
     asked = parser.parse_args()
+    if asked.rounds is not None:
+        if asked.rounds < 1:
+            parser.error("--rounds must be 1 or more")
+        # Apart from the rows that are kept.
+        asked.keep /= "rounds"
 
     settings = compose_settings(["recipe=rtn-int4", "data=sotu", "eval.tasks=[]"])
     data = settings.data
@@ -282,7 +292,9 @@ def main() -> None:
             parser.error(f"{sorted(unknown)[0]} is none of: {', '.join(commands)}")
         commands = {name: commands[name] for name in commands if name in asked.only}
     if asked.rounds:
-        time_rounds(commands, asked.keep, asked.rounds, asked.out)
+        versions = peer_versions(asked.peer_python)
+        facts = {"calibration_sha256": blocks.sha256, "versions": versions}
+        time_rounds(commands, asked.keep, asked.rounds, facts, asked.out)
         return
     run_all(commands, asked.keep, folder, blocks, peer_versions(asked.peer_python))
     results = {name: judge(name, asked.keep, folder, settings, tokenizer) for name in commands}

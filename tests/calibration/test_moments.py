@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+import calibration.moments as moments_module
 from calibration.moments import Collector, Moments
 from compress.errors import UserError
 
 
+@pytest.mark.parametrize("rows", [16, 20, 512])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_against_float64(dtype: torch.dtype) -> None:
+def test_against_float64(dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments_module, "ROWS", rows)
     X = (torch.randn(3, 500, 48, generator=torch.Generator().manual_seed(0)) * 30).to(dtype)
     moments = Moments.zeros(48, X.device)
     for batch in X:
