@@ -97,9 +97,8 @@ def test_a_finished_run_is_not_overwritten(
         pipeline.run_recipe(run_of(tiny, text_file), "awq", tmp_path)
 
 
-def test_stages_follow_each_other_and_leave_their_folders(
-    tiny: ModelFolder, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def tokens_seen(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Filled with the tokens that the quantize stage is given."""
     seen: list[Tensor] = []
 
     def quantize(*args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -108,6 +107,13 @@ def test_stages_follow_each_other_and_leave_their_folders(
 
     stage_quantize = pipeline.quantize
     monkeypatch.setattr(pipeline, "quantize", quantize)
+    return seen
+
+
+def test_stages_follow_each_other_and_leave_their_folders(
+    tiny: ModelFolder, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = tokens_seen(monkeypatch)
     words = ["stages=[quantize,repair]", "repair=kl", "repair.kl.epochs=1"]
     words += ["data.generated=3", "data.generated_before_repair=2"]
     metrics = pipeline.run_recipe(run_of(tiny, text_file, *words), "repaired", tmp_path)
@@ -130,6 +136,15 @@ def test_stages_follow_each_other_and_leave_their_folders(
     scale = checkpoint.tensor(f"{name}.weight_scale")
     assert torch.equal(scale, repaired.tensor(f"{name}.scale"))
     assert not torch.equal(scale, decided.tensor(f"{name}.scale"))
+
+
+def test_without_repair_rounding_sees_all_that_was_written(
+    tiny: ModelFolder, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = tokens_seen(monkeypatch)
+    words = ["data.generated=3", "data.generated_before_repair=2"]
+    pipeline.run_recipe(run_of(tiny, text_file, *words), "plain", tmp_path)
+    assert seen[0].shape == (7, 64)
 
 
 def test_written_text_joins_as_far_as_it_is_told_to() -> None:

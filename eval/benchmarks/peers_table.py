@@ -184,6 +184,8 @@ def time_rounds(
     for _ in range(rounds):
         for name, command in commands.items():
             place = keep / name.replace(" ", "-")
+            # What a cut-off run left.
+            shutil.rmtree(place, ignore_errors=True)
             place.mkdir(parents=True)
             found[name].append(timed(command, place / "log.txt"))
             print(name, found[name][-1], flush=True)
