@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,9 @@ class Moments:
     second: float32 (in, in), mean of x x^T once ``mean()`` was called; before, the lower triangle of a
         sum, with blocks of ``ROWS`` on the diagonal
     magnitude: float32 (in,), mean |x| per input column, likewise
+    largest: float32 (in,), largest |x| per input column
+    above: float32 (in,), share of tokens with |x| >= threshold per input column, a count before
+        ``mean()``; None without a threshold
     cross: float32 (in, in), mean of (x' - x) x^T, where x' is the same token's input in the original
         model; None if it was not collected
     tokens: how many rows were added
@@ -37,14 +40,30 @@ class Moments:
 
     second: Tensor
     magnitude: Tensor
+    largest: Tensor
     cross: Tensor | None = None
+    above: Tensor | None = None
+    threshold: float | None = None
     tokens: int = 0
 
     @classmethod
-    def zeros(cls, in_features: int, device: torch.device, cross: bool = False) -> Moments:
+    def zeros(
+        cls,
+        in_features: int,
+        device: torch.device,
+        cross: bool = False,
+        threshold: float | None = None,
+    ) -> Moments:
         square = torch.zeros(in_features, in_features, device=device)
-        magnitude = torch.zeros(in_features, device=device)
-        return cls(square, magnitude, torch.zeros_like(square) if cross else None)
+        magnitude, largest, above = (torch.zeros(in_features, device=device) for _ in range(3))
+        return cls(
+            square,
+            magnitude,
+            largest,
+            torch.zeros_like(square) if cross else None,
+            None if threshold is None else above,
+            threshold,
+        )
 
     def add(self, X: Tensor, original: Tensor | None = None) -> None:
         """Add tokens X (..., in), and with them their inputs in the original model, same shape."""
@@ -58,7 +77,15 @@ class Moments:
             if self.cross is not None:
                 assert original is not None
                 self.cross.addmm_(original.flatten(0, -2).float().T, Xf)
-        self.magnitude += X.abs().sum(0, dtype=torch.float32)
+        size = X.abs()
+        self.magnitude += size.sum(0, dtype=torch.float32)
+        peaks = size.amax(0).float()
+        self.largest = torch.maximum(self.largest, peaks)
+        if self.above is not None:
+            assert self.threshold is not None
+            # Most columns have none: counting is left to those that do.
+            columns = (peaks >= self.threshold).nonzero().squeeze(1)
+            self.above[columns] += (size[:, columns] >= self.threshold).sum(0)
         self.tokens += X.shape[0]
 
     def mean(self) -> Moments:
@@ -70,14 +97,22 @@ class Moments:
             )
         second = self.second.tril()
         second += second.tril(-1).T
-        cross = None if self.cross is None else (self.cross - second) / self.tokens
-        return Moments(second / self.tokens, self.magnitude / self.tokens, cross, self.tokens)
+        return replace(
+            self,
+            second=second / self.tokens,
+            magnitude=self.magnitude / self.tokens,
+            cross=None if self.cross is None else (self.cross - second) / self.tokens,
+            above=None if self.above is None else self.above / self.tokens,
+        )
 
     def scale(self, s: Tensor) -> None:
         """Make these the moments of x * s. s: (in,)"""
         outer = s.unsqueeze(0) * s.unsqueeze(1)
         self.second *= outer
         self.magnitude *= s
+        self.largest *= s
+        # How often the scaled inputs pass the threshold is not known.
+        self.above = None
         if self.cross is not None:
             self.cross *= outer
 
@@ -112,7 +147,7 @@ class Collector:
     linears: local name -> module; shared: names that read one tensor (q, k, v ...), which is counted
     once, at the first of them, in the order in which they run. originals: the same linears in a copy
     of the block that keeps its original weights; with it the cross moments are collected too, and
-    ``run`` is called with the copy first, for every batch.
+    ``run`` is called with the copy first, for every batch. threshold: counts the larger inputs.
     """
 
     def __init__(
@@ -120,6 +155,7 @@ class Collector:
         linears: Mapping[str, nn.Linear],
         shared: Iterable[tuple[str, ...]],
         originals: Mapping[str, nn.Linear] | None = None,
+        threshold: float | None = None,
     ):
         self._shared = list(shared)
         self._linears, self._originals = linears, originals
@@ -128,6 +164,7 @@ class Collector:
                 linears[names[0]].in_features,
                 linears[names[0]].weight.device,
                 cross=originals is not None,
+                threshold=threshold,
             )
             for names in self._shared
         }

@@ -7,7 +7,7 @@ refuses what does not fit, before a weight is read.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from omegaconf.errors import ValidationError
 from compress.errors import UserError
 from compress.export.formats import FORMATS
 from compress.quantize.block import Rounding, Transform
+from compress.quantize.inputs import InputScheme
 from compress.quantize.repair import REPAIRS, Kl
 from compress.quantize.rounding import ROUNDINGS
 from compress.quantize.scheme import Scheme, Schemes
@@ -122,6 +123,8 @@ class Run:
     @property
     def needs_data(self) -> bool:
         methods = bool(self.transforms) or any(method.needs_data for method in self.roundings)
+        inputs = self.schemes.linears.inputs
+        methods |= inputs is not None and inputs.needs_data
         return methods or self.search is not None or self.repair is not None
 
 
@@ -143,9 +146,11 @@ def parse(settings: RecipeConfig) -> Run:
     _check_stages(settings)
     head, search = settings.head, settings.search
     schemes = Schemes(
-        _build("scheme", Scheme, settings.scheme),
-        head=None if head is None else _build("head", Scheme, head),
+        _scheme("scheme", settings.scheme),
+        head=None if head is None else _scheme("head", head),
     )
+    _check_numbers(settings, schemes)
+    _check_rounding(settings, schemes.linears)
     FORMATS[settings.export].check(schemes, search is not None)
     repairs = _plugins("repair", settings.repair, REPAIRS)
     return Run(
@@ -157,6 +162,40 @@ def parse(settings: RecipeConfig) -> Run:
         repair=repairs[0] if repairs else None,
         device=device_of(settings),
     )
+
+
+def _check_numbers(settings: RecipeConfig, schemes: Schemes) -> None:
+    """Raises UserError for a method that does not fit the numbers of the scheme."""
+    scheme, head = schemes.linears, schemes.head
+    if not scheme.grouped_integers:
+        tables: dict[str, Mapping[str, Any]] = {"transforms": TRANSFORMS, "rounding": ROUNDINGS}
+        for key, table in tables.items():
+            for name in getattr(settings, key):
+                if name in table and table[name].grouped_integers:
+                    raise UserError(
+                        f"{key}={name} works on integers in groups or rows, not on {scheme.name}: leave "
+                        "it out"
+                    )
+    if not scheme.grouped_integers or scheme.inputs is not None:
+        for key in ("search", "repair", "head"):
+            if getattr(settings, key):
+                raise UserError(
+                    f"{key} works on integers in groups or rows with 16-bit inputs, not on "
+                    f"{scheme.name}: leave it out"
+                )
+    if head is not None and (not head.grouped_integers or head.inputs is not None):
+        raise UserError(f"head={head.name} is not allowed: choose integers in groups or rows")
+
+
+def _check_rounding(settings: RecipeConfig, scheme: Scheme) -> None:
+    """Raises UserError for a method that would make up for errors that are never made."""
+    if scheme.inputs is not None and scheme.inputs.outliers == "static":
+        for name in settings.rounding:
+            if name != "nearest":
+                raise UserError(
+                    f"rounding={name} would make up for errors of columns that outliers=static keeps: "
+                    "choose rounding=nearest"
+                )
 
 
 def _check_stages(settings: RecipeConfig) -> None:
@@ -195,9 +234,20 @@ def _plugins(key: str, named: Mapping[str, Any], table: Mapping[str, type]) -> l
     return [_build(f"{key}.{name}", table[name], knobs or {}) for name, knobs in named.items()]
 
 
+def _scheme(key: str, values: Mapping[str, Any]) -> Scheme:
+    """A scheme, that of its inputs built by itself."""
+    inputs = values.get("inputs")
+    scheme = _build(key, Scheme, {name: v for name, v in values.items() if name != "inputs"})
+    if inputs is None:
+        return scheme
+    return replace(scheme, inputs=_build(f"{key}.inputs", InputScheme, inputs))
+
+
 def _build(key: str, schema: type, values: Mapping[str, Any]) -> Any:
     """An object of a dataclass from the values a recipe gives it, types checked."""
     allowed = ", ".join(f.name for f in fields(schema)) or "none, it has no knobs"
+    if not isinstance(values, Mapping):
+        raise UserError(f"{key}={values} is not allowed: set its parts, {allowed}")
     for name in values:
         if name not in allowed.split(", "):
             raise UserError(f"{key}.{name} is not known: known are {allowed}")

@@ -39,6 +39,8 @@ class Family:
     writers: tuple[str, ...]
     # The linear that a block's attention ends with, if it has one.
     attention_output: str | None
+    # How much of the inputs' spread SmoothQuant moves into the weights.
+    smooth_alpha: float
     blocks: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
@@ -66,6 +68,7 @@ LLAMA = Family(
     values="self_attn.v_proj",
     writers=("self_attn.o_proj", "mlp.down_proj"),
     attention_output="self_attn.o_proj",
+    smooth_alpha=0.6,
 )
 
 FAMILIES = (LLAMA,)

@@ -35,6 +35,8 @@ class Block:
     search: chooses the grids that nobody has chosen when they are asked for, (W, H, scheme, dtype) -> grid;
         min-max if there is none
     notes: what a method has to tell, for metrics.json
+    first_seen: first reader of an input -> ``largest`` and ``above`` of its moments before any transform;
+        only if the schemes round inputs
     """
 
     module: nn.Module
@@ -48,6 +50,7 @@ class Block:
     grids: dict[str, Grid] = field(default_factory=dict)
     search: Callable[[Tensor, Tensor, Scheme, torch.dtype], Grid] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    first_seen: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     # What attention's output projection reads, batch by batch, as long as nothing before it changes.
     _attended: list[Tensor] = field(default_factory=list)
 
@@ -66,9 +69,15 @@ class Block:
         if name not in self.grids:
             W, scheme = self.weights[name], self.schemes[name]
             if self.search is None:
-                return make_grid(W, scheme, self.dtype)
+                return make_grid(W, scheme, self.dtype, largest=self._largest(name))
             self.grids[name] = self.search(W, self.moments_of(name).second, scheme, self.dtype)
         return self.grids[name]
+
+    def _largest(self, name: str) -> Tensor:
+        """Largest |w| of all linears that read this one's input: engines fuse them, and have one scale for a
+        whole tensor only once."""
+        readers = next(i.linears for i in self.family.inputs if name in i.linears)
+        return torch.stack([self.weights[reader].abs().max() for reader in readers]).max()
 
     def scheme(self, shared: Input) -> Scheme:
         """The one scheme of the readers of an input: engines fuse them, so they never differ."""
@@ -91,6 +100,7 @@ class Block:
             {name: self.part(name) for name in firsts},
             names,
             None if twin is None else {name: twin.get_submodule(name) for name in firsts},
+            self.threshold,
         )
         data = self.activations
         with self.attention_once(), collector.hooks():
@@ -100,6 +110,10 @@ class Block:
                     collector.run(_given(twin), originals[i], data.arguments)
                 collector.run(self.module, X, data.arguments)
         self.moments |= collector.means()
+        for first in firsts:
+            moments = self.moments[first]
+            if moments.above is not None:
+                self.first_seen.setdefault(first, (moments.largest.clone(), moments.above))
 
     @contextmanager
     def attention_once(self) -> Iterator[None]:
@@ -128,6 +142,19 @@ class Block:
             self._attended = seen
         finally:
             handle.remove()
+
+    @property
+    def threshold(self) -> float | None:
+        """What the schemes call an outlier among the inputs, if they round those."""
+        found = {s.inputs.threshold for s in self.schemes.values() if s.inputs is not None}
+        assert len(found) <= 1, found
+        return next(iter(found), None)
+
+    def place_inputs(self, name: str, q: QTensor) -> None:
+        """Let the module round this linear's inputs from now on, if its scheme does."""
+        if q.inputs is not None:
+            self._attended = []
+            q.inputs.attach(self.part(name), q.input_scale, q.columns)
 
     def place(self, name: str, W: Tensor) -> None:
         """Let the module compute with this weight, rounded to the model's dtype."""
@@ -199,7 +226,12 @@ def group_moments(H: Tensor, columns: int) -> Tensor:
 
 
 class Transform(Protocol):
-    """Changes a block without changing its function, or chooses its grids. Needs the moments."""
+    """Changes a block without changing its function, or chooses its grids. Needs the moments.
+
+    grouped_integers: fits schemes of integers in groups or channels alone
+    """
+
+    grouped_integers: ClassVar[bool]
 
     def __call__(self, block: Block) -> None: ...
 
@@ -208,13 +240,15 @@ class Rounding(Protocol):
     """Picks the integers of every linear of a block.
 
     needs_data: looks at activations; needs_original: also at those of the original model;
-    observes: takes the moments itself, of one input after the other; refines: starts from the integers
+    observes: takes the moments itself, of one input after the other; grouped_integers: as in
+    ``Transform``; refines: starts from the integers
     of the method before it. A method that does not is given {}.
     """
 
     needs_data: ClassVar[bool]
     observes: ClassVar[bool]
     needs_original: ClassVar[bool]
+    grouped_integers: ClassVar[bool]
     refines: ClassVar[bool]
 
     def __call__(self, block: Block, start: Mapping[str, QTensor]) -> dict[str, QTensor]: ...

@@ -1,8 +1,9 @@
 """The record: a folder that holds what compressing decided, before any serving format.
 
 It is a Hugging Face folder (config.json, safetensors, index, tokenizer) in which a quantized linear
-``NAME.weight`` is stored as ``NAME.codes`` uint8, ``NAME.scale``, and ``NAME.zero`` uint8 unless
-symmetric. config.json carries ``compress_record`` with the schemes.
+``NAME.weight`` is stored as ``NAME.codes`` uint8, ``NAME.scale``, and where there are such ``NAME.zero``
+uint8, ``NAME.divisor``, ``NAME.input_scale``, ``NAME.columns`` and ``NAME.kept`` (see ``QTensor``).
+config.json carries ``compress_record`` with the schemes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from compress.quantize.qtensor import QTensor
 from compress.quantize.scheme import Scheme, Schemes
 
 KEY = "compress_record"
-VERSION = 2
+VERSION = 3
+# The tensors of a quantized linear; the first two are always there.
+PARTS = ("codes", "scale", "zero", "divisor", "input_scale", "columns", "kept")
 
 
 class RecordWriter:
@@ -43,9 +46,8 @@ class RecordWriter:
                 flat[name] = value
                 continue
             base = name.removesuffix(".weight")
-            flat |= {f"{base}.codes": value.codes, f"{base}.scale": value.scale}
-            if value.zero is not None:
-                flat[f"{base}.zero"] = value.zero
+            parts = {part: getattr(value, part) for part in PARTS}
+            flat |= {f"{base}.{part}": t for part, t in parts.items() if t is not None}
         flat = {name: tensor.cpu().contiguous() for name, tensor in flat.items()}
         save_tensors(self.path / file, flat)
         self._weight_map |= dict.fromkeys(flat, file)
@@ -63,9 +65,19 @@ def linears(record: ModelFolder) -> list[str]:
 
 def read_linear(record: ModelFolder, name: str) -> QTensor:
     """The QTensor of one linear of a record."""
-    zero = record.tensor(f"{name}.zero") if f"{name}.zero" in record else None
-    bits = scheme_of(record, name).bits
-    return QTensor(record.tensor(f"{name}.codes"), record.tensor(f"{name}.scale"), zero, bits)
+    scheme = scheme_of(record, name)
+    found = {part: record.tensor(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in record}
+    codes, scale, zero = found.pop("codes"), found.pop("scale"), found.pop("zero", None)
+    return QTensor(
+        codes,
+        scale,
+        zero,
+        scheme.bits,
+        **found,
+        type=scheme.type,
+        block=scheme.block(codes.shape),
+        inputs=scheme.inputs,
+    )
 
 
 def schemes_of(record: ModelFolder) -> Schemes:

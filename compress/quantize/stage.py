@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from compress.model.walk import Walk
 from compress.progress import track
 from compress.quantize.block import Block, Rounding, Transform, output_error
 from compress.quantize.head import quantize_rows
+from compress.quantize.outliers import Outliers
 from compress.quantize.qtensor import QTensor
 from compress.quantize.record import KEY, RecordWriter
 from compress.quantize.scheme import Scheme, Schemes
@@ -43,8 +45,8 @@ def quantize(
     roundings: the first picks the integers, each further one refines them
     Writes the record to ``target`` and returns what metrics.json keeps: per block its seconds and, if
     a method looks at the original, the drift from it; per linear its relative output error; how often
-    damping was raised; which linears saw fewer tokens than they have inputs; for
-    embedding and head, if they are quantized, the relative error of their weights.
+    damping was raised; which linears saw fewer tokens than they have inputs; outliers among the inputs, if
+    these are rounded; for embedding and head, if they are quantized, the relative error of their weights.
 
     Raises UserError for an unknown family, a source that is quantized already or holds tensors its
     config does not account for, a group size that does not fit, weights that are not finite.
@@ -52,9 +54,13 @@ def quantize(
     family = family_of(source.config)
     schemes = settle(source, family, schemes)
     writer = RecordWriter(target, source, schemes)
+    inputs, outliers = schemes.linears.inputs, None
+    if tokens is not None and inputs is not None:
+        outliers = Outliers(family, inputs.threshold)
     walk = Walk(source, family, device)
     original = any(method.needs_original for method in roundings)
     needed = bool(transforms) or any(method.needs_data for method in roundings)
+    needed |= inputs is not None and inputs.needs_data
     assert tokens is not None or not needed, "methods need tokens"
     if tokens is not None:
         walk.embed(tokens, original=original)
@@ -70,6 +76,8 @@ def quantize(
             for transform in transforms:
                 transform(block)
             quantized = round_block(block, roundings)
+            if outliers is not None:
+                outliers.add(block, quantized)
             report = _close(block, quantized)
             if block.activations is not None:
                 with block.attention_once():
@@ -83,7 +91,7 @@ def quantize(
         trim()
     head = _copy_rest(source, family, schemes, len(walk), writer, device)
     writer.close()
-    return {
+    return ({} if outliers is None else {"outliers": outliers.report()}) | {
         "scheme": {"name": schemes.name, **schemes.as_config()},
         "damping_raised": sum(
             key.startswith("damping_raised") for report in blocks for key in report["notes"]
@@ -108,7 +116,24 @@ def round_block(block: Block, roundings: Sequence[Rounding]) -> dict[str, QTenso
     quantized: dict[str, QTensor] = {}
     for method in roundings:
         quantized = method(block, quantized)
-    return quantized
+    return {name: _with_inputs(block, name, q) for name, q in quantized.items()}
+
+
+def _with_inputs(block: Block, name: str, q: QTensor) -> QTensor:
+    """The quantized weight with what its scheme says of the inputs, fixed on the moments where it must be."""
+    inputs = block.schemes[name].inputs
+    if inputs is None:
+        return q
+    moments = block.moments_of(name) if inputs.needs_data else None
+    scale = columns = kept = None
+    if inputs.static:
+        assert moments is not None
+        scale = inputs.scale_of(moments.largest.max())
+    if inputs.outliers == "static":
+        assert moments is not None
+        columns = inputs.outlier_columns(moments.largest)
+        kept = block.weights[name][:, columns].to(block.dtype)
+    return replace(q, inputs=inputs, input_scale=scale, columns=columns, kept=kept)
 
 
 def settle(source: ModelFolder, family: Family, schemes: Schemes) -> Schemes:
@@ -162,20 +187,26 @@ def open_block(
     module: nn.Module, prefix: str, family: Family, schemes: Schemes, dtype: torch.dtype
 ) -> Block:
     """A block with float32 working copies of its linears. Raises UserError on NaN or Inf weights."""
+    for name, parameter in module.named_parameters():
+        _finite(f"{prefix}.{name}", parameter)
     own = {name: schemes.of(f"{prefix}.{name}") for name in family.linears}
     block = Block(module, family, own, dtype, weights={})
     for name in family.linears:
-        W = block.part(name).weight.detach().to(torch.float32, copy=True)
-        if not torch.isfinite(W).all():
-            raise UserError(f"tensor {prefix}.{name}.weight holds NaN or Inf")
-        block.weights[name] = W
+        block.weights[name] = block.part(name).weight.detach().to(torch.float32, copy=True)
     return block
+
+
+def _finite(name: str, tensor: Tensor) -> Tensor:
+    if not torch.isfinite(tensor).all():
+        raise UserError(f"tensor {name} holds NaN or Inf")
+    return tensor
 
 
 def _close(block: Block, quantized: Mapping[str, QTensor]) -> dict[str, Any]:
     """Put the quantized weights into the module and report each linear's relative output error.
 
-    The error is taken in the transformed space, E|Wq x - W x|^2 / E|W x|^2, W after the transforms.
+    The error is taken in the transformed space, E|Wq x - W x|^2 / E|W x|^2, W after the transforms; it is
+    of the weights alone, where a scheme rounds inputs too.
     """
     report: dict[str, Any] = {"linears": {}, "notes": block.notes}
     for name, q in quantized.items():
@@ -189,6 +220,7 @@ def _close(block: Block, quantized: Mapping[str, QTensor]) -> dict[str, Any]:
                 entry["few_tokens"] = block.moments[name].tokens
         report["linears"][name] = entry
         block.place(name, Wq)
+        block.place_inputs(name, q)
     return report
 
 
@@ -226,14 +258,17 @@ def _copy_rest(
     report = {}
     if schemes.head is not None:
         for name in _head_shapes(source, family):
-            W = source.tensor(f"{name}.weight").to(source.dtype)
+            W = _finite(f"{name}.weight", source.tensor(f"{name}.weight").to(source.dtype))
             q, report[name] = quantize_rows(name, W, schemes.head, device)
             log.info("%s: relative error %.2e", name, report[name]["relative_error"])
             writer.add(f"{name}.safetensors", {f"{name}.weight": q})
         # Some files of tied models hold the shared matrix twice: here it is one.
         done = (f"{family.embedding}.weight", f"{family.head}.weight")
         rest = [name for name in rest if name not in done]
-    writer.add("rest.safetensors", {name: source.tensor(name).to(source.dtype) for name in rest})
+    writer.add(
+        "rest.safetensors",
+        {name: _finite(name, source.tensor(name).to(source.dtype)) for name in rest},
+    )
     return report
 
 

@@ -42,6 +42,7 @@ class Gptq:
     needs_data: ClassVar[bool] = True
     observes: ClassVar[bool] = True
     needs_original: ClassVar[bool] = False
+    grouped_integers: ClassVar[bool] = True
     refines: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -72,6 +73,7 @@ class Gptaq:
     needs_data: ClassVar[bool] = True
     observes: ClassVar[bool] = True
     needs_original: ClassVar[bool] = True
+    grouped_integers: ClassVar[bool] = True
     refines: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

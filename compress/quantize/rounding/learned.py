@@ -44,6 +44,7 @@ class Learned:
     needs_data: ClassVar[bool] = True
     observes: ClassVar[bool] = False
     needs_original: ClassVar[bool] = True
+    grouped_integers: ClassVar[bool] = True
     refines: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ class Nearest:
     needs_data: ClassVar[bool] = False
     observes: ClassVar[bool] = False
     needs_original: ClassVar[bool] = False
+    grouped_integers: ClassVar[bool] = False
     refines: ClassVar[bool] = False
 
     def __call__(self, block: Block, start: Mapping[str, QTensor]) -> dict[str, QTensor]:

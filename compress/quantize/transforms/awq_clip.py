@@ -7,6 +7,7 @@ D (groups, out, columns); Hg (groups, columns, columns)
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ class AwqClip:
     """
 
     steps: int = 10
+
+    grouped_integers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.steps < 1:

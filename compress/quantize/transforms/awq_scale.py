@@ -6,6 +6,7 @@ W (out, in) all readers of one input, stacked; H (in, in); x, s (in,)
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ class AwqScale:
     """
 
     grid: int = 20
+
+    grouped_integers: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.grid < 1:

@@ -8,6 +8,7 @@ squares (the weighted search of GGUF's importance matrices and of AutoRound's OP
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ class Opt:
     steps: int = 8
     shrink: float = 0.6
     rounds: int = 2
+
+    grouped_integers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.rounds < 0:
