@@ -30,7 +30,9 @@ def supports(q: QTensor, device: torch.device, dtype: torch.dtype) -> bool:
     return (
         device.type == "cpu"
         and dtype == torch.bfloat16
+        and q.type == "int"
         and q.bits <= 4
+        and q.inputs is None
         and q.shape[0] % ROWS == 0
         and _kernel_group(q) is not None
     )

@@ -1,14 +1,16 @@
 """An exported folder as a running transformers model, read by our own readers.
 
-``load_dense`` gives the weights the integers stand for: the numbers to judge accuracy by.
+``load_dense`` gives the weights the integers stand for, and rounds the inputs of a linear where its
+scheme does: the numbers to judge accuracy by.
 ``load_packed`` keeps them packed and runs them through a kernel where one fits: the speed to
 expect.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +18,39 @@ from torch import Tensor, nn
 from compress.errors import UserError
 from compress.export.formats import Weights
 from compress.export.packing import pack_rows, unpack_rows
-from compress.kernels import int4_cpu
+from compress.kernels import int4_cpu, int8_cpu, w8a8
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder
 from compress.model.skeleton import assign, empty_model
 from compress.quantize.qtensor import QTensor
 
+log = logging.getLogger(__name__)
+
+# What counts as a kernel where none fits: weights dequantized, and 8-bit floats computed in wider ones.
+DENSE, UPCAST = "dense", "fp8-upcast"
+
+
+class PackedWeight(Protocol):
+    """A weight in the layout of a kernel."""
+
+    def matmul(self, x: Tensor) -> Tensor: ...
+
+
+def pack(q: QTensor, device: torch.device, dtype: torch.dtype) -> tuple[str, PackedWeight] | None:
+    """The weight in the layout of the kernel that runs it here, and that kernel's name; None if none does."""
+    if int4_cpu.supports(q, device, dtype):
+        return int4_cpu.NAME, int4_cpu.Int4Weight.pack(q)
+    if int8_cpu.supports(q, device, dtype):
+        return int8_cpu.NAME, int8_cpu.Int8Weight.pack(q)
+    if w8a8.supports(q, device, dtype):
+        return w8a8.NAME, w8a8.W8A8Weight.pack(q, device)
+    return None
+
 
 class PackedLinear(nn.Module):
-    """A linear whose weight stays in 4-bit codes. x bf16 (..., in) -> bf16 (..., out)."""
+    """A linear whose weight stays in codes. x bf16 (..., in) -> bf16 (..., out)."""
 
-    def __init__(self, weight: int4_cpu.Int4Weight, bias: Tensor | None):
+    def __init__(self, weight: PackedWeight, bias: Tensor | None):
         super().__init__()
         self.weight = weight
         self.bias = bias
@@ -59,24 +83,35 @@ class PackedEmbedding(nn.Module):
 def load_dense(folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> Any:
     """The model with every weight dequantized.
 
-    Tensors are copied out of the memory map, which would hold the whole file otherwise. A quantized
-    weight is first rounded to the dtype of the checkpoint, as engines do, then widened.
+    Tensors are copied out of the memory map, which would hold the whole file otherwise. A weight for 16-bit
+    inputs is first rounded to the dtype of the checkpoint, as engines do, then widened; one for rounded
+    inputs is not: there engines multiply the codes, and the scales after them.
     """
     weights = Weights(folder)
     model = empty_model(folder, dtype)
     for name in weights.names:
         value = weights.get(name)
-        tensor = value.dequantize(folder.dtype) if isinstance(value, QTensor) else value
-        assign(model, name, tensor.to(device=device, dtype=dtype, copy=True))
+        if isinstance(value, QTensor):
+            _attach_inputs(model, name, value, device)
+            value = value.dequantize(folder.dtype if value.inputs is None else dtype)
+        assign(model, name, value.to(device=device, dtype=dtype, copy=True))
     return _ready(model, folder, device)
+
+
+def _attach_inputs(model: Any, name: str, q: QTensor, device: torch.device) -> None:
+    """Let a linear round its inputs as it will where it is served."""
+    if q.inputs is None:
+        return
+    fixed = [None if t is None else t.to(device) for t in (q.input_scale, q.columns)]
+    q.inputs.attach(model.get_submodule(name.removesuffix(".weight")), *fixed)
 
 
 def load_packed(folder: ModelFolder, device: torch.device) -> tuple[Any, dict[str, int]]:
     """The model in the dtype of the checkpoint with quantized linears packed where a kernel fits.
 
     Returns the model and how many linears of the checkpoint run through which kernel; "dense"
-    counts quantized ones that had to be dequantized because none fits. Embedding and head count as
-    linears, a tied one once.
+    counts quantized ones that had to be dequantized because none fits, "fp8-upcast" those among them that
+    are 8-bit floats. Embedding and head count as linears, a tied one once.
     """
     weights = Weights(folder)
     embedding = family_of(folder.config).embedding if weights.linears else ""
@@ -86,33 +121,44 @@ def load_packed(folder: ModelFolder, device: torch.device) -> tuple[Any, dict[st
         value = weights.get(name)
         if isinstance(value, QTensor):
             base = name.removesuffix(".weight")
-            if int4_cpu.supports(value, device, folder.dtype):
-                kernels[int4_cpu.NAME] += 1
+            packed = pack(value, device, folder.dtype)
+            if packed is not None:
+                kernel, weight = packed
+                kernels[kernel] += 1
                 if base == embedding:
-                    _replace_embedding(model, folder, base, value)
+                    _replace_embedding(model, folder, base, value, weight)
                 else:
-                    _replace_linear(model, base, value)
+                    _replace_linear(model, base, value, weight)
                 continue
-            kernels["dense"] += 1
+            kernels[UPCAST if (value.type, value.bits) == ("float", 8) else DENSE] += 1
+            _attach_inputs(model, name, value, device)
             value = value.dequantize(folder.dtype)
         assign(model, name, value.to(device=device, dtype=folder.dtype, copy=True))
-    return _ready(model, folder, device), dict(kernels)
+    if kernels[UPCAST]:
+        log.info(
+            "%d linears in 8-bit floats: for want of a kernel the same numbers are computed in %s",
+            kernels[UPCAST],
+            str(folder.dtype).removeprefix("torch."),
+        )
+    return _ready(model, folder, device), dict(+kernels)
 
 
-def _replace_linear(model: Any, base: str, q: QTensor) -> None:
+def _replace_linear(model: Any, base: str, q: QTensor, weight: PackedWeight) -> None:
     linear = model.get_submodule(base)
     if linear.weight.shape != q.shape:
         raise UserError(f"{base}.weight has shape {tuple(q.shape)}, which config.json contradicts")
     # Biases are listed before the quantized weights, so a bias is in its place by now.
-    model.set_submodule(base, PackedLinear(int4_cpu.Int4Weight.pack(q), linear.bias))
+    model.set_submodule(base, PackedLinear(weight, linear.bias))
 
 
-def _replace_embedding(model: Any, folder: ModelFolder, base: str, q: QTensor) -> None:
+def _replace_embedding(
+    model: Any, folder: ModelFolder, base: str, q: QTensor, weight: PackedWeight
+) -> None:
     """Rows are looked up in codes; a tied head runs the same integers through the kernel."""
     if model.get_submodule(base).weight.shape != q.shape:
         raise UserError(f"{base}.weight has shape {tuple(q.shape)}, which config.json contradicts")
     if folder.tied_head:
-        _replace_linear(model, family_of(folder.config).head, q)
+        _replace_linear(model, family_of(folder.config).head, q, weight)
     model.set_submodule(base, PackedEmbedding(q))
 
 

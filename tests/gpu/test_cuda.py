@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from calibration.moments import Moments
+from compress.kernels import w8a8
 from compress.model.folder import ModelFolder
+from compress.quantize.inputs import InputScheme
 from compress.quantize.repair import Kl
 from compress.quantize.rounding import Gptaq, Learned, Nearest
-from compress.quantize.scheme import Scheme, Schemes
+from compress.quantize.scheme import Scheme, Schemes, make_grid, to_codes
 from compress.quantize.stage import quantize
-from compress.quantize.transforms import AwqClip, AwqScale, Opt
+from compress.quantize.transforms import AwqClip, AwqScale, Opt, Smooth
 from compress.runtime.decoder import open_decoder
 from compress.runtime.load import load_dense
 from eval.speed import Load, measure_speed
@@ -93,3 +96,47 @@ def test_decoding_on_the_device(tiny: ModelFolder, tokens: torch.Tensor) -> None
     first = decoder.start(tokens[:2])
     model = load_dense(tiny, torch.device("cuda"), torch.bfloat16)
     assert torch.equal(first, model(tokens[:2].cuda()).logits[:, -1].argmax(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("outliers", ["none", "dynamic", "static"])
+@pytest.mark.parametrize("rows", [1, 16, 17, 100])
+def test_w8a8_agrees_with_its_reference(outliers: str, rows: int) -> None:
+    device = torch.device("cuda")
+    scheme = Scheme(8, "channel", True, inputs=InputScheme(outliers=outliers))
+    W, columns = torch.randn(192, 576), torch.tensor([1, 500])
+    q = replace(to_codes(W, make_grid(W, scheme, torch.bfloat16), scheme), inputs=scheme.inputs)
+    x = torch.randn(rows, 576)
+    if outliers != "none":
+        x[:, columns] *= 100
+    if outliers == "static":
+        q = replace(q, columns=columns, kept=W[:, columns].bfloat16())
+    assert w8a8.supports(q, device, torch.bfloat16)
+    y = w8a8.W8A8Weight.pack(q, device).matmul(x.bfloat16().cuda())
+    expected = w8a8.reference(x.bfloat16(), q)
+    assert ((y.float().cpu() - expected).norm() / expected.norm()) < 6e-3
+
+
+def test_outliers_and_rounded_inputs_agree_with_the_cpu(
+    tiny: ModelFolder, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    found = {}
+    for name in ("cpu", "cuda"):
+        report = quantize(
+            tiny,
+            tmp_path / name,
+            tokens=tokens,
+            schemes=Schemes(Scheme(8, "channel", True, inputs=InputScheme(outliers="static"))),
+            transforms=[Smooth()],
+            roundings=[Nearest()],
+            device=torch.device(name),
+        )
+        layers = [entry["layers"] for entry in report["outliers"]["inputs"].values()]
+        found[name] = [layer["largest"] for entry in layers for layer in entry]
+    assert found["cuda"] == pytest.approx(found["cpu"], rel=0.05)
+    # In the first block both see the same inputs: the same columns are kept, with the same weights.
+    cpu, cuda = (ModelFolder(tmp_path / name) for name in ("cpu", "cuda"))
+    for name in ("self_attn.q_proj", "mlp.down_proj"):
+        columns = [f.tensor(f"model.layers.0.{name}.columns") for f in (cpu, cuda)]
+        kept = [f.tensor(f"model.layers.0.{name}.kept").float() for f in (cpu, cuda)]
+        assert torch.equal(*columns)
+        assert torch.allclose(*kept, rtol=0.02)
