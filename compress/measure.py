@@ -19,6 +19,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from calibration.texts import cache_dir, load_texts
@@ -26,7 +27,7 @@ from calibration.tokens import TokenBlocks, evaluation_windows
 from compress.config import EvalConfig, SpeedConfig
 from compress.environment import environment
 from compress.errors import UserError
-from compress.export.formats import Weights
+from compress.export.formats import FORMATS, Weights
 from compress.model.families import Family, family_of
 from compress.model.folder import DTYPES, ModelFolder, write_json
 from compress.model.skeleton import empty_model
@@ -65,7 +66,10 @@ def measure_size(folder: ModelFolder) -> dict[str, Any]:
     # config.
     model.tie_weights()
     parameters = sum(p.numel() for p in model.parameters())
-    file_bytes = sum(file.stat().st_size for file in folder.weight_files)
+    beside = [folder.path / f.sidecar for f in FORMATS.values() if f.sidecar is not None]
+    beside = [file for file in beside if file.exists()]
+    stored += sum(t.nbytes for file in beside for t in load_file(file).values())
+    file_bytes = sum(file.stat().st_size for file in (*folder.weight_files, *beside))
     return {
         "bytes": file_bytes,
         "parameters": parameters,

@@ -54,6 +54,11 @@ def check(run: Run) -> None:
     settings = run.settings
     model = ModelFolder(resolve_model(settings.model.source, settings.model.revision))
     family = family_of(model.config)
+    if FORMATS[settings.export].half and model.dtype.itemsize != 2:
+        raise UserError(
+            f"export={settings.export} holds models of bfloat16 or float16 exactly, {model.path} is "
+            f"{str(model.dtype).removeprefix('torch.')}: choose export=compressed-tensors"
+        )
     settle(model, family, run.schemes)
     if run.search is not None:
         budget(model, run.search, run.schemes)
@@ -129,9 +134,9 @@ def run_recipe(run: Run, name: str, out: Path) -> dict[str, Any]:
 
 
 def _draw(compression: dict[str, Any], out: Path) -> None:
-    """The pictures of a run: bits that were searched, and where the loss comes from."""
+    """The pictures of a run: bits that were searched, where the loss comes from, outliers of the inputs."""
     # Here, not above: the drawing library would be in memory while compressing.
-    from compress.report import bits, blocks
+    from compress.report import bits, blocks, outliers
 
     if "search" in compression:
         with _whole(out / bits.PICTURE) as partial:
@@ -143,6 +148,12 @@ def _draw(compression: dict[str, Any], out: Path) -> None:
         )
         with _whole(out / blocks.PICTURE) as partial:
             blocks.draw_blocks(compression["blocks"], mean, partial)
+    if "outliers" in compression:
+        found = compression["outliers"]
+        with _whole(out / outliers.PICTURE) as partial:
+            outliers.draw_outliers(found, partial)
+        with _whole(out / outliers.TABLE) as partial:
+            partial.write_text(outliers.outlier_table(found), encoding="utf-8")
 
 
 def _compress(run: Run, model: ModelFolder, tokenizer: Any, out: Path) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def test_evaluate_and_bench_any_folder(
 
 MISTAKES = [
     (["recipe=awq-int5"], "recipe=awq-int5 is not known: known are awq-int3, awq-int4"),
-    (["recipe=rtn-int4", "scheme.gruop_size=3"], "known are bits, group_size, symmetric"),
+    (["recipe=rtn-int4", "scheme.gruop_size=3"], "known are bits, group_size, inputs, symmetric"),
     (
         ["recipe=rtn-int4", "data.lenght=3"],
         "data.lenght is not a known key: known are field, generated, generated_before_repair, length",
@@ -164,6 +164,66 @@ MISTAKES = [
     (["recipe=rtn-int4", "repair=kl"], "repair=kl needs repair among the stages"),
     (["recipe=rtn-int4", "rounding=[learned,gptq]"], "rounding.gptq starts anew, so it must come"),
     (["recipe=gptq-int4", "rounding.gptq.damping=0"], "rounding.gptq.damping=0.0 is not allowed"),
+    (
+        ["recipe=fp8", "scheme.bits=6"],
+        "scheme.bits=6 is not allowed with type=float: choose 4 or 8",
+    ),
+    (["recipe=fp8", "scheme.symmetric=false"], "set scheme.symmetric=true"),
+    (["recipe=nvfp4", "scheme.group_size=64"], "choose 16 (NVFP4) or 32 (MXFP4)"),
+    (
+        ["recipe=fp8", "scheme.group_size=row"],
+        "choose a number of columns, auto, channel, tensor, block",
+    ),
+    (
+        ["recipe=w8a16-int8", "scheme.group_size=block", "scheme.symmetric=false"],
+        "block needs scheme.symmetric=true",
+    ),
+    (
+        ["recipe=w8a8-int8", "scheme.inputs.per=row"],
+        "scheme.inputs.per=row is not allowed: choose token",
+    ),
+    (
+        ["recipe=w8a8-int8", "scheme.inputs=int8"],
+        "scheme.inputs=int8 is not allowed: set its parts",
+    ),
+    (
+        ["recipe=llm-int8-static", "rounding=gptq"],
+        "rounding=gptq would make up for errors of columns that outliers=static keeps",
+    ),
+    (
+        ["recipe=w8a8-int8", "scheme.inputs.per=group"],
+        "no engine runs int8-channel-sym+int8-group from export=compressed-tensors",
+    ),
+    (
+        ["recipe=w8a8-int8", "scheme.inputs.bits=4"],
+        "scheme.inputs.bits is not a known key: known are outliers, per, ratio",
+    ),
+    (
+        ["recipe=llm-int8", "scheme.inputs.threshold=0"],
+        "threshold=0.0 is not allowed: choose more than 0",
+    ),
+    (
+        ["recipe=llm-int8", "export=compressed-tensors"],
+        "has no place for outlier columns: choose export=b",
+    ),
+    (
+        ["recipe=w8a8-int8", "export=bitsandbytes"],
+        "holds scheme=llm-int8 alone, not int8-channel-sym+int8",
+    ),
+    (
+        ["recipe=llm-int8", "head=int8"],
+        "head works on integers in groups or rows with 16-bit inputs",
+    ),
+    (
+        ["recipe=fp8", "rounding=gptq"],
+        "rounding=gptq works on integers in groups or rows, not on fp8",
+    ),
+    (
+        ["recipe=fp8", "transforms=[opt]"],
+        "transforms=opt works on integers in groups or rows, not on fp8",
+    ),
+    (["recipe=w8a8-int8", "transforms.smooth.alpha=2"], "choose 0 to 1, or null"),
+    (["recipe=fp8-block"], "which do not divide the"),
     (["recipe=rtn-int4,rtn-int3"], "add -m"),
     (["-m", "recipe=awq-int4", "data.source=gone.txt"], "text file gone.txt does not exist"),
     (["recipe=rtn-int4", "eval.texts=[gone.txt]"], "text file gone.txt does not exist"),

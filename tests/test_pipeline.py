@@ -19,11 +19,12 @@ from compress.config import parse
 from compress.errors import UserError
 from compress.model.families import LLAMA
 from compress.model.folder import ModelFolder
+from compress.quantize.record import read_linear
 from compress.quantize.repair import Kl
 from compress.quantize.rounding import Gptaq, Gptq, Learned, Nearest
 from compress.quantize.scheme import Scheme, Schemes
 from compress.quantize.stage import quantize, settle
-from compress.quantize.transforms import AwqClip, AwqScale, Opt
+from compress.quantize.transforms import AwqClip, AwqScale, Opt, Smooth
 from compress.runtime.load import load_dense
 from tests.conftest import byte_tokenizer
 
@@ -214,12 +215,64 @@ def test_narrowing_before_scaling_is_refused(
         quantize(tiny, tmp_path / "record", **settings)
 
 
-def test_nan_weights_are_refused_by_name(tiny: ModelFolder, tmp_path: Path) -> None:
-    name = "model.layers.1.mlp.up_proj.weight"
-    weight = tiny.tensor(name).clone()
-    weight[3, 5] = torch.nan
-    with pytest.raises(UserError, match=r"model.layers.1.mlp.up_proj.weight holds NaN or Inf"):
-        quantize(changed(tiny, tmp_path / "nan", {}, {name: weight}), tmp_path / "record", **PLAIN)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.mlp.up_proj.weight",
+        "model.layers.1.input_layernorm.weight",
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+    ],
+)
+def test_weights_that_are_no_numbers_are_refused_by_name(
+    tiny: ModelFolder, tmp_path: Path, name: str, value: float
+) -> None:
+    tensor = tiny.tensor(name).clone()
+    tensor.view(-1)[5] = value
+    with pytest.raises(UserError, match=f"tensor {name} holds NaN or Inf"):
+        quantize(changed(tiny, tmp_path / "odd", {}, {name: tensor}), tmp_path / "record", **PLAIN)
+    assert not (tmp_path / "record" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme(8, "channel", True),
+        Scheme(8, "tensor", True),
+        Scheme(8, "channel", True, "float"),
+        Scheme(8, "tensor", True, "float"),
+        Scheme(8, "block", True, "float"),
+        Scheme(4, 16, True, "float"),
+        Scheme(4, 32, True, "float"),
+    ],
+    ids=lambda scheme: scheme.name,
+)
+def test_rows_of_zeros_and_spikes_come_back_finite(
+    tiny: ModelFolder, tmp_path: Path, scheme: Scheme
+) -> None:
+    """A row of zeros stays one; a weight far above the others, or at the end of bf16, saturates nothing."""
+    name = "model.layers.1.mlp.up_proj"
+    weight = tiny.tensor(f"{name}.weight").clone()
+    weight[3], weight[5, 7], weight[6, 8] = 0, 1e4, -1e30
+    odd = changed(tiny, tmp_path / "odd", {}, {f"{name}.weight": weight})
+    quantize(odd, tmp_path / "record", **{**PLAIN, "schemes": Schemes(scheme)})
+    W = read_linear(ModelFolder(tmp_path / "record"), name).dequantize(torch.float32)
+    assert torch.isfinite(W).all()
+    assert not W[3].any()
+    assert W[6, 8] == pytest.approx(-1e30, rel=0.07)
+    # Alone at its input, so that no other tensor lends it a scale.
+    name = "model.layers.2.mlp.down_proj"
+    for value in (0.0, 1e-38):
+        dead = {f"{name}.weight": torch.full_like(tiny.tensor(f"{name}.weight"), value)}
+        target = tmp_path / f"dead-{value}"
+        quantize(
+            changed(tiny, tmp_path / f"from-{value}", {}, dead),
+            target,
+            **{**PLAIN, "schemes": Schemes(scheme)},
+        )
+        W = read_linear(ModelFolder(target), name).dequantize(torch.float32)
+        assert torch.allclose(W, torch.full_like(W, value), atol=1e-37)
 
 
 def test_golden_errors_of_a_seeded_run(
@@ -255,6 +308,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "learned": {"roundings": [Learned(iters=10, batch=4)]},
     "opt": {"transforms": [Opt()]},
     "opt+gptq": {"transforms": [Opt()], "roundings": [Gptq()]},
+    "smooth": {"transforms": [Smooth()]},
 }
 
 

@@ -30,6 +30,7 @@ def test_every_file_composes(file: Path) -> None:
         "model/folder.yaml": "model.source=x/y",
         "data/text.yaml": "data.source=x.txt",
         "head/int8.yaml": "scheme.symmetric=true",
+        "scheme/llm-int8.yaml": "export=bitsandbytes",
     }
     if needed := missing.get(file.relative_to(RECIPES).as_posix()):
         overrides.append(needed)
@@ -73,6 +74,35 @@ def test_named_recipes_are_what_their_names_say(name: str) -> None:
     assert run.needs_data == (not name.startswith("rtn"))
 
 
+# What the 8-bit and floating-point recipes stand for: their scheme, transforms, format, and whether they
+# look at data.
+EIGHT = {
+    "w8a16-int8": ("int8-channel-sym", [], "compressed-tensors", False),
+    "w8a8-int8": ("int8-channel-sym+int8-token", ["Smooth"], "compressed-tensors", True),
+    "llm-int8": ("int8-channel-sym+int8-token-dynamic-outliers", ["Smooth"], "bitsandbytes", True),
+    "llm-int8-static": ("int8-channel-sym+int8-token-static-outliers", [], "bitsandbytes", True),
+    "fp8": ("fp8-channel+fp8-token", [], "compressed-tensors", False),
+    "fp8-static": ("fp8-tensor+fp8-tensor", [], "compressed-tensors", True),
+    "fp8-block": ("fp8-block+fp8-group", [], "compressed-tensors", False),
+    "nvfp4": ("nvfp4", ["AwqScale"], "compressed-tensors", True),
+    "mxfp4": ("mxfp4", ["AwqScale"], "compressed-tensors", True),
+}
+
+
+@pytest.mark.parametrize("name", EIGHT)
+def test_recipes_of_eight_bits_and_floats(name: str) -> None:
+    scheme, transforms, export, needs_data = EIGHT[name]
+    run = parse(compose_settings([f"recipe={name}"]))
+    assert run.schemes.name == scheme
+    assert [type(t).__name__ for t in run.transforms] == transforms
+    assert [type(r).__name__ for r in run.roundings] == ["Nearest"]
+    assert run.settings.export == export
+    assert run.needs_data == needs_data
+    inputs = run.schemes.linears.inputs
+    if inputs is not None:
+        assert (inputs.threshold, inputs.ratio) == (6.0, 3.0)
+
+
 def test_mixed_and_rotated_recipes() -> None:
     mixed = parse(compose_settings(["recipe=mixed-3.5"]))
     assert mixed.search is not None
@@ -83,7 +113,7 @@ def test_mixed_and_rotated_recipes() -> None:
 
 
 def test_no_recipe_is_left_out() -> None:
-    known = set(NAMES)
+    known = set(NAMES) | set(EIGHT)
     assert set(options("recipe")) == known | set(OTHERS)
 
 

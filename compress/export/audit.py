@@ -18,7 +18,7 @@ from compress.export.formats import Weights
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder, file_sha256, read_json, write_json
 from compress.quantize.qtensor import QTensor
-from compress.quantize.record import schemes_of
+from compress.quantize.record import PARTS, schemes_of
 
 MANIFEST = "manifest.json"
 
@@ -72,12 +72,11 @@ def unquantized_linears(weights: Weights) -> list[str]:
 
 def _same(name: str, decided: Tensor | QTensor, written: Tensor | QTensor) -> None:
     if isinstance(decided, QTensor) and isinstance(written, QTensor):
-        parts = [
-            (decided.codes, written.codes),
-            (decided.scale, written.scale),
-            (decided.zero, written.zero),
+        parts = [(getattr(decided, part), getattr(written, part)) for part in PARTS]
+        numbers = [
+            (q.bits, q.type, q.block, q.inputs and q.inputs.running) for q in (decided, written)
         ]
-        same = decided.bits == written.bits and all(_equal(a, b) for a, b in parts)
+        same = numbers[0] == numbers[1] and all(_equal(a, b) for a, b in parts)
     else:
         same = type(decided) is type(written) and _equal(decided, written)
     if not same:
@@ -95,10 +94,13 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _size(exported: ModelFolder, linear: str, q: QTensor) -> None:
-    """A linear may take its bits, padded to whole 32-bit words a row, and a shape; nothing more."""
+    """A linear may take its bits, padded to whole 32-bit words a row, its scales (bitsandbytes has them in
+    32 bits), and a shape or a few numbers of its own; nothing more."""
     rows, columns = q.shape
     groups = q.scale.shape[1]
-    allowed = 4 * rows * -(-columns * q.bits // 32) + q.scale.nbytes + 16
+    outliers = q.inputs is not None and q.inputs.outliers != "none"
+    scales = 4 * rows if outliers else q.scale.nbytes
+    allowed = 4 * rows * -(-columns * q.bits // 32) + scales + 16
     if q.zero is not None:
         allowed += 4 * groups * -(-rows * q.bits // 32)
     stored = sum(

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from compress.errors import UserError
-from compress.export import compressed_tensors
+from compress.export import bitsandbytes, compressed_tensors
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder
 from compress.quantize import record
@@ -21,7 +21,8 @@ from compress.quantize.scheme import Schemes
 class Format:
     """write(record, target); linears(folder) and read_linear(folder, name) read it back.
 
-    check(schemes, mixed) raises UserError for schemes that no engine could load from it.
+    check(schemes, mixed) raises UserError for schemes that no engine could load from it. sidecar: a file of
+    weights beside the others; half: its scales fit models of 16 bits alone
     """
 
     name: str
@@ -29,6 +30,8 @@ class Format:
     linears: Callable[[ModelFolder], list[str]]
     read_linear: Callable[[ModelFolder, str], QTensor]
     check: Callable[[Schemes, bool], None]
+    sidecar: str | None = None
+    half: bool = False
 
 
 FORMATS = {
@@ -38,6 +41,15 @@ FORMATS = {
         compressed_tensors.linears,
         compressed_tensors.read_linear,
         compressed_tensors.check,
+    ),
+    bitsandbytes.NAME: Format(
+        bitsandbytes.NAME,
+        bitsandbytes.write,
+        bitsandbytes.linears,
+        bitsandbytes.read_linear,
+        bitsandbytes.check,
+        bitsandbytes.SIDECAR,
+        half=True,
     ),
 }
 

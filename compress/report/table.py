@@ -50,7 +50,7 @@ def table(runs: list[dict[str, Any]]) -> str:
     header += [f"top-1 {text}" for text in texts] + [_short(task) for task in tasks]
     header += ["TTFT ms", "tokens/s", "peak MB", "kernel"]
     lines = [[name, *_cells(row, base, texts, tasks)] for name, row, base in rows]
-    return _markdown([header, *lines]) + "\n" + _legend(runs)
+    return markdown([header, *lines]) + "\n" + _legend(runs)
 
 
 def _keys(rows: list[Any], section: str) -> list[str]:
@@ -113,7 +113,8 @@ def speedup(speed: Mapping[str, Any], base: Mapping[str, Any]) -> float:
     return statistics.median(ours / theirs for ours, theirs in pairs)
 
 
-def _markdown(rows: list[list[str]]) -> str:
+def markdown(rows: list[list[str]]) -> str:
+    """Rows of cells, the first of them the header, as a table with aligned columns."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"

@@ -127,12 +127,15 @@ def test_verify_finds_a_head_in_16_bits(export: Export) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
 def test_packed_head_runs_through_the_kernel(
-    export: Export, tokens: torch.Tensor, tied: bool
+    export: Export, tokens: torch.Tensor, bits: int, tied: bool
 ) -> None:
-    _, exported = export(SCHEMES[0], tied)
+    _, exported = export(SCHEMES[0 if bits == 4 else 2], tied)
     packed, kernels = load_packed(exported, CPU)
-    assert kernels == {"int4-cpu": 21 + (1 if tied else 2)}
+    heads = 1 if tied else 2
+    four = {"int4-cpu": 21 + heads}
+    assert kernels == (four if bits == 4 else {"int4-cpu": 21, "int8-cpu": heads})
     dense = load_dense(exported, CPU, torch.float32)
     with torch.inference_mode():
         rows = packed.get_input_embeddings()(tokens)
@@ -142,10 +145,3 @@ def test_packed_head_runs_through_the_kernel(
         exact = dense.get_output_embeddings()(hidden.float())
         packed(tokens)
     assert (ours - exact).norm() < 0.01 * exact.norm()
-
-
-def test_head_of_eight_bits_is_dense_and_says_so(export: Export, tokens: torch.Tensor) -> None:
-    _, exported = export(SCHEMES[2], True)
-    packed, kernels = load_packed(exported, CPU)
-    assert kernels == {"int4-cpu": 21, "dense": 1}
-    assert packed.get_output_embeddings().weight is packed.get_input_embeddings().weight
