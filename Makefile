@@ -7,7 +7,7 @@ READY := .venv/.ready
 VLLM := .venv-vllm
 PEER := .venv-llmcompressor
 
-.PHONY: help setup demo test check test-gpu golden serve-check bench-peers clean
+.PHONY: help setup demo test check test-gpu golden serve-check bench-peers bench-int8 clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -50,6 +50,10 @@ $(VLLM)/.ready:
 
 serve-check: setup $(VLLM)/.ready  ## compress the demo model and let vLLM's CPU build answer with it
 	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.engines.serve_check --vllm-python $(VLLM)/bin/python
+
+bench-int8: setup  ## LLM.int8 with fixed columns beside bitsandbytes and 16 bits, on the GPU if there is one
+	$(BIN)/python -m eval.benchmarks.int8_speed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.benchmarks.outlier_model --keep outputs/outlier-model
 
 $(PEER)/.ready:
 	$(PYTHON) -m venv $(PEER)

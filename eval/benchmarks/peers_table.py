@@ -1,16 +1,17 @@
 """This project and its peers on the same machine, model, tokens and evaluation, in one table.
 
     python -m eval.benchmarks.peers_table --peer-python ENV/bin/python --keep FOLDER
-        [--bits 4 3 2] [--only NAME ...] [--out FILE.json] [--rounds N]
+        [--bits 4 3 2 8] [--only NAME ...] [--out FILE.json] [--rounds N]
 
 Everybody gets the same bf16 folder, the same 64 x 512 calibration tokens (addresses of 1960 to 2004),
-groups of 64, asymmetric, all linears but the head; ``best-*`` adds text that the model writes itself,
-and its time counts. Each runs in a process of its own, whose wall and processor time and peak resident
-memory are taken (imports and saving included). Time is also given in units of one bf16 forward of the
-calibration tokens through the original without its head, timed before and after. The written files of
-all are read by our reader and judged on the same windows of two texts, one of the calibration's kind
-and one outside it. ``--keep`` holds what each wrote and its measurements: what is there already is not
-run again, so a long comparison can go on; a row that was cut off starts anew.
+groups of 64, asymmetric, all linears but the head; ``best-*`` adds text that the model writes itself, and
+its time counts. At 8 bits it is rows instead of groups, symmetric, with and without rounded inputs. Each
+runs in a process of its own, whose wall and processor time and peak resident memory are taken (imports and
+saving included). Time is also given in units of one bf16 forward of the calibration tokens through the
+original without its head, timed before and after. The written files of all are read by our reader and
+judged on the same windows of two texts, one of the calibration's kind and one outside it. ``--keep`` holds
+what each wrote and its measurements: what is there already is not run again, so a long comparison can go
+on; a row that was cut off starts anew.
 ``make bench-peers`` prepares the environment. With --rounds the rows are not judged but timed alone, N
 times in turn, and the ratios to the first of them are taken round by round: leave the machine to it.
 """
@@ -50,14 +51,21 @@ MEASUREMENT = "measurement.json"
 
 def ours(bits: int) -> dict[str, list[str]]:
     """Our candidates: name -> command-line words."""
-    scheme = [f"scheme.bits={bits}"]
+    if bits == 8:
+        return {
+            "w8a16": ["recipe=w8a16-int8"],
+            "w8a8": ["recipe=w8a8-int8", "transforms=[]"],
+            "smooth w8a8": ["recipe=w8a8-int8"],
+            "fp8": ["recipe=fp8"],
+        }
+    scheme = [f"scheme.bits={bits}", f"scheme.group_size={GROUP_SIZE}"]
     return {
         f"rtn int{bits}": ["recipe=rtn-int4", *scheme],
         f"awq int{bits}": ["recipe=awq-int4", *scheme],
         f"gptq int{bits}": ["recipe=gptq-int4", *scheme],
         f"gptaq int{bits}": ["recipe=gptaq-int4", *scheme],
         f"learned int{bits}": ["recipe=learned-int4", *scheme, f"rounding.learned.iters={STEPS}"],
-        f"best int{bits}": [f"recipe=best-int{bits}"],
+        f"best int{bits}": [f"recipe=best-int{bits}", f"scheme.group_size={GROUP_SIZE}"],
     }
 
 
@@ -65,6 +73,12 @@ def peers(bits: int, python: str, model: Path, tokens: Path, out: Path) -> dict[
     """The peers: name -> command."""
     common = [str(model), str(tokens), str(bits), str(GROUP_SIZE)]
     llmc, autoround = str(PEERS / "run_llmcompressor.py"), str(PEERS / "run_autoround.py")
+    if bits == 8:
+        methods = ("w8a16", "w8a8", "smooth-w8a8", "smooth-gptq-w8a8", "fp8")
+        return {
+            f"llm-compressor {method.replace('-', ' ')}": [python, llmc, method, *common, str(out)]
+            for method in methods
+        }
     return {
         f"llm-compressor awq int{bits}": [python, llmc, "awq", *common, str(out)],
         f"llm-compressor gptq int{bits}": [python, llmc, "gptq", *common, str(out)],
@@ -253,7 +267,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer-python", required=True, help="python with llmcompressor 0.14")
     parser.add_argument("--keep", type=Path, required=True, help="where outputs and measures stay")
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2], choices=(2, 3, 4))
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2], choices=(2, 3, 4, 8))
     parser.add_argument("--only", nargs="+", help="names of the table's rows")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, help="only time the rows, so many times in turn")
@@ -283,7 +297,7 @@ def main() -> None:
     for bits in asked.bits:
         for name, words in ours(bits).items():
             run = asked.keep / name.replace(" ", "-") / "run"
-            fixed = ["data=sotu", "eval=none", "speed=none", f"scheme.group_size={GROUP_SIZE}"]
+            fixed = ["data=sotu", "eval=none", "speed=none"]
             command = [sys.executable, "-m", "compress", *words, *fixed, f"hydra.run.dir={run}"]
             commands[name] = command
         for name in peers(bits, "", folder.path, tokens, Path()):
