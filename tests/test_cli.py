@@ -183,6 +183,14 @@ MISTAKES = [
         "scheme.inputs.per=row is not allowed: choose token",
     ),
     (
+        ["recipe=w8a8-int8", "search=average"],
+        "search works on integers in groups or rows with 16-bit",
+    ),
+    (
+        ["recipe=w8a8-int8", "stages=[quantize,repair]", "repair=kl"],
+        "repair works on integers in groups or rows with 16-bit inputs, not on int8-channel-sym+int8",
+    ),
+    (
         ["recipe=w8a8-int8", "scheme.inputs=int8"],
         "scheme.inputs=int8 is not allowed: set its parts",
     ),

@@ -366,3 +366,13 @@ def test_repair_refuses_float16_before_anything_runs(
     run = parse(compose_settings([*words, f"data.source={text_file}"]))
     with pytest.raises(UserError, match="repair=kl trains in bfloat16 or float32"):
         pipeline.check(run)
+
+
+def test_bitsandbytes_refuses_float32_before_anything_runs(
+    make_model: Callable[..., ModelFolder],
+) -> None:
+    """Its row maxima are 127 times a scale, which float32 does not hold exactly."""
+    source = make_model("llama", dtype="float32")
+    words = ["recipe=llm-int8", f"model.source={source.path}", "eval=none", "speed=none"]
+    with pytest.raises(UserError, match=r"export=bitsandbytes holds models of bfloat16 or float16"):
+        pipeline.check(parse(compose_settings(words)))
