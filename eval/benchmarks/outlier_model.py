@@ -1,7 +1,7 @@
 """A model whose function is unchanged but whose activations carry outliers, and what 8 bits make of it.
 
     python -m eval.benchmarks.outlier_model --keep FOLDER [--channels 6] [--factor 64] [--tokens 6144]
-        [--out FILE.json]
+        [--only ROW ...] [--out FILE.json]
 
 In every block a few channels of each norm, and of the MLP's inner activations, are scaled up by a power of
 two and the columns of the linears that read them scaled down by it: every product stays exactly what it
@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=6)
     parser.add_argument("--factor", type=float, default=64)
     parser.add_argument("--tokens", type=int, default=6144, help="of each text to judge by")
+    parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
 
@@ -102,7 +103,7 @@ def main() -> None:
     if not model.exists():
         add_outliers(original, model, channels=asked.channels, factor=asked.factor)
     results = {"16-bit arithmetic": arithmetic_noise(original, ModelFolder(model), settings)}
-    for name, recipe in RECIPES.items():
+    for name, recipe in ((name, RECIPES[name]) for name in asked.only):
         run = asked.keep / name.replace(" ", "-")
         if not (run / METRICS).exists():
             command = [sys.executable, "-m", "compress", *recipe, *words]
