@@ -98,6 +98,8 @@ def ask_vllm(python: str, folder: Path, tokens: Tensor) -> tuple[Tensor, list[li
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
+        # 8-bit floats take minutes for these prompts; it would give up after five.
+        "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "3600",
         # The default on CPUs with VNNI rounds activations to 8 bits for asymmetric int4 weights; the
         # question here is whether the weights are read right.
         "VLLM_CPU_INT4_W4A8": "0",
