@@ -1,5 +1,5 @@
 """The compressed-tensors formats. vLLM, SGLang and transformers read them; they are written here without
-the compressed-tensors package. A quantized linear NAME (out, in) is stored in one of four ways:
+the compressed-tensors package. A quantized linear NAME (out, in) is stored in one of these ways:
 
 ``pack-quantized``: integers of any width, in groups of g columns (or one a row), 16-bit activations; and
 narrower ones than 8 bits with rounded activations

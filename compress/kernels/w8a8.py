@@ -57,10 +57,10 @@ def cpu_runs() -> bool:
 
 @dataclass(frozen=True)
 class W8A8Weight:
-    """weight: int8 (out, in); scale: float32 (out,); inputs: how x is
-    rounded; input_scale: float32 (), where calibration fixed it; columns int64 (k,), others bf16 (in,) 0
-    in them and 1 elsewhere, kept float32 (k, out): outlier columns that calibration fixed. In float32
-    because so thin a product spends its time on being called, which costs several times less than in bf16."""
+    """weight: int8 (out, in); scale: float32 (out,); inputs: how x is rounded; input_scale: float32 (), where
+    calibration fixed it; columns int64 (k,), others bf16 (in,) 0 in them and 1 elsewhere, kept float32
+    (k, out): outlier columns that calibration fixed. In float32 because so thin a product spends its time on
+    being called, which costs several times less than in bf16."""
 
     weight: Tensor
     scale: Tensor

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -71,6 +73,6 @@ def test_columns_with_outliers_stay_as_they_are() -> None:
         ({"outliers": "static", "per": "tensor"}, "needs scheme.inputs.type=int"),
     ],
 )
-def test_mistakes(knobs: dict[str, object], words: str) -> None:
+def test_mistakes(knobs: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        InputScheme(**knobs)  # type: ignore[arg-type]
+        InputScheme(**knobs)
