@@ -16,16 +16,19 @@ from omegaconf.errors import ValidationError
 
 from compress.errors import UserError
 from compress.export.formats import FORMATS
+from compress.kv_cache.scheme import CacheScheme, StateScheme
 from compress.quantize.block import Rounding, Transform
 from compress.quantize.inputs import InputScheme
 from compress.quantize.repair import REPAIRS, Kl
 from compress.quantize.rounding import ROUNDINGS
 from compress.quantize.scheme import Scheme, Schemes
 from compress.quantize.search import Search
+from compress.quantize.stage import needs_data
 from compress.quantize.transforms import TRANSFORMS
+from eval.retrieval import MOST_FACTS
 
 # In the order in which a recipe may list them.
-STAGES = ("rotate", "quantize", "repair")
+STAGES = ("rotate", "quantize", "repair", "kv_cache")
 
 
 @dataclass
@@ -74,6 +77,29 @@ class EvalConfig:
 
 
 @dataclass
+class ContextConfig:
+    """Accuracy at length, through the cache. text: as in eval, in ``windows`` of ``tokens`` each, reported by
+    position in ``buckets`` equal parts. lengths: of the texts that facts are hidden in, ``facts`` in each of
+    ``haystacks``. generated: tokens the original writes from each of ``prompts`` prompts of prompt_tokens,
+    to see how long the candidate agrees. dtype is for all of it."""
+
+    text: str = MISSING
+    text_field: str = "text"
+    split: str = "train"
+    tokens: int = 4096
+    windows: int = 2
+    buckets: int = 4
+    lengths: list[int] = field(default_factory=list)
+    haystacks: int = 1
+    facts: int = 8
+    prompts: int = 4
+    prompt_tokens: int = 1024
+    generated: int = 128
+    dtype: str = "float32"
+    seed: int = 0
+
+
+@dataclass
 class SpeedConfig:
     """Decode speed: lengths in tokens; threads null = torch's default."""
 
@@ -102,8 +128,11 @@ class RecipeConfig:
     # None: every linear has scheme.bits.
     search: dict[str, Any] | None = None
     repair: dict[str, Any] = field(default_factory=dict)
+    # None: the cache stays in 16 bits.
+    kv_cache: dict[str, Any] | None = None
     export: str = "compressed-tensors"
     eval: EvalConfig | None = None
+    context: ContextConfig | None = None
     speed: SpeedConfig | None = None
     device: str = "auto"
 
@@ -118,14 +147,17 @@ class Run:
     roundings: tuple[Rounding, ...]
     search: Search | None
     repair: Kl | None
+    cache: CacheScheme | None
     device: torch.device
 
     @property
     def needs_data(self) -> bool:
-        methods = bool(self.transforms) or any(method.needs_data for method in self.roundings)
-        inputs = self.schemes.linears.inputs
-        methods |= inputs is not None and inputs.needs_data
-        return methods or self.search is not None or self.repair is not None
+        fitted = self.search is not None or self.repair is not None
+        if self.cache is not None:
+            fitted |= self.cache.static
+        if "quantize" not in self.settings.stages:
+            return fitted
+        return fitted or needs_data(self.schemes, self.transforms, self.roundings)
 
 
 def settings_of(config: DictConfig) -> RecipeConfig:
@@ -149,9 +181,10 @@ def parse(settings: RecipeConfig) -> Run:
         _scheme("scheme", settings.scheme),
         head=None if head is None else _scheme("head", head),
     )
-    _check_numbers(settings, schemes)
-    _check_rounding(settings, schemes.linears)
-    FORMATS[settings.export].check(schemes, search is not None)
+    if "quantize" in settings.stages:
+        _check_numbers(settings, schemes)
+        _check_rounding(settings, schemes.linears)
+        FORMATS[settings.export].check(schemes, search is not None)
     repairs = _plugins("repair", settings.repair, REPAIRS)
     return Run(
         settings=settings,
@@ -160,6 +193,7 @@ def parse(settings: RecipeConfig) -> Run:
         roundings=_roundings(settings),
         search=None if search is None else _build("search", Search, search),
         repair=repairs[0] if repairs else None,
+        cache=None if settings.kv_cache is None else _cache_scheme(settings),
         device=device_of(settings),
     )
 
@@ -201,16 +235,45 @@ def _check_rounding(settings: RecipeConfig, scheme: Scheme) -> None:
 def _check_stages(settings: RecipeConfig) -> None:
     stages = settings.stages
     ordered = [stage for stage in STAGES if stage in stages]
-    if stages != ordered or "quantize" not in stages:
+    work = "quantize" in stages or ("kv_cache" in stages and "repair" not in stages)
+    if stages != ordered or not work:
         raise UserError(
-            f"stages={stages} is not allowed: choose quantize, with rotate before it and repair after "
-            "it if wanted"
+            f"stages={stages} is not allowed: choose quantize, kv_cache or both in this order, with rotate "
+            "before them and repair after quantize if wanted"
         )
+    if "quantize" not in stages:
+        for key in ("search", "head"):
+            if getattr(settings, key):
+                raise UserError(f"{key} needs quantize among the stages")
     if ("repair" in stages) != (len(settings.repair) == 1):
         raise UserError(
             f"the stage repair needs one method of: {', '.join(REPAIRS)}, as in repair=kl; and "
             "repair=kl needs repair among the stages"
         )
+    if ("kv_cache" in stages) != (settings.kv_cache is not None):
+        raise UserError(
+            "the stage kv_cache needs a scheme, as in kv_cache=int4; and kv_cache=int4 needs kv_cache "
+            "among the stages"
+        )
+
+
+def _cache_scheme(settings: RecipeConfig) -> CacheScheme:
+    """The scheme of the cache, those of keys and values built by themselves."""
+    values = settings.kv_cache
+    assert values is not None
+    states = {
+        name: _build(f"kv_cache.{name}", StateScheme, values.get(name) or {})
+        for name in ("keys", "values")
+    }
+    rest = {name: v for name, v in values.items() if name not in states}
+    scheme = _build("kv_cache", CacheScheme, rest)
+    scheme = replace(scheme, **states)
+    if scheme.static and settings.export != "compressed-tensors":
+        raise UserError(
+            f"export={settings.export} has no place for the scales of the cache: choose "
+            "compressed-tensors, or kv_cache=int8, int4 or int2"
+        )
+    return scheme
 
 
 def _roundings(settings: RecipeConfig) -> tuple[Rounding, ...]:
@@ -263,9 +326,13 @@ def _check_names(key: str, names: list[str], allowed: tuple[str, ...]) -> None:
             raise UserError(f"{key}={name} is not known: known are {', '.join(allowed)}")
 
 
+# Tokens of a text that still has room for many facts.
+SHORTEST = 512
+EVAL_DTYPES = ("float32", "bfloat16", "float16")
 # The least value of a count, where it is not 1: in 2 tokens there is one to predict.
 LEAST = {
     "length": 2,
+    "prompt_tokens": 2,
     "block_tokens": 2,
     "generated": 0,
     "generated_before_repair": 0,
@@ -276,7 +343,12 @@ LEAST = {
 
 def _check_sizes(settings: RecipeConfig) -> None:
     """Every count of the recipe must be positive, and windows must hold something to predict."""
-    sections = {"data": settings.data, "eval": settings.eval, "speed": settings.speed}
+    sections = {
+        "data": settings.data,
+        "eval": settings.eval,
+        "context": settings.context,
+        "speed": settings.speed,
+    }
     for section, config in sections.items():
         if config is None:
             continue
@@ -286,18 +358,35 @@ def _check_sizes(settings: RecipeConfig) -> None:
                 raise UserError(
                     f"{section}.{f.name}={value} is not allowed: choose {least} or more"
                 )
+    for section, config in (("eval", settings.eval), ("context", settings.context)):
+        if config is not None:
+            _check_names(f"{section}.dtype", [config.dtype], EVAL_DTYPES)
     evaluation, speed = settings.eval, settings.speed
-    if evaluation is not None:
-        _check_names("eval.dtype", [evaluation.dtype], ("float32", "bfloat16", "float16"))
-        if not 2 <= evaluation.window <= evaluation.tokens:
-            raise UserError(
-                f"eval.window={evaluation.window} is not allowed: choose 2 to eval.tokens="
-                f"{evaluation.tokens}"
-            )
+    if evaluation is not None and not 2 <= evaluation.window <= evaluation.tokens:
+        raise UserError(
+            f"eval.window={evaluation.window} is not allowed: choose 2 to eval.tokens="
+            f"{evaluation.tokens}"
+        )
+    if settings.context is not None:
+        _check_context(settings.context)
     if speed is not None and speed.output_length < 2:
         raise UserError(
             "speed.output_length=1 is not allowed: choose 2 or more, for a gap to measure"
         )
+
+
+def _check_context(context: ContextConfig) -> None:
+    if any(length < SHORTEST for length in context.lengths):
+        raise UserError(
+            f"context.lengths={context.lengths} is not allowed: choose {SHORTEST} or more tokens"
+        )
+    if context.tokens % context.buckets:
+        raise UserError(
+            f"context.buckets={context.buckets} is not allowed: choose a divisor of context.tokens="
+            f"{context.tokens}"
+        )
+    if not 2 <= context.facts <= MOST_FACTS:
+        raise UserError(f"context.facts={context.facts} is not allowed: choose 2 to {MOST_FACTS}")
 
 
 def device_of(settings: RecipeConfig) -> torch.device:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from calibration.texts import cache_dir, load_texts
 from calibration.tokens import TokenBlocks, evaluation_windows
-from compress.config import EvalConfig, SpeedConfig
+from compress.config import ContextConfig, EvalConfig, SpeedConfig
 from compress.environment import environment
 from compress.errors import UserError
 from compress.export.formats import FORMATS, Weights
@@ -32,9 +32,13 @@ from compress.model.families import Family, family_of
 from compress.model.folder import DTYPES, ModelFolder, write_json
 from compress.model.skeleton import empty_model
 from compress.progress import track
+from compress.runtime.cached import Caches, Reader, load_served
 from compress.runtime.decoder import open_decoder
 from compress.runtime.load import load_dense
+from compress.runtime.probe import head_errors
 from eval.blocks import block_divergence
+from eval.context import agreement, by_position
+from eval.retrieval import build_haystack, score, summarize
 from eval.speed import Load, measure_speed
 from eval.task_scores import packaged_tasks, score_tasks, task_sources, unknown_tasks
 from eval.text import evaluate_text
@@ -130,7 +134,7 @@ def measure_accuracy(
     if base is not None:
         results["base"] = {"texts": {}, "tasks": {}}
     if windows:
-        model = load_dense(candidate, device, dtype)
+        model = load_served(candidate, device, dtype)
         base_model = None if base is None else load_dense(base, device, dtype)
         for text, blocks in windows.items():
             found = evaluate_text(
@@ -193,7 +197,7 @@ def _rows(blocks: TokenBlocks, text: str) -> Iterator[Tensor]:
 def _score(
     folder: ModelFolder, config: EvalConfig, tokenizer: Any, device: torch.device
 ) -> dict[str, Any]:
-    model = load_dense(folder, device, folder.dtype)
+    model = load_served(folder, device, folder.dtype)
     with _quiet():
         return score_tasks(
             model, tokenizer, config.tasks, limit=config.limit, batch_size=config.batch_size
@@ -240,6 +244,93 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(before)
+
+
+def check_context(config: ContextConfig, model: ModelFolder) -> None:
+    """Raises UserError if the text does not exist, or the model cannot take texts of such lengths."""
+    load_texts(config.text, config.text_field, config.split)
+    limit = model.config.get("max_position_embeddings")
+    asked = {
+        "context.tokens": config.tokens,
+        "context.prompt_tokens": config.prompt_tokens + config.generated,
+        "context.lengths": max(config.lengths, default=0),
+    }
+    for key, tokens in asked.items():
+        if limit is not None and tokens > limit:
+            raise UserError(f"{key} needs {tokens} tokens, {model.path} takes {limit}: choose less")
+
+
+def measure_context(
+    candidate: ModelFolder,
+    base: ModelFolder,
+    config: ContextConfig,
+    tokenizer: Any,
+    device: torch.device,
+) -> dict[str, dict[str, Any]]:
+    """Accuracy at length, every token through the cache of its folder; see eval.context and eval.retrieval.
+
+    Returns {"base", "candidate"}: ``positions``, ``retrieval`` by length and kind, ``agreement``
+    and ``heads`` (the errors of a packed cache) of the candidate, and what was read.
+    """
+    dtype = DTYPES[config.dtype]
+    texts = list(load_texts(config.text, config.text_field, config.split))
+    long = evaluation_windows(
+        texts, tokenizer, tokens=config.tokens * config.windows, window=config.tokens
+    )
+    prompts = evaluation_windows(
+        texts, tokenizer, tokens=config.prompt_tokens * config.prompts, window=config.prompt_tokens
+    )
+    models = {
+        "base": load_dense(base, device, dtype),
+        "candidate": load_dense(candidate, device, dtype),
+    }
+    caches = {
+        name: Caches(folder, models[name])
+        for name, folder in (("base", base), ("candidate", candidate))
+    }
+    readers = {name: functools.partial(Reader, models[name], caches[name]) for name in models}
+    ours = {"candidate": readers["candidate"]}
+    positions = by_position(
+        readers["base"], ours, track(long.tokens, "long windows"), config.buckets
+    )
+    log.info("%s at length: KL %.5f", config.text, positions["candidate"]["kl"])
+    results: dict[str, dict[str, Any]] = {}
+    for name, found in positions.items():
+        results[name] = {
+            "text": config.text,
+            "data_sha256": long.sha256,
+            "window": config.tokens,
+            "dtype": config.dtype,
+            "positions": found,
+            "retrieval": {},
+        }
+    joined = " ".join(texts)
+    for length in config.lengths:
+        haystacks = [
+            build_haystack(
+                joined,
+                tokenizer,
+                length=length,
+                facts=config.facts,
+                start=i / config.haystacks,
+                seed=config.seed + i,
+            )
+            for i in range(config.haystacks)
+        ]
+        hits = score(readers, track(haystacks, f"haystacks of {length}"))
+        for name, kinds in hits.items():
+            results[name]["retrieval"][str(length)] = {
+                kind: summarize(found, None if name == "base" else hits["base"][kind])
+                for kind, found in kinds.items()
+            }
+    results["candidate"]["agreement"] = agreement(
+        readers["base"], ours, track(prompts.tokens, "prompts"), config.generated
+    )["candidate"]
+    if caches["candidate"].scheme is not None:
+        results["candidate"]["heads"] = head_errors(
+            models["candidate"], caches["candidate"], long.tokens[0]
+        )
+    return results
 
 
 def measure_decode(

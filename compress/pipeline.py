@@ -25,10 +25,14 @@ from compress.environment import environment
 from compress.errors import UserError
 from compress.export.audit import audit, write_manifest
 from compress.export.formats import FORMATS
+from compress.kv_cache.stage import check as check_cache
+from compress.kv_cache.stage import quantize_cache
 from compress.measure import (
+    check_context,
     check_tasks,
     measure_accuracy,
     measure_blocks,
+    measure_context,
     measure_decode,
     measure_size,
     open_windows,
@@ -53,19 +57,7 @@ def check(run: Run) -> None:
     """
     settings = run.settings
     model = ModelFolder(resolve_model(settings.model.source, settings.model.revision))
-    family = family_of(model.config)
-    if FORMATS[settings.export].half and model.dtype.itemsize != 2:
-        raise UserError(
-            f"export={settings.export} holds models of bfloat16 or float16 exactly, {model.path} is "
-            f"{str(model.dtype).removeprefix('torch.')}: choose export=compressed-tensors"
-        )
-    settle(model, family, run.schemes)
-    if run.search is not None:
-        budget(model, run.search, run.schemes)
-    if "rotate" in settings.stages:
-        rotated_sizes(model, family)
-    if run.repair is not None:
-        run.repair.check(model, settings.data.sequences)
+    _check_stages(run, model)
     if run.needs_data:
         _calibration(run, model)
     elif settings.data.generated:
@@ -74,6 +66,32 @@ def check(run: Run) -> None:
         for text in settings.eval.texts:
             load_texts(text, settings.eval.text_field, settings.eval.split)
         check_tasks(settings.eval)
+    if settings.context is not None:
+        check_context(settings.context, model)
+
+
+def _check_stages(run: Run, model: ModelFolder) -> None:
+    stages = run.settings.stages
+    if "quantize" in stages:
+        _check_quantize(run, model)
+    if "rotate" in stages:
+        rotated_sizes(model, family_of(model.config))
+    if run.repair is not None:
+        run.repair.check(model, run.settings.data.sequences)
+    if run.cache is not None:
+        check_cache(model, run.cache)
+
+
+def _check_quantize(run: Run, model: ModelFolder) -> None:
+    export = run.settings.export
+    if FORMATS[export].half and model.dtype.itemsize != 2:
+        raise UserError(
+            f"export={export} holds models of bfloat16 or float16 exactly, {model.path} is "
+            f"{str(model.dtype).removeprefix('torch.')}: choose export=compressed-tensors"
+        )
+    settle(model, family_of(model.config), run.schemes)
+    if run.search is not None:
+        budget(model, run.search, run.schemes)
 
 
 def run_recipe(run: Run, name: str, out: Path) -> dict[str, Any]:
@@ -100,23 +118,10 @@ def run_recipe(run: Run, name: str, out: Path) -> dict[str, Any]:
         "base": {"size": measure_size(model)},
         "candidate": {"size": measure_size(checkpoint)},
     }
-    if settings.eval is not None:
-        accuracy = measure_accuracy(
-            checkpoint, model, windows, settings.eval, tokenizer, run.device
-        )
-        for row in rows:
-            rows[row] |= accuracy[row]
-        if settings.eval.block_tokens is not None:
-            rotated = "rotate" in settings.stages
-            quantized = ModelFolder(out / "rotate") if rotated else model
-            compression["block_kl"] = measure_blocks(
-                checkpoint, quantized, windows, settings.eval, run.device
-            )
-    if settings.speed is not None:
-        log.info("measuring decode speed")
-        speed = measure_decode({"base": model, "candidate": checkpoint}, settings.speed, run.device)
-        for row in rows:
-            rows[row]["speed"] = speed[row]
+    sections = _measured(run, checkpoint, model, windows, tokenizer, out / "rotate")
+    compression |= sections.pop("compression", {})
+    for row, found in sections.items():
+        rows[row] |= found
 
     metrics = {
         "name": name,
@@ -128,20 +133,56 @@ def run_recipe(run: Run, name: str, out: Path) -> dict[str, Any]:
     }
     with _whole(out / METRICS) as partial:
         write_json(partial, metrics)
-    _draw(compression, out)
+    _draw(compression, rows, out)
     (out / "table.md").write_text(table([metrics]), encoding="utf-8")
     return metrics
 
 
-def _draw(compression: dict[str, Any], out: Path) -> None:
-    """The pictures of a run: bits that were searched, where the loss comes from, outliers of the inputs."""
+def _measured(
+    run: Run,
+    checkpoint: ModelFolder,
+    model: ModelFolder,
+    windows: dict[str, TokenBlocks],
+    tokenizer: Any,
+    rotated: Path,
+) -> dict[str, dict[str, Any]]:
+    """Sections of metrics.json for the rows ``base`` and ``candidate``, and for ``compression``."""
+    settings = run.settings
+    rows: dict[str, dict[str, Any]] = {"base": {}, "candidate": {}, "compression": {}}
+    if settings.eval is not None:
+        accuracy = measure_accuracy(
+            checkpoint, model, windows, settings.eval, tokenizer, run.device
+        )
+        for row, found in accuracy.items():
+            rows[row] |= found
+        if settings.eval.block_tokens is not None and "quantize" in settings.stages:
+            quantized = ModelFolder(rotated) if "rotate" in settings.stages else model
+            rows["compression"]["block_kl"] = measure_blocks(
+                checkpoint, quantized, windows, settings.eval, run.device
+            )
+    if settings.context is not None:
+        log.info("measuring accuracy at length")
+        at_length = measure_context(checkpoint, model, settings.context, tokenizer, run.device)
+        for row, found in at_length.items():
+            rows[row]["context"] = found
+    if settings.speed is not None:
+        log.info("measuring decode speed")
+        speed = measure_decode({"base": model, "candidate": checkpoint}, settings.speed, run.device)
+        for row, found in speed.items():
+            rows[row]["speed"] = found
+    return rows
+
+
+def _draw(compression: dict[str, Any], rows: dict[str, dict[str, Any]], out: Path) -> None:
+    """The pictures of a run: bits that were searched, where the loss comes from, outliers of the inputs,
+    errors of the cache."""
     # Here, not above: the drawing library would be in memory while compressing.
-    from compress.report import bits, blocks, outliers
+    from compress.report import bits, blocks, context, outliers
 
     if "search" in compression:
         with _whole(out / bits.PICTURE) as partial:
             bits.draw_bits(compression["search"], partial)
-    if compression["calibration_tokens"] is not None:
+    if compression["calibration_tokens"] is not None and "blocks" in compression:
         by_text = compression.get("block_kl")
         mean = (
             None if not by_text else [sum(v) / len(v) for v in zip(*by_text.values(), strict=True)]
@@ -154,6 +195,13 @@ def _draw(compression: dict[str, Any], out: Path) -> None:
             outliers.draw_outliers(found, partial)
         with _whole(out / outliers.TABLE) as partial:
             partial.write_text(outliers.outlier_table(found), encoding="utf-8")
+    if "context" in rows["candidate"]:
+        measured = {row: rows[row]["context"] for row in rows}
+        with _whole(out / context.TABLE) as partial:
+            partial.write_text(context.context_table(measured), encoding="utf-8")
+        if "heads" in measured["candidate"]:
+            with _whole(out / context.PICTURE) as partial:
+                context.draw_heads(measured["candidate"]["heads"], partial)
 
 
 def _compress(run: Run, model: ModelFolder, tokenizer: Any, out: Path) -> dict[str, Any]:
@@ -185,7 +233,7 @@ def _compress(run: Run, model: ModelFolder, tokenizer: Any, out: Path) -> dict[s
     origin = {
         "model": model.fingerprint,
         "data": None if data is None else data.sha256,
-        "recipe": _recipe_hash(run, reports["scheme"]),
+        "recipe": _recipe_hash(run, reports.get("scheme")),
     }
     log.info("writing the checkpoint and comparing it with the record")
     with _whole(out / "checkpoint") as partial:
@@ -242,7 +290,14 @@ def _repair(
     return {"repair": run.repair(source, model, target, tokens, run.device)}
 
 
-_STAGES = {"rotate": _rotate, "quantize": _quantize, "repair": _repair}
+def _kv_cache(
+    run: Run, model: ModelFolder, source: ModelFolder, target: Path, tokens: Tensor | None
+) -> dict[str, Any]:
+    assert run.cache is not None
+    return quantize_cache(source, target, run.cache, tokens=tokens, device=run.device)
+
+
+_STAGES = {"rotate": _rotate, "quantize": _quantize, "repair": _repair, "kv_cache": _kv_cache}
 
 
 def _calibration(run: Run, model: ModelFolder) -> TokenBlocks | None:
@@ -288,10 +343,20 @@ def _generated(run: Run, model: ModelFolder, tokenizer: Any) -> Tensor:
     ).cpu()
 
 
-def _recipe_hash(run: Run, scheme: dict[str, Any]) -> str:
+def _recipe_hash(run: Run, scheme: dict[str, Any] | None) -> str:
     """Hash of what decides the checkpoint: stages, methods with their knobs, data, format."""
     settings = asdict(run.settings)
-    keys = ("stages", "head", "search", "transforms", "rounding", "repair", "data", "export")
+    keys = (
+        "stages",
+        "head",
+        "search",
+        "transforms",
+        "rounding",
+        "repair",
+        "kv_cache",
+        "data",
+        "export",
+    )
     decisive = {key: settings[key] for key in keys}
     return hashlib.sha256(json.dumps([decisive, scheme], sort_keys=True).encode()).hexdigest()
 

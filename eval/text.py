@@ -57,13 +57,13 @@ def evaluate_text(
     if base is None:
         return {"candidate": _perplexity(nll)}
     divergence = {"kl_p99": float(torch.cat(kl).quantile(0.99))}
-    divergence["kl"], divergence["kl_stderr"] = _mean_and_stderr(kl)
-    divergence["top1"], divergence["top1_stderr"] = _mean_and_stderr(top1)
+    divergence["kl"], divergence["kl_stderr"] = mean_and_stderr(kl)
+    divergence["top1"], divergence["top1_stderr"] = mean_and_stderr(top1)
     return {"candidate": _perplexity(nll) | divergence, "base": _perplexity(base_nll)}
 
 
 def _perplexity(nll: list[Tensor]) -> dict[str, Any]:
-    mean, stderr = _mean_and_stderr(nll)
+    mean, stderr = mean_and_stderr(nll)
     return {
         "perplexity": math.exp(mean),
         "perplexity_stderr": math.exp(mean) * stderr,
@@ -91,7 +91,7 @@ def _window(logits: Tensor, base_logits: Tensor | None, tokens: Tensor) -> tuple
     return tuple(torch.cat(column).cpu() for column in zip(*rows, strict=True))
 
 
-def _mean_and_stderr(per_window: list[Tensor]) -> tuple[float, float]:
+def mean_and_stderr(per_window: list[Tensor]) -> tuple[float, float]:
     mean = float(torch.cat(per_window).double().mean())
     if len(per_window) < 2:
         return mean, math.nan

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from compress.errors import UserError
 from compress.export.formats import Weights
+from compress.kv_cache.folder import is_scale, scheme_of
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder, file_sha256, read_json, write_json
 from compress.quantize.qtensor import QTensor
@@ -39,7 +40,9 @@ def audit(record: ModelFolder, exported: ModelFolder) -> dict[str, int]:
         raise AuditError(f"{exported.path}: tensors differ from the record: {different[:3]}")
     unquantized = unquantized_linears(written)
     embedding = family_of(record.config).embedding
-    if schemes_of(record).head is not None and embedding not in written.linears:
+    if decided.format == "plain":
+        unquantized = []
+    elif schemes_of(record).head is not None and embedding not in written.linears:
         unquantized.append(f"{embedding}.weight")
     if unquantized:
         raise AuditError(f"{exported.path}: {unquantized[0]} should be quantized and is not")
@@ -48,10 +51,21 @@ def audit(record: ModelFolder, exported: ModelFolder) -> dict[str, int]:
         _same(name, decided.get(name), found)
         if isinstance(found, QTensor):
             _size(exported, name.removesuffix(".weight"), found)
+    _same_cache(record, exported)
     return {
         "linears": len(written.linears),
         "other_tensors": len(written.names) - len(written.linears),
     }
+
+
+def _same_cache(record: ModelFolder, exported: ModelFolder) -> None:
+    if scheme_of(record) != scheme_of(exported):
+        raise AuditError(f"{exported.path}: the scheme of the cache differs from the record")
+    names = [[name for name in folder.names if is_scale(name)] for folder in (record, exported)]
+    if sorted(names[0]) != sorted(names[1]):
+        raise AuditError(f"{exported.path}: scales of the cache differ from the record")
+    for name in names[0]:
+        _same(name, record.tensor(name), exported.tensor(name))
 
 
 def unquantized_linears(weights: Weights) -> list[str]:

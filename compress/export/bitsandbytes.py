@@ -48,18 +48,16 @@ def write(source: ModelFolder, target: Path) -> None:
     target.mkdir(parents=True)
     source.copy_companions(target)
     shards, fixed = ShardWriter(target), dict[str, Tensor]()
-    quantized = set(record.linears(source))
-    for name in source.names:
-        base, _, part = name.rpartition(".")
-        if base not in quantized or part == "bias":
-            shards.add(name, source.tensor(name))
-        elif part == "codes":
-            q = record.read_linear(source, base)
-            shards.add(f"{base}.weight", (q.codes ^ 128).view(torch.int8))
-            shards.add(f"{base}{SCB}", 127 * q.scale.squeeze(1).float())
-            shards.add(f"{base}.weight_format", torch.zeros((), dtype=torch.uint8))
-            if q.columns is not None and q.kept is not None:
-                fixed |= {f"{base}.columns": q.columns, f"{base}.kept": q.kept.contiguous()}
+    for name, value in record.contents(source):
+        if isinstance(value, Tensor):
+            shards.add(name, value)
+            continue
+        base = name.removesuffix(".weight")
+        shards.add(name, (value.codes ^ 128).view(torch.int8))
+        shards.add(f"{base}{SCB}", 127 * value.scale.squeeze(1).float())
+        shards.add(f"{base}.weight_format", torch.zeros((), dtype=torch.uint8))
+        if value.columns is not None and value.kept is not None:
+            fixed |= {f"{base}.columns": value.columns, f"{base}.kept": value.kept.contiguous()}
     shards.close()
     if fixed:
         save_tensors(target / SIDECAR, fixed)

@@ -37,6 +37,9 @@ from torch import Tensor
 from compress.errors import UserError
 from compress.export.packing import pack_rows, packed_width, unpack_rows
 from compress.export.shards import ShardWriter
+from compress.kv_cache.folder import FLOATS
+from compress.kv_cache.folder import scheme_of as scheme_of_cache
+from compress.kv_cache.scheme import CacheScheme
 from compress.model.families import Family, family_of
 from compress.model.folder import ModelFolder, write_json
 from compress.quantize import record
@@ -61,35 +64,53 @@ HEAD_BITS = (4, 8)
 
 
 def write(source: ModelFolder, target: Path) -> None:
-    """Write a record as a compressed-tensors folder, tensor by tensor.
+    """Write a record as a compressed-tensors folder, tensor by tensor; a plain folder whose cache has fixed
+    scales too. A plain one without is copied: there is nothing that the format could say.
 
     Raises UserError for a head that ``check`` refuses.
     """
-    schemes, family = record.schemes_of(source), family_of(source.config)
-    check(schemes)
+    family = family_of(source.config)
+    quantized = record.KEY in source.config
+    if quantized:
+        check(record.schemes_of(source))
     target.mkdir(parents=True)
     source.copy_companions(target)
     shards = ShardWriter(target)
-    quantized = set(record.linears(source))
-    for name in source.names:
-        base, _, part = name.rpartition(".")
-        if base not in quantized or part == "bias":
-            shards.add(name, source.tensor(name))
-        elif part == "codes":
-            apart = base in (family.embedding, family.head) and schemes.head != schemes.linears
-            q = record.read_linear(source, base)
-            scheme = record.scheme_of(source, base)
-            for suffix, tensor in compress_linear(q, scheme, apart):
-                shards.add(f"{base}.{suffix}", tensor)
-            if apart and source.tied_head:
-                shards.add(f"{family.head}{SCALE}", q.scale.clone())
+    schemes: dict[str, Scheme] = {}
+    for name, value in record.contents(source):
+        if isinstance(value, Tensor):
+            shards.add(name, value)
+            continue
+        base = name.removesuffix(".weight")
+        schemes[base] = record.scheme_of(source, base)
+        of_linears = record.schemes_of(source).linears
+        apart = base in (family.embedding, family.head) and schemes[base] != of_linears
+        for suffix, tensor in compress_linear(value, schemes[base], apart):
+            shards.add(f"{base}.{suffix}", tensor)
+        if apart and source.tied_head:
+            shards.add(f"{family.head}{SCALE}", value.scale.clone())
     shards.close()
     config = {k: v for k, v in source.config.items() if k != record.KEY}
-    quantization = quantization_config(
-        {name: record.scheme_of(source, name) for name in sorted(quantized)},
-        family,
-    )
-    write_json(target / "config.json", {**config, "quantization_config": quantization})
+    cache = kv_cache_scheme(scheme_of_cache(source))
+    if schemes or cache:
+        found = {name: schemes[name] for name in sorted(schemes)}
+        config["quantization_config"] = quantization_config(found, family, cache)
+    write_json(target / "config.json", config)
+
+
+def kv_cache_scheme(scheme: CacheScheme | None) -> dict[str, Any] | None:
+    """What the format says of a cache: floats with fixed scales; of integers, which engines compute by
+    themselves, nothing."""
+    if scheme is None or not scheme.static:
+        return None
+    strategy = {per: strategy for strategy, per in FLOATS.items()}[scheme.keys.per]
+    return {
+        "num_bits": scheme.keys.bits,
+        "type": scheme.keys.type,
+        "strategy": strategy,
+        "dynamic": False,
+        "symmetric": True,
+    }
 
 
 def check(schemes: Schemes, mixed: bool = False) -> None:
@@ -176,11 +197,13 @@ def compress_linear(
         yield "input_scale", q.input_scale.reshape(1)
 
 
-def quantization_config(schemes: Mapping[str, Scheme], family: Family) -> dict[str, Any]:
+def quantization_config(
+    schemes: Mapping[str, Scheme], family: Family, cache: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """``quantization_config`` of a model whose linears, embedding and head have these schemes.
 
     schemes: by full name. One scheme for all linears of the blocks is said once, for the class
-    ``Linear``; mixed ones name each linear.
+    ``Linear``; mixed ones name each linear. cache: its ``kv_cache_scheme``
     """
     names: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
@@ -198,15 +221,14 @@ def quantization_config(schemes: Mapping[str, Scheme], family: Family) -> dict[s
         groups.append(_group(head, [family.embedding, family.head], apart=True))
     config: dict[str, Any] = {
         "quant_method": NAME,
-        "format": MIXED if apart else groups[0]["format"],
+        "format": MIXED if apart else groups[0]["format"] if groups else "dense",
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "ignore": [] if apart or family.head in schemes else [family.head],
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": cache,
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
     }
-    first = next(iter(names))
-    if uniform and not apart and (packed or not first.symmetric):
+    if uniform and not apart and (packed or not next(iter(names)).symmetric):
         # transformers keeps weights packed until the first forward, and up to 5.23 that path
         # allocates the zero points of an asymmetric file in their unpacked shape and fails, and
         # fails for a packed embedding. This key makes the plain from_pretrained call unpack them

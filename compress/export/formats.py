@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compress.errors import UserError
 from compress.export import bitsandbytes, compressed_tensors
+from compress.kv_cache.folder import is_scale
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder
 from compress.quantize import record
@@ -83,8 +84,10 @@ class Weights:
 
     @property
     def names(self) -> list[str]:
-        """Original names: ``NAME.weight`` for every quantized linear, the rest as stored."""
+        """Original names: ``NAME.weight`` for every quantized linear, the rest as stored, scales of the cache
+        left out."""
         plain = [n for n in self.folder.names if n.rpartition(".")[0] not in self.linears]
+        plain = [n for n in plain if not is_scale(n)]
         if self.linears and self.folder.tied_head:
             # A tied head has no tensors of its own: a format may repeat the embedding's scales.
             repeated = f"{family_of(self.folder.config).head}.weight_scale"

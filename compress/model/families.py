@@ -39,12 +39,15 @@ class Family:
     writers: tuple[str, ...]
     # The linear that a block's attention ends with, if it has one.
     attention_output: str | None
+    # Where compressed-tensors looks for the scales of a block's cache.
+    attention: str
     # How much of the inputs' spread SmoothQuant moves into the weights.
     smooth_alpha: float
     blocks: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     head: str = "lm_head"
+    rotary: str = "model.rotary_emb"
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -68,6 +71,7 @@ LLAMA = Family(
     values="self_attn.v_proj",
     writers=("self_attn.o_proj", "mlp.down_proj"),
     attention_output="self_attn.o_proj",
+    attention="self_attn",
     smooth_alpha=0.6,
 )
 

@@ -23,6 +23,8 @@ from compress.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# What the cache of keys and values is kept in; see compress.kv_cache.folder.
+KV_CACHE = "kv_cache.json"
 READABLE = 0o644
 # Tables that follow from config.json; early Llama checkpoints stored them.
 DERIVED = ("rotary_emb.inv_freq",)
@@ -37,6 +39,7 @@ COMPANIONS = (
     "generation_config.json",
     "LICENSE*",
     "NOTICE*",
+    KV_CACHE,
 )
 # Bytes of an element, by the name safetensors gives its type.
 BYTES = {

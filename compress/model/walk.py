@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +47,20 @@ class Activations:
         return Y
 
 
+class Readable(Protocol):
+    """Something that gives tensors by name."""
+
+    @property
+    def names(self) -> list[str]: ...
+
+    def tensor(self, name: str) -> Tensor: ...
+
+
 class Walk:
-    """The decoder blocks of a folder in order, with the hidden states that enter the current one."""
+    """The decoder blocks of a folder in order, with the hidden states that enter the current one.
+
+    read: where weights come from, if not from the folder as they are stored
+    """
 
     def __init__(
         self,
@@ -56,8 +68,10 @@ class Walk:
         family: Family,
         device: torch.device,
         tokens_per_batch: int = 4096,
+        read: Readable | None = None,
     ):
         self.folder = folder
+        self.source: Readable = folder if read is None else read
         self.family = family
         self.device = device
         self.tokens_per_batch = tokens_per_batch
@@ -117,7 +131,7 @@ class Walk:
         """
         layer = self.layers[index]
         prefix = f"{self.prefix(index)}."
-        for name in self.folder.names:
+        for name in self.source.names:
             if name.startswith(prefix):
                 assign(layer, name.removeprefix(prefix), self._read(name))
         missing = [name for name, p in layer.named_parameters() if p.is_meta]
@@ -130,7 +144,7 @@ class Walk:
 
     def _read(self, name: str) -> Tensor:
         """A tensor in the model's dtype: some files keep norms or everything in float32."""
-        return self.folder.tensor(name).to(device=self.device, dtype=self.folder.dtype)
+        return self.source.tensor(name).to(device=self.device, dtype=self.folder.dtype)
 
     @torch.no_grad()
     def enter(self, index: int) -> Activations:

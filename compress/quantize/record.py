@@ -8,6 +8,7 @@ config.json carries ``compress_record`` with the schemes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,17 @@ class RecordWriter:
 def linears(record: ModelFolder) -> list[str]:
     """Names of the quantized linears of a record, without suffix, in file order."""
     return [n.removesuffix(".codes") for n in record.names if n.endswith(".codes")]
+
+
+def contents(folder: ModelFolder) -> Iterator[tuple[str, Tensor | QTensor]]:
+    """Everything a record holds under its original names, in file order; a plain folder: only tensors."""
+    quantized = set(linears(folder)) if KEY in folder.config else set()
+    for name in folder.names:
+        base, _, part = name.rpartition(".")
+        if base not in quantized or part == "bias":
+            yield name, folder.tensor(name)
+        elif part == "codes":
+            yield f"{base}.weight", read_linear(folder, base)
 
 
 def read_linear(record: ModelFolder, name: str) -> QTensor:

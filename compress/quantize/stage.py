@@ -59,9 +59,9 @@ def quantize(
         outliers = Outliers(family, inputs.threshold)
     walk = Walk(source, family, device)
     original = any(method.needs_original for method in roundings)
-    needed = bool(transforms) or any(method.needs_data for method in roundings)
-    needed |= inputs is not None and inputs.needs_data
-    assert tokens is not None or not needed, "methods need tokens"
+    assert tokens is not None or not needs_data(schemes, transforms, roundings), (
+        "methods need tokens"
+    )
     if tokens is not None:
         walk.embed(tokens, original=original)
 
@@ -105,6 +105,15 @@ def quantize(
         "blocks": blocks,
         "head": head,
     }
+
+
+def needs_data(
+    schemes: Schemes, transforms: Sequence[Transform], roundings: Sequence[Rounding]
+) -> bool:
+    """Whether anything that quantizes looks at calibration tokens."""
+    inputs = schemes.linears.inputs
+    fixed = inputs is not None and inputs.needs_data
+    return fixed or bool(transforms) or any(method.needs_data for method in roundings)
 
 
 def round_block(block: Block, roundings: Sequence[Rounding]) -> dict[str, QTensor]:

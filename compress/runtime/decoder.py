@@ -1,4 +1,4 @@
-"""Greedy decoding over an exported folder, with its weights packed where a kernel fits.
+"""Greedy decoding over an exported folder, with weights and cache packed where a kernel fits.
 
 prompt (batch, length); a token (batch, 1)
 """
@@ -10,25 +10,35 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers.cache_utils import Cache
 
+from compress.kv_cache.cache import PackedCache
 from compress.model.folder import ModelFolder
+from compress.runtime.cached import Caches, attend_packed
 from compress.runtime.load import load_packed
 
 
 class Decoder:
-    """A model that decodes. 16-bit folders run through the very same code with dense linears."""
+    """A model that decodes. 16-bit folders run through the very same code with dense linears and
+    transformers' cache.
 
-    def __init__(self, model: Any, kernels: dict[str, int], device: torch.device):
+    kernels: how many linears, and layers of a packed cache, run through which kernel
+    """
+
+    def __init__(self, model: Any, kernels: dict[str, int], caches: Caches, device: torch.device):
         self.model = model
         self.kernels = kernels
         self.device = device
         self.vocabulary = int(model.config.vocab_size)
-        self._cache: DynamicCache | None = None
+        self._caches = caches
+        self._cache: Cache | None = None
         self._token = torch.empty(0, dtype=torch.int64)
 
     def start(self, prompt: Tensor) -> Tensor:
-        self._cache = DynamicCache(config=self.model.config)
+        self._cache = self._caches.new()
+        if isinstance(self._cache, PackedCache):
+            kernel = attend_packed(self.model, self._cache)
+            self.kernels[kernel] = len(self._cache.layers)
         return self._advance(prompt.to(self.device))
 
     def step(self) -> Tensor:
@@ -49,5 +59,6 @@ class Decoder:
 def open_decoder(path: Path, device: str) -> Decoder:
     """A decoder over the folder at ``path``; picklable by name, for a process of its own."""
     target = torch.device(device)
-    model, kernels = load_packed(ModelFolder(path), target)
-    return Decoder(model, kernels, target)
+    folder = ModelFolder(path)
+    model, kernels = load_packed(folder, target)
+    return Decoder(model, kernels, Caches(folder, model), target)

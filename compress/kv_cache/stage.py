@@ -1,0 +1,169 @@
+"""The kv_cache stage: a model folder in, the same folder out with what its cache is kept in.
+
+Weights stay as they are, quantized or not. Floats get their scales from calibration, a block in memory at a
+time; integers find theirs while the model runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from compress.errors import UserError
+from compress.export.formats import Weights
+from compress.hadamard import core_order
+from compress.kv_cache.folder import SCALES, description, scheme_of
+from compress.kv_cache.scheme import CacheScheme, StateScheme
+from compress.kv_cache.states import static_scale
+from compress.model.families import family_of
+from compress.model.folder import INDEX, KV_CACHE, ModelFolder, save_tensors, write_json
+from compress.model.walk import Walk
+from compress.progress import track
+from compress.quantize.qtensor import QTensor
+
+log = logging.getLogger(__name__)
+
+SCALE_FILE = "kv_cache.safetensors"
+
+
+def quantize_cache(
+    source: ModelFolder,
+    target: Path,
+    scheme: CacheScheme,
+    *,
+    tokens: Tensor | None,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Write ``source`` with its cache scheme to ``target``. tokens (sequences, length), if scales are fixed.
+
+    Returns what metrics.json keeps: the scheme, and the scales of every layer. Raises UserError for an
+    unknown family, a head size that the scheme does not fit, a cache that is quantized already.
+    """
+    check(source, scheme)
+    scales = None
+    if scheme.static:
+        assert tokens is not None, "scales need tokens"
+        scales = calibrate(source, scheme, tokens, device)
+    target.mkdir(parents=True)
+    source.copy_companions(target)
+    weight_map = {name: source.file_of(name).name for name in source.names}
+    for file in source.weight_files:
+        _link(file, target / file.name)
+    if scales is not None:
+        save_tensors(target / SCALE_FILE, scales)
+        weight_map |= dict.fromkeys(scales, SCALE_FILE)
+    write_json(target / INDEX, {"metadata": {}, "weight_map": weight_map})
+    write_json(target / KV_CACHE, description(scheme))
+    # The config comes last: before that the folder does not open.
+    write_json(target / "config.json", source.config)
+    found = {} if scales is None else {name: t.flatten().tolist() for name, t in scales.items()}
+    return {"kv_cache": {"name": scheme.name, "scheme": scheme.as_config(), "scales": found}}
+
+
+def check(source: ModelFolder, scheme: CacheScheme) -> None:
+    """Raises UserError if the scheme does not fit the model; reads no weights."""
+    family = family_of(source.config)
+    if scheme_of(source) is not None:
+        raise UserError(f"{source.path} has a quantized cache already: choose its original")
+    # In a record the linear is stored in parts; their first axis is the same.
+    name = f"{family.blocks}.0.{family.values}"
+    part = next(p for p in ("weight", "codes", "weight_packed") if f"{name}.{p}" in source)
+    channels = source.shape(f"{name}.{part}")[0]
+    head_dim = channels // _kv_heads(source.config)
+    for key, state in (("keys", scheme.keys), ("values", scheme.values)):
+        size = state.group_size if state.per == "token" else None
+        if head_dim % (8 // state.bits) or (size is not None and head_dim % size):
+            raise UserError(
+                f"kv_cache.{key} with bits={state.bits} and group_size={size} does not divide the head size "
+                f"{head_dim} of {source.path}"
+            )
+        if state.rotate and core_order(head_dim) is None:
+            raise UserError(
+                f"kv_cache.{key}.rotate=true needs a Hadamard matrix of the head size {head_dim}, and "
+                "none is known: choose false"
+            )
+    rope = source.config.get("rope_parameters") or source.config.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if scheme.pre_rope and kind in ("dynamic", "longrope"):
+        raise UserError(
+            f"kv_cache.pre_rope=true is not allowed with the rotary embedding {kind}, whose angles "
+            "change with the length: choose false"
+        )
+
+
+def _kv_heads(config: dict[str, Any]) -> int:
+    return int(config.get("num_key_value_heads") or config["num_attention_heads"])
+
+
+def calibrate(
+    source: ModelFolder, scheme: CacheScheme, tokens: Tensor, device: torch.device
+) -> dict[str, Tensor]:
+    """Scales by the largest |key| and |value| that calibration sees, as compressed-tensors stores them:
+    float32 (1,), or (heads, 1, 1) with a scale for every head."""
+    family = family_of(source.config)
+    walk = Walk(source, family, device, read=Unpacked(source))
+    walk.embed(tokens)
+    scales: dict[str, Tensor] = {}
+    for index in track(range(len(walk)), "cache scales"):
+        layer = _Largest()
+        # A block asks for its own layer, by its number.
+        cache = Cache(layers=[layer] * len(walk))
+        with walk.open(index), torch.no_grad():
+            activations = walk.enter(index)
+            activations.arguments = {**activations.arguments, "past_key_values": cache}
+            walk.leave(index, activations)
+        prefix = f"{walk.prefix(index)}.{family.attention}"
+        for name, largest in zip(SCALES, layer.largest, strict=True):
+            if not torch.isfinite(largest).all():
+                raise UserError(f"{prefix} of {source.path} gives keys or values of NaN or Inf")
+            scales[f"{prefix}.{name}"] = _scale(largest, scheme.keys).cpu()
+        log.info("%s: %s", prefix, ", ".join(f"{float(x.max()):.2f}" for x in layer.largest))
+    return scales
+
+
+def _scale(largest: Tensor, state: StateScheme) -> Tensor:
+    scale = static_scale(largest)
+    return scale.view(-1, 1, 1) if state.per == "head" else scale.max().view(1)
+
+
+class _Largest(DynamicLayer):
+    """Notes the largest |key| and |value| of every head, and keeps nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest: tuple[Tensor, ...] = ()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        seen = tuple(states.abs().amax((0, 2, 3)) for states in (key_states, value_states))
+        pairs = zip(self.largest or seen, seen, strict=True)
+        self.largest = tuple(torch.maximum(before, now) for before, now in pairs)
+        return key_states, value_states
+
+
+class Unpacked:
+    """The weights of a folder under their original names, quantized ones as what they stand for."""
+
+    def __init__(self, folder: ModelFolder):
+        self._weights, self._dtype = Weights(folder), folder.dtype
+        self.names = self._weights.names
+
+    def tensor(self, name: str) -> Tensor:
+        value = self._weights.get(name)
+        return value.dequantize(self._dtype) if isinstance(value, QTensor) else value
+
+
+def _link(file: Path, target: Path) -> None:
+    """The same file under another name where the disk allows it: nothing writes into a finished folder."""
+    try:
+        os.link(file.resolve(), target)
+    except OSError:
+        shutil.copyfile(file, target)

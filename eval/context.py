@@ -1,0 +1,164 @@
+"""Accuracy at length: what a compressed cache of keys and values costs, which short texts do not show.
+
+``by_position``: divergence from the original over the positions of long windows; ``agreement``: how
+many tokens a candidate goes on writing what the original writes. Both take readers, which see a
+text piece by piece through their own cache, as decoding does.
+
+tokens int64 (window,); logits (1, n, vocabulary)
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from eval.text import mean_and_stderr, token_kl, token_nll
+
+# Tokens that all readers see before the next ones: bounds the logits in memory.
+PIECE = 64
+
+
+class Reader(Protocol):
+    """A model with its cache. tokens (1, n) -> logits (1, n, vocabulary) of what comes after each."""
+
+    def __call__(self, tokens: Tensor) -> Tensor: ...
+
+    def fork(self) -> Reader:
+        """Another reader that goes on from here."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the cache holds now."""
+        ...
+
+
+@torch.no_grad()
+def by_position(
+    base: Callable[[], Reader],
+    candidates: Mapping[str, Callable[[], Reader]],
+    windows: Iterable[Tensor],
+    buckets: int,
+) -> dict[str, dict[str, Any]]:
+    """Divergence of each candidate from ``base`` in ``buckets`` equal parts of the windows.
+
+    Returns for each candidate kl and kl_stderr (nats per token, over windows), kl_p99, top1, and
+    lists over the buckets bucket_kl, bucket_kl_stderr and bucket_nll_difference (candidate - base,
+    nats); cache_bytes at the end of a window. The base's own have perplexity and bucket_perplexity.
+    All hold ``tokens`` and ``windows``.
+    """
+    kl: dict[str, list[Tensor]] = {name: [] for name in candidates}
+    top1: dict[str, list[Tensor]] = {name: [] for name in candidates}
+    nll: dict[str, list[Tensor]] = {name: [] for name in ("base", *candidates)}
+    size: dict[str, int] = {}
+    for tokens in windows:
+        readers = {"base": base()} | {name: new() for name, new in candidates.items()}
+        parts: dict[str, list[Tensor]] = {}
+        for start in range(0, len(tokens), PIECE):
+            piece = tokens[start : start + PIECE]
+            # The last token of a piece predicts the first of the next one.
+            targets = tokens[start + 1 : start + PIECE + 1]
+            original = _log_probs(readers["base"], piece)[: len(targets)]
+            targets = targets.to(original.device)
+            parts.setdefault("base nll", []).append(token_nll(original, targets))
+            for name in candidates:
+                found = _log_probs(readers[name], piece)[: len(targets)]
+                parts.setdefault(f"{name} nll", []).append(token_nll(found, targets))
+                parts.setdefault(f"{name} kl", []).append(token_kl(original, found))
+                same = (original.argmax(-1) == found.argmax(-1)).float()
+                parts.setdefault(f"{name} top1", []).append(same)
+        rows = {key: torch.cat(value).cpu() for key, value in parts.items()}
+        for name, collected in nll.items():
+            collected.append(rows[f"{name} nll"])
+        for name in candidates:
+            kl[name].append(rows[f"{name} kl"])
+            top1[name].append(rows[f"{name} top1"])
+        size = {name: reader.nbytes for name, reader in readers.items()}
+    counts = {"tokens": sum(map(len, nll["base"])), "windows": len(nll["base"])}
+    results: dict[str, dict[str, Any]] = {
+        "base": {
+            "perplexity": float(torch.cat(nll["base"]).mean().exp()),
+            "bucket_perplexity": [
+                float(torch.cat(x).mean().exp()) for x in _cut(nll["base"], buckets)
+            ],
+        }
+    }
+    for name in candidates:
+        mean, stderr = mean_and_stderr(kl[name])
+        pieces = [mean_and_stderr(part) for part in _cut(kl[name], buckets)]
+        change = [ours - theirs for ours, theirs in zip(nll[name], nll["base"], strict=True)]
+        results[name] = {
+            "kl": mean,
+            "kl_stderr": stderr,
+            "kl_p99": float(torch.cat(kl[name]).quantile(0.99)),
+            "top1": float(torch.cat(top1[name]).mean()),
+            "bucket_kl": [kl for kl, _ in pieces],
+            "bucket_kl_stderr": [error for _, error in pieces],
+            "bucket_nll_difference": [float(torch.cat(x).mean()) for x in _cut(change, buckets)],
+        }
+    for name, result in results.items():
+        result |= {"cache_bytes": size[name], **counts}
+    return results
+
+
+def _log_probs(reader: Reader, piece: Tensor) -> Tensor:
+    return reader(piece.unsqueeze(0))[0].float().log_softmax(-1)
+
+
+def _cut(rows: list[Tensor], buckets: int) -> list[list[Tensor]]:
+    """The rows' parts in each bucket. A row has one position less than its window."""
+    edges = [round(i * (len(rows[0]) + 1) / buckets) for i in range(buckets + 1)]
+    return [[row[low:high] for row in rows] for low, high in itertools.pairwise(edges)]
+
+
+@torch.no_grad()
+def agreement(
+    base: Callable[[], Reader],
+    candidates: Mapping[str, Callable[[], Reader]],
+    prompts: Iterable[Tensor],
+    generated: int,
+) -> dict[str, dict[str, Any]]:
+    """How many tokens each candidate writes greedily as ``base`` does, from prompts (n,) of any length.
+
+    Up to the first difference both have written the same, so a candidate reads what the base wrote, and the
+    first place at which it would have gone elsewhere counts. Returns for each lengths, median, mean, and
+    ``whole``, the share of prompts without a difference; at most ``generated``.
+    """
+    lengths: dict[str, list[int]] = {name: [] for name in candidates}
+    for prompt in prompts:
+        reader = base()
+        written = [reader(prompt.unsqueeze(0))[0, -1].argmax().view(1)]
+        while len(written) < generated:
+            written.append(reader(written[-1].unsqueeze(0))[0, -1].argmax().view(1))
+        text = torch.cat(written).cpu()
+        for name, new in candidates.items():
+            other = new()
+            logits = [other(prompt.unsqueeze(0))[0, -1:]]
+            # Pieces: most candidates differ soon.
+            same = 0
+            for start in range(0, generated, PIECE):
+                expected = text[start : start + PIECE]
+                found = logits[0]
+                if len(expected) > 1:
+                    found = torch.cat([found, other(expected[:-1].unsqueeze(0))[0]])
+                equal = found.argmax(-1).cpu() == expected
+                same += int(equal.long().cumprod(0).sum())
+                if not equal.all() or start + PIECE >= generated:
+                    break
+                logits = [other(expected[-1:].unsqueeze(0))[0]]
+            lengths[name].append(same)
+    return {
+        name: {
+            "lengths": found,
+            "median": statistics.median(found),
+            "mean": statistics.fmean(found),
+            "whole": sum(length == generated for length in found) / len(found),
+            "generated": generated,
+        }
+        for name, found in lengths.items()
+    }
