@@ -86,6 +86,9 @@ def measure_size(folder: ModelFolder) -> dict[str, Any]:
 def _kept(folder: ModelFolder, family: Family) -> Iterator[str]:
     """Weight matrices that stay as they were: embedding, head, and any linear left out."""
     weights = Weights(folder)
+    if not weights.linears:
+        yield "all weights"
+        return
     for name in weights.names:
         module, _, part = name.rpartition(".")
         if part == "weight" and module not in weights.linears and len(folder.shape(name)) == 2:

@@ -85,31 +85,31 @@ def description(scheme: CacheScheme) -> dict[str, Any]:
 
 
 def engines(scheme: CacheScheme) -> dict[str, Any]:
-    """For each engine the arguments under which it keeps its cache alike, whether it then computes the same
-    numbers, and what differs. Read from vLLM 0.32's and SGLang 0.5's sources; None: nothing alike."""
+    """For each engine the arguments under which it keeps its cache alike, whether that is this
+    very scheme, and what differs. Read from vLLM 0.32's and SGLang 0.5's sources; None: nothing alike."""
     keys, values = scheme.keys, scheme.values
     plain = replace(scheme, sinks=0, window=0) == scheme
     kept = "" if plain else "; sinks and window are quantized too"
     vllm: dict[str, Any] | None = None
     sglang: dict[str, Any] | None = None
     if scheme.static:
-        same = {"same_numbers": plain, "note": f"scales come from the checkpoint{kept}"}
+        same = {"same_scheme": plain, "note": f"scales come from the checkpoint{kept}"}
         vllm = {"arguments": ["--kv-cache-dtype", "fp8"], **same}
         sglang = {"arguments": ["--kv-cache-dtype", "fp8_e4m3"], **same}
         if keys.per == "head":
-            sglang |= {"same_numbers": False, "note": "scales by head are ignored: all are 1"}
+            sglang |= {"same_scheme": False, "note": "scales by head are ignored: all are 1"}
     elif keys.bits == values.bits == 8:
         by_token = StateScheme(bits=8, symmetric=True)
         same_scheme = scheme == CacheScheme(by_token, by_token)
         vllm = {
             "arguments": ["--kv-cache-dtype", "int8_per_token_head"],
-            "same_numbers": same_scheme,
+            "same_scheme": same_scheme,
             "note": f"one scale a token and head, found while it runs, in 32 bits instead of 16{kept}",
         }
     elif keys.bits == values.bits == 4:
         vllm = {
             "arguments": ["--kv-cache-dtype", "int4_per_token_head"],
-            "same_numbers": False,
+            "same_scheme": False,
             "note": f"one scale and zero point a token and head after a Hadamard rotation{kept}: nearest to "
             "kv_cache=int4-token, whose accuracy is the one to expect",
         }

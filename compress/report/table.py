@@ -48,8 +48,14 @@ def table(runs: list[dict[str, Any]]) -> str:
     header = ["", "MB", "bits/weight linears", "whole file"]
     header += [f"perplexity {text}" for text in texts] + [f"KL {text}" for text in texts]
     header += [f"top-1 {text}" for text in texts] + [_short(task) for task in tasks]
+    at_length = any("context" in row for _, row, _ in rows)
+    header += ["cache", "KL at length", "facts found"] if at_length else []
     header += ["TTFT ms", "tokens/s", "peak MB", "kernel"]
-    lines = [[name, *_cells(row, base, texts, tasks)] for name, row, base in rows]
+    lines = []
+    for name, row, base in rows:
+        cells = [name, *_cells(row, texts, tasks)]
+        cells += _context(row.get("context"), (base or {}).get("context")) if at_length else []
+        lines.append(cells + _speed(row.get("speed"), (base or {}).get("speed")))
     return markdown([header, *lines]) + "\n" + _legend(runs)
 
 
@@ -61,9 +67,7 @@ def _short(task: str) -> str:
     return task.removeprefix("packaged_")
 
 
-def _cells(
-    row: Mapping[str, Any], base: Mapping[str, Any] | None, texts: list[str], tasks: list[str]
-) -> list[str]:
+def _cells(row: Mapping[str, Any], texts: list[str], tasks: list[str]) -> list[str]:
     size = row["size"]
     cells = [
         f"{size['bytes'] / 1e6:.1f}",
@@ -75,7 +79,21 @@ def _cells(
     cells += [_with_error(text, "kl", "{:.4f}") for text in found]
     cells += [_with_error(text, "top1", "{:.1%}") for text in found]
     cells += [_task(row.get("tasks", {}).get(task)) for task in tasks]
-    return cells + _speed(row.get("speed"), (base or {}).get("speed"))
+    return cells
+
+
+def _context(found: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> list[str]:
+    """Bytes of the cache over those of 16 bits, divergence over long windows, share of facts found."""
+    if not found:
+        return [ABSENT] * 3
+    own = [kind for kinds in found["retrieval"].values() for kind in kinds.values()]
+    asked = sum(kind["questions"] for kind in own)
+    facts = sum(kind["questions"] * kind["accuracy"] for kind in own)
+    cells = ["16 bits", ABSENT, f"{facts:.0f}/{asked}" if asked else ABSENT]
+    if base:
+        share = found["positions"]["cache_bytes"] / base["positions"]["cache_bytes"]
+        cells[:2] = [f"{share:.3f}x", _with_error(found["positions"], "kl", "{:.4f}")]
+    return cells
 
 
 def _with_error(values: Mapping[str, float], key: str, form: str) -> str:
@@ -142,6 +160,14 @@ def _legend(runs: list[dict[str, Any]]) -> str:
             f"{task['questions']} questions, zero-shot, lm-eval {env['versions']['lm-eval']}; "
             "± is a standard error."
         )
+    if "context" in row:
+        context = row["context"]
+        lengths = ", ".join(context["retrieval"]) or "no"
+        lines.append(
+            f"Cache: its bytes at the end of {context['window']} tokens over those of 16 bits. KL at length: "
+            f"{context['positions']['windows']} such windows of {context['text']}, every token through the "
+            f"cache ({context['dtype']}); facts found in {lengths} tokens of it. See context.md of each run."
+        )
     if row.get("speed"):
         load = row["speed"]["load"]
         lines.append(
@@ -152,7 +178,8 @@ def _legend(runs: list[dict[str, Any]]) -> str:
             f"{env['device']}, torch {env['versions']['torch']}."
         )
     settings = [
-        [r["recipe"]["eval"], r["recipe"]["speed"], r["environment"]["device"]] for r in runs
+        [*(r["recipe"].get(key) for key in ("eval", "context", "speed")), r["environment"]["device"]]
+        for r in runs
     ]
     if any(other != settings[-1] for other in settings):
         lines.append(
