@@ -83,6 +83,9 @@ def attend(q: Tensor, stored: Stored, scaling: float) -> Tensor:
     # Here, not above: a machine without a GPU needs no compiler for one.
     from compress.kernels.triton_attention import attend_kernel, combine_kernel
 
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        # The interpreter loads bfloat16 but does not calculate in it.
+        return attend(q.float(), stored, scaling).to(q.dtype)
     batch, query_heads, head_dim = q.shape
     heads = stored.recent[0].shape[1]
     keys, values = stored.scheme.keys, stored.scheme.values

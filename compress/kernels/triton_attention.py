@@ -8,7 +8,8 @@ import triton.language as tl
 def _plane(byte, plane: tl.constexpr, BITS: tl.constexpr, PER: tl.constexpr, like):
     """The codes at one position of the bytes, in the type of ``like``; floats decoded."""
     if PER == 2:
-        return byte.to(tl.float8e4nv, bitcast=True).to(like.dtype)
+        # Through float16, which holds every E4M3 number and is what the hardware converts to.
+        return byte.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(like.dtype)
     if BITS == 8:
         return byte.to(like.dtype)
     return ((byte >> (plane * BITS)) & ((1 << BITS) - 1)).to(like.dtype)
@@ -211,14 +212,14 @@ def attend_kernel(q_ptr, qp_ptr, k_ptr, ks_ptr, kl_ptr, v_ptr, vs_ptr, vl_ptr, f
             at = (row_head * count + place)[:, None] * D + cols[None, :]
             from_sinks = (place < sinks)[:, None]
             from_recent = (place < recent)[:, None]
-            keys = tl.load(sink_k_ptr + at, mask=from_sinks, other=0.0)
-            keys += tl.load(recent_k_ptr + at, mask=from_recent, other=0.0)
+            keys = tl.load(sink_k_ptr + at, mask=from_sinks, other=0.0).to(q.dtype)
+            keys += tl.load(recent_k_ptr + at, mask=from_recent, other=0.0).to(q.dtype)
             seen = (place < sinks) | ((place < recent) & (place + tokens >= first))
-            scores = tl.dot(q, tl.trans(keys.to(q.dtype))) * scaling
+            scores = tl.dot(q, tl.trans(keys)) * scaling
             p, worth, m, l = _step(scores, seen[None, :], m, l)  # noqa: E741
-            values = tl.load(sink_v_ptr + at, mask=from_sinks, other=0.0)
-            values += tl.load(recent_v_ptr + at, mask=from_recent, other=0.0)
-            acc = acc * worth[:, None] + tl.dot(p.to(q.dtype), values.to(q.dtype))
+            values = tl.load(sink_v_ptr + at, mask=from_sinks, other=0.0).to(q.dtype)
+            values += tl.load(recent_v_ptr + at, mask=from_recent, other=0.0).to(q.dtype)
+            acc = acc * worth[:, None] + tl.dot(p.to(q.dtype), values)
         tl.store(acc_ptr + out_rows[:, None] * D + cols[None, :], acc, mask=real[:, None])
     tl.store(summary_ptr + out_rows * 2, m, mask=real)
     tl.store(summary_ptr + out_rows * 2 + 1, l, mask=real)

@@ -35,7 +35,7 @@ def table(runs: list[dict[str, Any]]) -> str:
 
     The original's row takes each section from the newest run of its model that measured it.
     """
-    rows = []
+    rows: list[tuple[str, dict[str, Any], dict[str, Any] | None]] = []
     for fingerprint in dict.fromkeys(run["model"]["fingerprint"] for run in runs):
         of_model = [run for run in runs if run["model"]["fingerprint"] == fingerprint]
         original: dict[str, Any] = {}
@@ -53,9 +53,10 @@ def table(runs: list[dict[str, Any]]) -> str:
     header += ["TTFT ms", "tokens/s", "peak MB", "kernel"]
     lines = []
     for name, row, base in rows:
+        beside = base or {}
         cells = [name, *_cells(row, texts, tasks)]
-        cells += _context(row.get("context"), (base or {}).get("context")) if at_length else []
-        lines.append(cells + _speed(row.get("speed"), (base or {}).get("speed")))
+        cells += _context(row.get("context"), beside.get("context")) if at_length else []
+        lines.append(cells + _speed(row.get("speed"), beside.get("speed")))
     return markdown([header, *lines]) + "\n" + _legend(runs)
 
 
@@ -178,7 +179,7 @@ def _legend(runs: list[dict[str, Any]]) -> str:
             f"{env['device']}, torch {env['versions']['torch']}."
         )
     settings = [
-        [*(r["recipe"].get(key) for key in ("eval", "context", "speed")), r["environment"]["device"]]
+        [r["recipe"]["eval"], r["recipe"]["context"], r["recipe"]["speed"], r["environment"]["device"]]
         for r in runs
     ]
     if any(other != settings[-1] for other in settings):

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,12 +28,12 @@ from compress.quantize.inputs import InputScheme
 from compress.quantize.qtensor import QTensor
 from compress.quantize.scheme import Scheme, make_grid, to_codes
 from compress.runtime.load import pack
+from eval.benchmarks.timing import measure
 
 SIZES = (768, 1024, 2048, 4096, 8192)
 THEIRS, DENSE = "bitsandbytes", "16 bits"
 # Share of input columns with outliers: what the calibrated rule keeps on the demo model.
 OUTLIERS = 0.02
-ROUNDS, SECONDS = 21, 0.02
 
 
 def candidates(size: int, batch: int, device: torch.device) -> dict[str, Callable[[], Tensor]]:
@@ -74,47 +73,6 @@ def check(calls: Mapping[str, Callable[[], Tensor]], q: QTensor, x: Tensor) -> N
         error = float((call().float().cpu() - wanted).norm() / wanted.norm())
         if not error < 0.03:
             raise RuntimeError(f"{name} is {error:.1%} off")
-
-
-def measure(calls: Mapping[str, Callable[[], Tensor]], device: torch.device) -> dict[str, Any]:
-    """Microseconds a call, by round, the candidates taking turns in each."""
-    runs = {name: captured(call) if device.type == "cuda" else call for name, call in calls.items()}
-    counts = {}
-    for name, run in runs.items():
-        once = seconds(run, 3, device) / 3
-        counts[name] = max(1, min(1000, round(SECONDS / once)))
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(ROUNDS):
-        for name, run in runs.items():
-            found[name].append(1e6 * seconds(run, counts[name], device) / counts[name])
-    return found
-
-
-def seconds(run: Callable[[], Any], count: int, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    for _ in range(count):
-        run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
-def captured(call: Callable[[], Tensor]) -> Callable[[], Any]:
-    """The call as a CUDA graph; as it is where it cannot be captured, as with sizes found while it runs."""
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            call()
-    except RuntimeError as error:
-        print(f"not captured: {str(error).splitlines()[0]}")
-        torch.cuda.synchronize()
-        return call
-    return graph.replay
 
 
 def row(size: int, batch: int, found: Mapping[str, list[float]]) -> dict[str, Any]:

@@ -101,8 +101,9 @@ def test_kernel_equals_reference(name: str, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["int4-rotated", "int2", "int8", "fp8"])
-def test_in_half_precision(name: str) -> None:
-    check(random_store(SCHEMES[name], 300), 4, dtype=torch.float16, tolerance=4e-3)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 4e-3), (torch.bfloat16, 2e-2)])
+def test_in_half_precision(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    check(random_store(SCHEMES[name], 300), 4, dtype=dtype, tolerance=tolerance)
 
 
 @pytest.mark.parametrize("name", ["int4", "int8"])

@@ -70,13 +70,13 @@ def test_what_is_refused(words: list[str], sentence: str) -> None:
 
 
 def test_more_that_is_refused() -> None:
-    with pytest.raises(UserError, match="kv_cache needs a scheme, as in kv_cache=int4"):
+    with pytest.raises(UserError, match=r"kv_cache needs a scheme, as in kv_cache=int4"):
         parse(compose_settings(["recipe=rtn-int4", "stages=[quantize,kv_cache]"]))
     with pytest.raises(UserError, match="must be the same floats, or both integers"):
         CacheScheme(StateScheme("float", 8, "tensor"), StateScheme())
     with pytest.raises(UserError, match="export=bitsandbytes has no place for the scales"):
         parse(compose_settings(["recipe=kv-fp8", "export=bitsandbytes"]))
-    with pytest.raises(UserError, match="group_size=4 is not used with kv_cache.keys.per=head"):
+    with pytest.raises(UserError, match=r"group_size=4 is not used with kv_cache.keys.per=head"):
         CacheScheme(StateScheme("float", 8, "head", 4), StateScheme("float", 8, "head", 4))
 
 
