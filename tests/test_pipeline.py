@@ -17,6 +17,7 @@ from compress import pipeline
 from compress.compose import compose_settings
 from compress.config import parse
 from compress.errors import UserError
+from compress.kv_cache.folder import scheme_of
 from compress.model.families import LLAMA
 from compress.model.folder import ModelFolder
 from compress.quantize.record import read_linear
@@ -43,7 +44,7 @@ def run_of(tiny: ModelFolder, text_file: Path, *words: str) -> pipeline.Run:
     return parse(
         compose_settings(
             [
-                "recipe=awq-int4",
+                *([] if any(word.startswith("recipe=") for word in words) else ["recipe=awq-int4"]),
                 f"model.source={tiny.path}",
                 "data=text",
                 f"data.source={text_file}",
@@ -376,3 +377,54 @@ def test_bitsandbytes_refuses_float32_before_anything_runs(
     words = ["recipe=llm-int8", f"model.source={source.path}", "eval=none", "speed=none"]
     with pytest.raises(UserError, match=r"export=bitsandbytes holds models of bfloat16 or float16"):
         pipeline.check(parse(compose_settings(words)))
+
+
+AT_LENGTH = [
+    "eval.texts=[]",
+    "eval.tasks=[]",
+    "eval=standard",
+    "context.tokens=128",
+    "context.windows=2",
+    "context.lengths=[]",
+    "context.prompts=2",
+    "context.prompt_tokens=60",
+    "context.generated=16",
+]
+
+
+@pytest.mark.parametrize("recipe", ["kv-fp8", "awq-int4-kv-int4"])
+def test_a_run_with_a_cache(
+    tiny: ModelFolder, text_file: Path, tmp_path: Path, recipe: str
+) -> None:
+    """From the recipe to the report: the checkpoint's own cache is what is measured."""
+    words = [*AT_LENGTH, f"recipe={recipe}", f"context.text={text_file}"]
+    if "int4" in recipe:
+        words += ["kv_cache.window=16", "kv_cache.keys.group_size=16"]
+    run = run_of(tiny, text_file, *words)
+    pipeline.check(run)
+    metrics = pipeline.run_recipe(run, recipe, tmp_path)
+    found = metrics["candidate"]["context"]
+    scheme = scheme_of(ModelFolder(tmp_path / "checkpoint"))
+    assert scheme == run.cache
+    assert found["positions"]["windows"] == 2
+    share = (
+        found["positions"]["cache_bytes"] / metrics["base"]["context"]["positions"]["cache_bytes"]
+    )
+    assert share == pytest.approx(scheme.share(128, 32), rel=1e-6)
+    assert found["positions"]["kl"] > 0
+    assert len(found["agreement"]["lengths"]) == 2
+    assert len(found["heads"]["output"]) == 3
+    for file in ("context.md", "heads.png", "table.md", "kv_cache/kv_cache.json"):
+        assert (tmp_path / file).exists(), file
+    assert "0-31" in (tmp_path / "context.md").read_text()
+    assert f"{share:.3f}x" in (tmp_path / "table.md").read_text()
+    assert metrics["compression"]["kv_cache"]["name"] == scheme.name
+    assert ("blocks" in metrics["compression"]) == recipe.startswith("awq")
+
+
+def test_a_context_too_long_for_the_model_is_refused(tiny: ModelFolder, text_file: Path) -> None:
+    words = [*AT_LENGTH, "recipe=kv-int8", f"context.text={text_file}"]
+    for word in ("context.tokens=512", "context.prompt_tokens=250", "context.lengths=[512]"):
+        run = run_of(tiny, text_file, *words, word)
+        with pytest.raises(UserError, match=rf"{word.partition('=')[0]} needs .* takes 256"):
+            pipeline.check(run)

@@ -20,6 +20,8 @@ def test_every_file_composes(file: Path) -> None:
     overrides = ["recipe=rtn-int4"]
     if group == "repair":
         overrides.append("stages=[quantize,repair]")
+    if group == "kv_cache":
+        overrides.append("stages=[quantize,kv_cache]")
     if group == "recipe":
         overrides = [f"recipe={file.stem}"]
     elif group in ("transforms",):
@@ -103,6 +105,40 @@ def test_recipes_of_eight_bits_and_floats(name: str) -> None:
         assert (inputs.threshold, inputs.ratio) == (6.0, 3.0)
 
 
+# The recipes of the cache: stages, and what keys and values are kept in.
+CACHES = {
+    "kv-fp8": (["kv_cache"], "fp8-tensor", True),
+    "kv-int8": (["kv_cache"], "int8-token", False),
+    "kv-int4": (["kv_cache"], "int4-channel64-rotated+int4-token-rotated", False),
+    "kv-int2": (["kv_cache"], "int2-channel32-rotated+int2-token-rotated", False),
+    "awq-int4-kv-fp8": (["quantize", "kv_cache"], "fp8-tensor", True),
+    "awq-int4-kv-int4": (
+        ["quantize", "kv_cache"],
+        "int4-channel64-rotated+int4-token-rotated",
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_recipes_of_the_cache(name: str) -> None:
+    stages, cache, needs_data = CACHES[name]
+    run = parse(compose_settings([f"recipe={name}"]))
+    assert run.settings.stages == stages
+    assert run.cache is not None
+    assert run.cache.name == cache
+    assert run.needs_data == needs_data
+    assert run.settings.context is not None
+    assert run.settings.eval is not None
+    if "quantize" in stages:
+        awq = parse(compose_settings(["recipe=awq-int4"]))
+        assert (run.schemes, run.transforms, run.roundings) == (
+            awq.schemes,
+            awq.transforms,
+            awq.roundings,
+        )
+
+
 def test_mixed_and_rotated_recipes() -> None:
     mixed = parse(compose_settings(["recipe=mixed-3.5"]))
     assert mixed.search is not None
@@ -113,7 +149,7 @@ def test_mixed_and_rotated_recipes() -> None:
 
 
 def test_no_recipe_is_left_out() -> None:
-    known = set(NAMES) | set(EIGHT)
+    known = set(NAMES) | set(EIGHT) | set(CACHES)
     assert set(options("recipe")) == known | set(OTHERS)
 
 
@@ -148,9 +184,9 @@ def test_repair_is_a_stage_of_its_own() -> None:
         (["stages=[repair]", "repair=kl"], r"stages=\['repair'\] is not allowed"),
         (
             ["stages=[repair,quantize]", "repair=kl"],
-            r"is not allowed: choose quantize, with rotate",
+            r"is not allowed: choose quantize, kv_cache or both",
         ),
-        (["stages=[quantize,rotate]"], r"is not allowed: choose quantize, with rotate before it"),
+        (["stages=[quantize,rotate]"], r"is not allowed: choose quantize, kv_cache or both"),
         (["stages=[quantize,quantize]"], r"is not allowed: choose quantize"),
         (["repair=kl"], r"repair=kl needs repair among the stages"),
         (
@@ -159,6 +195,18 @@ def test_repair_is_a_stage_of_its_own() -> None:
         ),
         (["stages=[quantize,repair]", "repair=kl", "repair.kl.epochs=0"], r"repair.kl.epochs=0"),
         (["scheme.bits=1"], r"scheme.bits=1 is not allowed"),
+        (["stages=[repair,kv_cache]", "repair=kl", "kv_cache=int4"], r"is not allowed: choose"),
+        (
+            ["context=standard", "context.buckets=3"],
+            r"context.buckets=3 is not allowed: choose a div",
+        ),
+        (
+            ["context=standard", "context.facts=1"],
+            r"context.facts=1 is not allowed: choose 2 to 17",
+        ),
+        (["context=standard", "context.lengths=[64]"], r"context.lengths=\[64\] is not allowed"),
+        (["context=standard", "context.dtype=int8"], r"context.dtype=int8 is not known"),
+        (["context=standard", "context.windows=0"], r"context.windows=0 is not allowed"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
