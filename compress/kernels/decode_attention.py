@@ -25,6 +25,8 @@ NAME = "packed-attention"
 BLOCK, SIDE = 64, 16
 # Programs that keep a large GPU busy: four on each of some 132 multiprocessors.
 PROGRAMS = 528
+# Stretches of a head that the last kernel adds up at once.
+STRETCHES = 126
 LOG2E = math.log2(math.e)
 
 
@@ -45,8 +47,11 @@ def supported(scheme: CacheScheme, head_dim: int, device: torch.device) -> bool:
         narrow = state.per == "token" and (state.group_size or head_dim) < plane
         if narrow or plane < SIDE or plane & (plane - 1):
             return False
+    if device.type == "cuda":
+        # Older GPUs do not convert E4M3.
+        return not scheme.static or torch.cuda.get_device_capability(device) >= (8, 9)
     # The interpreter runs kernels on a CPU, slowly: for tests.
-    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def attend_reference(q: Tensor, stored: Stored, scaling: float) -> Tensor:
@@ -92,7 +97,7 @@ def attend(q: Tensor, stored: Stored, scaling: float) -> Tensor:
     packed = stored.packed or (_nothing(stored, keys), _nothing(stored, values))
     block = keys.tokens if keys.per == "channel" else BLOCK
     tokens = packed[0].tokens
-    stretches = max(1, min(PROGRAMS // (batch * heads), -(-tokens // (4 * block))))
+    stretches = max(1, min(STRETCHES, PROGRAMS // (batch * heads), -(-tokens // (4 * block))))
     stretch = -(-tokens // (stretches * block)) * block
     parts = stretches + 2
     accumulated = torch.empty(

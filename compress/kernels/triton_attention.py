@@ -204,17 +204,17 @@ def attend_kernel(q_ptr, qp_ptr, k_ptr, ks_ptr, kl_ptr, v_ptr, vs_ptr, vl_ptr, f
         q = tl.load(q_ptr + q_rows[:, None] + cols[None, :], mask=real[:, None], other=0.0)
         acc = tl.zeros((ROWS, D), tl.float32)
         # One of the two is none: the part is that of the sinks, or of the recent tokens.
-        sinks = tl.where(part == STRETCHES, sinks, 0)
-        recent = tl.where(part == STRETCHES, 0, recent)
-        count = sinks + recent
+        first_count = tl.where(part == STRETCHES, sinks, 0)
+        last_count = tl.where(part == STRETCHES, 0, recent)
+        count = first_count + last_count
         for start in range(0, count, BLOCK):
             place = start + within
             at = (row_head * count + place)[:, None] * D + cols[None, :]
-            from_sinks = (place < sinks)[:, None]
-            from_recent = (place < recent)[:, None]
+            from_sinks = (place < first_count)[:, None]
+            from_recent = (place < last_count)[:, None]
             keys = tl.load(sink_k_ptr + at, mask=from_sinks, other=0.0).to(q.dtype)
             keys += tl.load(recent_k_ptr + at, mask=from_recent, other=0.0).to(q.dtype)
-            seen = (place < sinks) | ((place < recent) & (place + tokens >= first))
+            seen = (place < first_count) | ((place < last_count) & (place + tokens >= first))
             scores = tl.dot(q, tl.trans(keys)) * scaling
             p, worth, m, l = _step(scores, seen[None, :], m, l)  # noqa: E741
             values = tl.load(sink_v_ptr + at, mask=from_sinks, other=0.0).to(q.dtype)
