@@ -242,7 +242,7 @@ def _check_stages(settings: RecipeConfig) -> None:
             "before them and repair after quantize if wanted"
         )
     if "quantize" not in stages:
-        for key in ("search", "head"):
+        for key in ("search", "head", "transforms"):
             if getattr(settings, key):
                 raise UserError(f"{key} needs quantize among the stages")
     if ("repair" in stages) != (len(settings.repair) == 1):
@@ -268,6 +268,10 @@ def _cache_scheme(settings: RecipeConfig) -> CacheScheme:
     rest = {name: v for name, v in values.items() if name not in states}
     scheme = _build("kv_cache", CacheScheme, rest)
     scheme = replace(scheme, **states)
+    if "quantize" not in settings.stages and settings.export != "compressed-tensors":
+        raise UserError(
+            f"export={settings.export} holds quantized weights, and these stay as they are: leave it out"
+        )
     if scheme.static and settings.export != "compressed-tensors":
         raise UserError(
             f"export={settings.export} has no place for the scales of the cache: choose "
@@ -380,11 +384,13 @@ def _check_context(context: ContextConfig) -> None:
         raise UserError(
             f"context.lengths={context.lengths} is not allowed: choose {SHORTEST} or more tokens"
         )
-    if context.tokens % context.buckets:
+    if context.tokens % context.buckets or context.tokens < 2 * context.buckets:
         raise UserError(
             f"context.buckets={context.buckets} is not allowed: choose a divisor of context.tokens="
-            f"{context.tokens}"
+            f"{context.tokens}, at most half of it"
         )
+    if context.generated < 1:
+        raise UserError(f"context.generated={context.generated} is not allowed: choose 1 or more")
     if not 2 <= context.facts <= MOST_FACTS:
         raise UserError(f"context.facts={context.facts} is not allowed: choose 2 to {MOST_FACTS}")
 

@@ -31,6 +31,7 @@ from compress.export.formats import FORMATS, Weights
 from compress.model.families import Family, family_of
 from compress.model.folder import DTYPES, ModelFolder, write_json
 from compress.model.skeleton import empty_model
+from compress.model.sources import open_tokenizer
 from compress.progress import track
 from compress.runtime.cached import Caches, Reader, load_served
 from compress.runtime.decoder import open_decoder
@@ -38,7 +39,7 @@ from compress.runtime.load import load_dense
 from compress.runtime.probe import head_errors
 from eval.blocks import block_divergence
 from eval.context import agreement, by_position
-from eval.retrieval import build_haystack, score, summarize
+from eval.retrieval import Haystack, build_haystack, score, summarize
 from eval.speed import Load, measure_speed
 from eval.task_scores import packaged_tasks, score_tasks, task_sources, unknown_tasks
 from eval.text import evaluate_text
@@ -250,8 +251,7 @@ def _quiet() -> Iterator[None]:
 
 
 def check_context(config: ContextConfig, model: ModelFolder) -> None:
-    """Raises UserError if the text does not exist, or the model cannot take texts of such lengths."""
-    load_texts(config.text, config.text_field, config.split)
+    """Raises UserError if the text is missing or too short, or the model does not take such lengths."""
     limit = model.config.get("max_position_embeddings")
     asked = {
         "context.tokens": config.tokens,
@@ -261,6 +261,37 @@ def check_context(config: ContextConfig, model: ModelFolder) -> None:
     for key, tokens in asked.items():
         if limit is not None and tokens > limit:
             raise UserError(f"{key} needs {tokens} tokens, {model.path} takes {limit}: choose less")
+    _context_texts(config, open_tokenizer(model))
+
+
+def _context_texts(
+    config: ContextConfig, tokenizer: Any
+) -> tuple[TokenBlocks, TokenBlocks, dict[int, list[Haystack]]]:
+    """Long windows, prompts, and haystacks by length."""
+    texts = list(load_texts(config.text, config.text_field, config.split))
+    joined = " ".join(texts)
+    windows, prompts = (
+        evaluation_windows(texts, tokenizer, tokens=window * count, window=window)
+        for window, count in (
+            (config.tokens, config.windows),
+            (config.prompt_tokens, config.prompts),
+        )
+    )
+    haystacks = {
+        length: [
+            build_haystack(
+                joined,
+                tokenizer,
+                length=length,
+                facts=config.facts,
+                start=i / config.haystacks,
+                seed=config.seed + i,
+            )
+            for i in range(config.haystacks)
+        ]
+        for length in config.lengths
+    }
+    return windows, prompts, haystacks
 
 
 def measure_context(
@@ -276,13 +307,7 @@ def measure_context(
     and ``heads`` (the errors of a packed cache) of the candidate, and what was read.
     """
     dtype = DTYPES[config.dtype]
-    texts = list(load_texts(config.text, config.text_field, config.split))
-    long = evaluation_windows(
-        texts, tokenizer, tokens=config.tokens * config.windows, window=config.tokens
-    )
-    prompts = evaluation_windows(
-        texts, tokenizer, tokens=config.prompt_tokens * config.prompts, window=config.prompt_tokens
-    )
+    long, prompts, haystacks = _context_texts(config, tokenizer)
     models = {
         "base": load_dense(base, device, dtype),
         "candidate": load_dense(candidate, device, dtype),
@@ -307,20 +332,8 @@ def measure_context(
             "positions": found,
             "retrieval": {},
         }
-    joined = " ".join(texts)
-    for length in config.lengths:
-        haystacks = [
-            build_haystack(
-                joined,
-                tokenizer,
-                length=length,
-                facts=config.facts,
-                start=i / config.haystacks,
-                seed=config.seed + i,
-            )
-            for i in range(config.haystacks)
-        ]
-        hits = score(readers, track(haystacks, f"haystacks of {length}"))
+    for length, stacks in haystacks.items():
+        hits = score(readers, track(stacks, f"haystacks of {length}"))
         for name, kinds in hits.items():
             results[name]["retrieval"][str(length)] = {
                 kind: summarize(found, None if name == "base" else hits["base"][kind])

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calibration.tokens import bos_prefix
+from compress.errors import UserError
 from eval.context import Reader
 
 PLACES = (
@@ -54,10 +56,10 @@ def build_haystack(
     """``length`` tokens: the text from the share ``start`` of it on with ``facts`` in it, and room for a
     question. The text is repeated where it ends.
 
-    Raises ValueError for more facts than there are names, and for questions that are too long.
+    Raises UserError for more facts than there are names, and for questions that are too long.
     """
     if facts > MOST_FACTS:
-        raise ValueError(f"there are names for {MOST_FACTS} facts, not for {facts}")
+        raise UserError(f"there are names for {MOST_FACTS} facts, not for {facts}: choose less")
     choose = random.Random(seed)
     names = choose.sample(PLACES, facts - 1)
     needles = [(PASS_KEY, "The pass key is")]
@@ -68,9 +70,12 @@ def build_haystack(
         tokenizer(f"\n{said}{answer}. Remember it.\n", add_special_tokens=False).input_ids
         for (_, said), answer in zip(needles, answers, strict=True)
     ]
-    room = length - QUESTION - sum(map(len, ids))
+    row = bos_prefix(tokenizer)
+    room = length - QUESTION - len(row) - sum(map(len, ids))
+    if room < length // 2:
+        raise UserError(f"{facts} facts leave {room} of {length} tokens for the text: choose less")
     sentences = _sentences(text, tokenizer, start, room)
-    total, row, used = sum(map(len, sentences)), list[int](), 0
+    total, used = sum(map(len, sentences)), 0
     for sentence in sentences:
         # The next fact goes in once the share of the text before it has passed.
         while len(ids) > used and len(row) - sum(map(len, ids[:used])) >= total * (
@@ -91,7 +96,10 @@ def build_haystack(
     )
     longest = max(len(question.asked) + len(question.answer) for question in questions)
     if longest > QUESTION:
-        raise ValueError(f"a question and its answer have {longest} tokens, more than {QUESTION}")
+        raise UserError(
+            f"a question and its answer have {longest} tokens with this tokenizer, more than {QUESTION}: "
+            "choose context.lengths=[]"
+        )
     return Haystack(torch.tensor(row), questions)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compress.errors import UserError
 from compress.export.formats import Weights
-from compress.kv_cache.folder import is_scale, scheme_of
+from compress.kv_cache.folder import is_scale, scheme_of, stated_scheme
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder, file_sha256, read_json, write_json
 from compress.quantize.qtensor import QTensor
@@ -59,8 +59,13 @@ def audit(record: ModelFolder, exported: ModelFolder) -> dict[str, int]:
 
 
 def _same_cache(record: ModelFolder, exported: ModelFolder) -> None:
-    if scheme_of(record) != scheme_of(exported):
+    scheme = scheme_of(record)
+    if scheme_of(exported) != scheme:
         raise AuditError(f"{exported.path}: the scheme of the cache differs from the record")
+    # What engines read, which is not our own file.
+    stated = (exported.config.get("quantization_config") or {}).get("kv_cache_scheme")
+    if stated != stated_scheme(scheme):
+        raise AuditError(f"{exported.path}: its kv_cache_scheme is not that of the record")
     names = [[name for name in folder.names if is_scale(name)] for folder in (record, exported)]
     if sorted(names[0]) != sorted(names[1]):
         raise AuditError(f"{exported.path}: scales of the cache differ from the record")
@@ -159,7 +164,8 @@ def verify(path: Path) -> list[str]:
     if problems:
         return problems
     weights = Weights(ModelFolder(path))
-    problems += [f"{name} is not quantized" for name in unquantized_linears(weights)]
+    if weights.linears or scheme_of(weights.folder) is None:
+        problems += [f"{name} is not quantized" for name in unquantized_linears(weights)]
     for name in weights.names:
         weights.get(name)
     return problems

@@ -37,9 +37,7 @@ from torch import Tensor
 from compress.errors import UserError
 from compress.export.packing import pack_rows, packed_width, unpack_rows
 from compress.export.shards import ShardWriter
-from compress.kv_cache.folder import FLOATS
-from compress.kv_cache.folder import scheme_of as scheme_of_cache
-from compress.kv_cache.scheme import CacheScheme
+from compress.kv_cache.folder import scheme_of, stated_scheme
 from compress.model.families import Family, family_of
 from compress.model.folder import ModelFolder, write_json
 from compress.quantize import record
@@ -91,26 +89,11 @@ def write(source: ModelFolder, target: Path) -> None:
             shards.add(f"{family.head}{SCALE}", value.scale.clone())
     shards.close()
     config = {k: v for k, v in source.config.items() if k != record.KEY}
-    cache = kv_cache_scheme(scheme_of_cache(source))
+    cache = stated_scheme(scheme_of(source))
     if schemes or cache:
         found = {name: schemes[name] for name in sorted(schemes)}
         config["quantization_config"] = quantization_config(found, family, cache)
     write_json(target / "config.json", config)
-
-
-def kv_cache_scheme(scheme: CacheScheme | None) -> dict[str, Any] | None:
-    """What the format says of a cache: floats with fixed scales; of integers, which engines compute by
-    themselves, nothing."""
-    if scheme is None or not scheme.static:
-        return None
-    strategy = {per: strategy for strategy, per in FLOATS.items()}[scheme.keys.per]
-    return {
-        "num_bits": scheme.keys.bits,
-        "type": scheme.keys.type,
-        "strategy": strategy,
-        "dynamic": False,
-        "symmetric": True,
-    }
 
 
 def check(schemes: Schemes, mixed: bool = False) -> None:

@@ -21,8 +21,9 @@ from compress.kv_cache.scheme import CacheScheme, StateScheme
 from compress.kv_cache.states import Packed, dequantize, rotation
 
 NAME = "packed-attention"
-# Tokens of a step, where no group of the keys says it; the least side of a matrix product.
-BLOCK, SIDE = 64, 16
+# Tokens of a step, where no group of the keys says it, and the most that fit; the least side of a
+# matrix product.
+BLOCK, MOST, SIDE = 64, 128, 16
 # Programs that keep a large GPU busy: four on each of some 132 multiprocessors.
 PROGRAMS = 528
 # Stretches of a head that the last kernel adds up at once.
@@ -38,7 +39,7 @@ def supported(scheme: CacheScheme, head_dim: int, device: torch.device) -> bool:
     if (
         importlib.util.find_spec("triton") is None
         or scheme.pre_rope
-        or group < SIDE
+        or not SIDE <= group <= MOST
         or group & (group - 1)
     ):
         return False
@@ -80,7 +81,7 @@ def _unpacked(stored: Stored, which: int) -> list[Tensor]:
 def _first_seen(q: Tensor, stored: Stored) -> Tensor:
     """The first token behind the sinks that each row sees, int64 (batch,)."""
     first = torch.full((len(q),), stored.oldest, device=q.device)
-    return first if stored.padding is None else first.maximum(stored.padding.to(q.device))
+    return first if stored.padding is None else first.maximum(stored.padding)
 
 
 def attend(q: Tensor, stored: Stored, scaling: float) -> Tensor:
@@ -130,8 +131,8 @@ def attend(q: Tensor, stored: Stored, scaling: float) -> Tensor:
         stored.sinks[0].shape[2],
         stored.recent[0].shape[2],
         stretch,
+        stretches,
         heads,
-        STRETCHES=stretches,
         D=head_dim,
         QUERIES=query_heads // heads,
         ROWS=max(SIDE, _power_of_2(query_heads // heads)),
@@ -152,7 +153,7 @@ def attend(q: Tensor, stored: Stored, scaling: float) -> Tensor:
         summary,
         out,
         batch * query_heads * head_dim,
-        PARTS=parts,
+        parts,
         PARTS_PADDED=_power_of_2(parts),
         D=head_dim,
     )

@@ -6,13 +6,13 @@ import triton.language as tl
 
 @triton.jit
 def _plane(byte, plane: tl.constexpr, BITS: tl.constexpr, PER: tl.constexpr, like):
-    """The codes at one position of the bytes, in the type of ``like``; floats decoded."""
+    """The codes at one position of the bytes, around zero: integers less half their range, in the type of
+    ``like``. Centred products lose less when they are rounded."""
     if PER == 2:
         # Through float16, which holds every E4M3 number and is what the hardware converts to.
         return byte.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(like.dtype)
-    if BITS == 8:
-        return byte.to(like.dtype)
-    return ((byte >> (plane * BITS)) & ((1 << BITS) - 1)).to(like.dtype)
+    codes = (byte >> (plane * BITS)) & ((1 << BITS) - 1)
+    return (codes.to(tl.int16) - (1 << (BITS - 1))).to(like.dtype)
 
 
 @triton.jit
@@ -37,17 +37,16 @@ def _values(acc, worth, p, byte, scale_ptr, low_ptr, plane: tl.constexpr, offset
         weights = p * scale[None, :]
         if LOW:
             low = tl.load(low_ptr + offset * GROUPS + group, mask=inside, other=0.0).to(tl.float32)
-            extra = tl.sum(p * low[None, :], axis=1)
-        else:
-            extra = -(1 << (BITS - 1)) * tl.sum(weights, axis=1)
+            extra = tl.sum(p * (low + (1 << (BITS - 1)) * scale)[None, :], axis=1)
     codes = _plane(byte, plane, BITS, PER, like)
     return acc * worth[:, None] + tl.dot(weights.to(like.dtype), codes) + extra[:, None]
 
 
-@triton.jit
+# None of these sizes is worth a kernel of its own: they change while a sequence grows.
+@triton.jit(do_not_specialize=["tokens", "sinks", "recent", "stretch", "stretches"])
 def attend_kernel(q_ptr, qp_ptr, k_ptr, ks_ptr, kl_ptr, v_ptr, vs_ptr, vl_ptr, fixed_k_ptr, fixed_v_ptr,
                    sink_k_ptr, sink_v_ptr, recent_k_ptr, recent_v_ptr, first_ptr, acc_ptr, summary_ptr,
-                   scaling, tokens, sinks, recent, stretch, heads, STRETCHES: tl.constexpr, D: tl.constexpr,
+                   scaling, tokens, sinks, recent, stretch, stretches, heads, D: tl.constexpr,
                    QUERIES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
                    K_BITS: tl.constexpr, K_PER: tl.constexpr, K_GROUPS: tl.constexpr, K_LOW: tl.constexpr,
                    V_BITS: tl.constexpr, V_PER: tl.constexpr, V_GROUPS: tl.constexpr, V_LOW: tl.constexpr):  # fmt: skip
@@ -62,8 +61,8 @@ def attend_kernel(q_ptr, qp_ptr, k_ptr, ks_ptr, kl_ptr, v_ptr, vs_ptr, vl_ptr, f
     within = tl.arange(0, BLOCK)
     m = tl.full((ROWS,), -1e30, tl.float32)
     l = tl.zeros((ROWS,), tl.float32)  # noqa: E741
-    out_rows = (row_head * QUERIES + queries) * (STRETCHES + 2) + part
-    if part < STRETCHES:
+    out_rows = (row_head * QUERIES + queries) * (stretches + 2) + part
+    if part < stretches:
         K_PLANES: tl.constexpr = 8 // K_BITS
         V_PLANES: tl.constexpr = 8 // V_BITS
         K_WIDTH: tl.constexpr = D // K_PLANES
@@ -96,24 +95,20 @@ def attend_kernel(q_ptr, qp_ptr, k_ptr, ks_ptr, kl_ptr, v_ptr, vs_ptr, vl_ptr, f
                 codes = _plane(k_byte, plane, K_BITS, K_PER, like)
                 if K_PER == 0:
                     group = (row_head * (tokens // BLOCK) + start // BLOCK) * D + cols
-                    qs = qp.to(tl.float32) * tl.load(ks_ptr + group).to(tl.float32)[None, :]
+                    scale = tl.load(ks_ptr + group).to(tl.float32)[None, :]
+                    scores += tl.dot((qp.to(tl.float32) * scale).to(like.dtype), tl.trans(codes))
                     if K_LOW:
-                        low = tl.load(kl_ptr + group).to(tl.float32)
-                        bias = tl.sum(qp.to(tl.float32) * low[None, :], axis=1)
-                    else:
-                        bias = -(1 << (K_BITS - 1)) * tl.sum(qs, axis=1)
-                    scores += tl.dot(qs.to(like.dtype), tl.trans(codes)) + bias[:, None]
+                        low = tl.load(kl_ptr + group).to(tl.float32)[None, :]
+                        middle = low + (1 << (K_BITS - 1)) * scale
+                        scores += tl.sum(qp.to(tl.float32) * middle, axis=1)[:, None]
                 elif K_PER == 1:
                     at = offset * K_GROUPS + plane * K_GROUPS // K_PLANES
                     scale = tl.load(ks_ptr + at, mask=inside, other=0.0).to(tl.float32)
-                    total = tl.sum(qp.to(tl.float32), axis=1)
+                    scores += tl.dot(qp, tl.trans(codes)) * scale[None, :]
                     if K_LOW:
                         low = tl.load(kl_ptr + at, mask=inside, other=0.0).to(tl.float32)
-                    else:
-                        low = -(1 << (K_BITS - 1)) * scale
-                    scores += (
-                        tl.dot(qp, tl.trans(codes)) * scale[None, :] + total[:, None] * low[None, :]
-                    )
+                        middle = low + (1 << (K_BITS - 1)) * scale
+                        scores += tl.sum(qp.to(tl.float32), axis=1)[:, None] * middle[None, :]
                 else:
                     scores += tl.dot(qp, tl.trans(codes)) * tl.load(fixed_k_ptr + head)
             seen = (inside & (place >= first))[None, :]
@@ -204,11 +199,12 @@ def attend_kernel(q_ptr, qp_ptr, k_ptr, ks_ptr, kl_ptr, v_ptr, vs_ptr, vl_ptr, f
         q = tl.load(q_ptr + q_rows[:, None] + cols[None, :], mask=real[:, None], other=0.0)
         acc = tl.zeros((ROWS, D), tl.float32)
         # One of the two is none: the part is that of the sinks, or of the recent tokens.
-        first_count = tl.where(part == STRETCHES, sinks, 0)
-        last_count = tl.where(part == STRETCHES, 0, recent)
+        first_count = tl.where(part == stretches, sinks, 0)
+        last_count = tl.where(part == stretches, 0, recent)
         count = first_count + last_count
-        for start in range(0, count, BLOCK):
-            place = start + within
+        # Few tokens, so nothing to prefetch: that would take more shared memory than there is.
+        for spot in tl.range(0, count, BLOCK, num_stages=1):
+            place = spot + within
             at = (row_head * count + place)[:, None] * D + cols[None, :]
             from_sinks = (place < first_count)[:, None]
             from_recent = (place < last_count)[:, None]
@@ -225,20 +221,20 @@ def attend_kernel(q_ptr, qp_ptr, k_ptr, ks_ptr, kl_ptr, v_ptr, vs_ptr, vl_ptr, f
     tl.store(summary_ptr + out_rows * 2 + 1, l, mask=real)
 
 
-@triton.jit
-def combine_kernel(acc_ptr, summary_ptr, out_ptr, size, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr,
+@triton.jit(do_not_specialize=["parts"])
+def combine_kernel(acc_ptr, summary_ptr, out_ptr, size, parts, PARTS_PADDED: tl.constexpr,
                     D: tl.constexpr):  # fmt: skip
     """The parts of one query head weighed by their sums: those of the store, and the two in 16 bits."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PARTS_PADDED)
     cols = tl.arange(0, D)
-    real = part < PARTS
-    m = tl.load(summary_ptr + (row * PARTS + part) * 2, mask=real, other=-1e30)
-    l = tl.load(summary_ptr + (row * PARTS + part) * 2 + 1, mask=real, other=0.0)  # noqa: E741
+    real = part < parts
+    m = tl.load(summary_ptr + (row * parts + part) * 2, mask=real, other=-1e30)
+    l = tl.load(summary_ptr + (row * parts + part) * 2 + 1, mask=real, other=0.0)  # noqa: E741
     weight = tl.exp2(m - tl.max(m, axis=0))
     weight /= tl.sum(weight * l, axis=0)
-    at = (row * PARTS + part)[:, None] * D + cols[None, :]
+    at = (row * parts + part)[:, None] * D + cols[None, :]
     acc = tl.load(acc_ptr + at, mask=real[:, None], other=0.0) * weight[:, None]
-    packed = (part < PARTS - 2)[:, None]
+    packed = (part < parts - 2)[:, None]
     tl.store(out_ptr + row * D + cols, tl.sum(tl.where(packed, acc, 0.0), axis=0))
     tl.store(out_ptr + size + row * D + cols, tl.sum(tl.where(packed, 0.0, acc), axis=0))

@@ -104,6 +104,8 @@ class PackedLayer(CacheLayerMixin):
         # A sliding window leaves the first tokens behind.
         self._sink_tokens = 0 if self.is_sliding else self.scheme.sinks
         self.dtype, self.device = key_states.dtype, key_states.device
+        if self._padding is not None:
+            self._padding = self._padding.to(self.device)
         none = [states[:, :, :0].to(self.stored_dtype) for states in (key_states, value_states)]
         self._sinks: Pair = (none[0], none[1])
         self._recent: Pair = (none[0], none[1])
@@ -141,13 +143,16 @@ class PackedLayer(CacheLayerMixin):
         oldest = 0
         if self.sliding_window is not None:
             oldest = max(0, self._length - self.sliding_window - self._dropped)
+        padding = self._padding
+        if padding is not None:
+            padding = (padding - self._dropped).clamp(min=0)
         return Stored(
             self.scheme,
             self._scales,
             self._sinks,
             self._packed,
             self._recent,
-            self._padding,
+            padding,
             oldest,
         )
 
@@ -222,7 +227,7 @@ class PackedLayer(CacheLayerMixin):
         """cos and sin (batch or 1, 1, count, head_dim) of the tokens from index ``first`` on."""
         positions = torch.arange(first, first + count, device=self.device).unsqueeze(0)
         if self._padding is not None:
-            positions = (positions - self._padding.to(self.device)[:, None]).clamp(min=0)
+            positions = (positions - self._padding[:, None]).clamp(min=0)
         assert self._rotary is not None
         cos, sin = self._rotary(positions)
         return cos.float().unsqueeze(1), sin.float().unsqueeze(1)
@@ -231,7 +236,7 @@ class PackedLayer(CacheLayerMixin):
         """Rows with their own first tokens in front of the padding, which repeats the last token of the row:
         it is never seen, and so it widens no group's range."""
         assert self._padding is not None
-        padding = self._padding.to(self.device)
+        padding = self._padding
         tokens = new[0].shape[2]
         most = int(padding.max())
         if most >= tokens:
@@ -247,7 +252,7 @@ class PackedLayer(CacheLayerMixin):
     def _original_order(self, padding: Tensor, tokens: int) -> Tensor:
         """Where the token of each place of the row is stored; padding may be anything."""
         index = torch.arange(tokens, device=self.device)
-        pad = padding.to(self.device)[:, None]
+        pad = padding[:, None]
         order = torch.where(index < pad + self._sink_tokens, (index - pad).clamp(min=0), index)
         return order[:, None, :, None]
 
@@ -311,6 +316,8 @@ class PackedCache(Cache):
         ``PackedLayer`` for the others."""
         padding = None
         if attention_mask is not None and not attention_mask.bool().all():
+            if not (attention_mask.long().diff(dim=1) >= 0).all():
+                raise ValueError("attention_mask has gaps or padding on the right: pad on the left")
             padding = attention_mask.shape[1] - attention_mask.long().sum(1)
         super().__init__(
             layers=[

@@ -51,6 +51,21 @@ def scheme_of(folder: ModelFolder) -> CacheScheme | None:
     return CacheScheme(state, state)
 
 
+def stated_scheme(scheme: CacheScheme | None) -> dict[str, Any] | None:
+    """``kv_cache_scheme`` as compressed-tensors states it: floats with fixed scales; of integers, which
+    engines compute by themselves, nothing."""
+    if scheme is None or not scheme.static:
+        return None
+    strategy = {per: strategy for strategy, per in FLOATS.items()}[scheme.keys.per]
+    return {
+        "num_bits": scheme.keys.bits,
+        "type": scheme.keys.type,
+        "strategy": strategy,
+        "dynamic": False,
+        "symmetric": True,
+    }
+
+
 def is_scale(name: str) -> bool:
     """Whether a tensor name is that of a cache scale."""
     return _SCALE.search(name) is not None

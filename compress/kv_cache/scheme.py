@@ -76,6 +76,10 @@ class StateScheme:
             raise UserError(
                 f"{key}.bits={self.bits} is not allowed with {key}.type=float: choose 8"
             )
+        if self.static and self.rotate:
+            raise UserError(
+                f"{key}.rotate=true is for integers: floats lose in proportion to their size anyway"
+            )
         size = self.group_size
         if self.static and size is not None:
             raise UserError(
@@ -92,7 +96,8 @@ class CacheScheme:
     keys, values: their numbers
     sinks: first tokens of a sequence that stay in 16 bits
     window: most recent tokens that stay in 16 bits, at least; what leaves it is quantized ``step`` at a time.
-        With 0 what attention reads of a token has always been quantized, its own keys and values too.
+        With 0, and scales by token, what attention reads of a token has always been
+        quantized, its own keys and values too.
         (KIVI, arXiv 2402.02750, section 3.3, has the window; sinks are those of arXiv 2309.17453)
     pre_rope: keys are stored as they are before the rotary embedding and turned again when they are read
         (KVQuant, arXiv 2401.18079, section 3.2)
@@ -115,6 +120,8 @@ class CacheScheme:
                 "kv_cache.values.per=channel is not allowed: choose token, head or tensor, as values have no "
                 "outlier channels"
             )
+        if self.static and self.pre_rope:
+            raise UserError("kv_cache.pre_rope=true is for integers: engines keep floats behind it")
         if self.keys.static != self.values.static or (self.static and self.keys != self.values):
             raise UserError(
                 "kv_cache.keys and kv_cache.values must be the same floats, or both integers"

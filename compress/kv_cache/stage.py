@@ -72,9 +72,11 @@ def check(source: ModelFolder, scheme: CacheScheme) -> None:
     family = family_of(source.config)
     if scheme_of(source) is not None:
         raise UserError(f"{source.path} has a quantized cache already: choose its original")
+    if "quantization_config" in source.config:
+        raise UserError(f"{source.path} is quantized already: choose its original, and both stages")
     # In a record the linear is stored in parts; their first axis is the same.
     name = f"{family.blocks}.0.{family.values}"
-    part = next(p for p in ("weight", "codes", "weight_packed") if f"{name}.{p}" in source)
+    part = "weight" if f"{name}.weight" in source else "codes"
     channels = source.shape(f"{name}.{part}")[0]
     head_dim = channels // _kv_heads(source.config)
     for key, state in (("keys", scheme.keys), ("values", scheme.values)):

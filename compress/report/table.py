@@ -179,12 +179,8 @@ def _legend(runs: list[dict[str, Any]]) -> str:
             f"{env['device']}, torch {env['versions']['torch']}."
         )
     settings = [
-        [
-            r["recipe"]["eval"],
-            r["recipe"]["context"],
-            r["recipe"]["speed"],
-            r["environment"]["device"],
-        ]
+        # Runs of before there was a context have no such key.
+        [*map(r["recipe"].get, ("eval", "context", "speed")), r["environment"]["device"]]
         for r in runs
     ]
     if any(other != settings[-1] for other in settings):

@@ -109,7 +109,11 @@ def load_served(folder: ModelFolder, device: torch.device, dtype: torch.dtype) -
     caches = Caches(folder, model)
     if caches.scheme is None:
         return model
-    plain = model.forward
+    plain, plain_generate = model.forward, model.generate
+
+    def generate(*arguments: Any, **settings: Any) -> Any:
+        settings.setdefault("past_key_values", caches.new(settings.get("attention_mask")))
+        return plain_generate(*arguments, **settings)
 
     def forward(input_ids: Tensor, **arguments: Any) -> Any:
         if arguments.get("past_key_values") is not None:
@@ -120,7 +124,7 @@ def load_served(folder: ModelFolder, device: torch.device, dtype: torch.dtype) -
         finally:
             model.forward = forward
 
-    model.forward = forward
+    model.forward, model.generate = forward, generate
     return model
 
 

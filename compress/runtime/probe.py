@@ -26,16 +26,15 @@ def head_errors(model: Any, caches: Caches, tokens: Tensor) -> dict[str, list[li
     """
     scheme = caches.scheme
     assert scheme is not None
-    last = scheme.step if scheme.window else LAST
+    last = min(scheme.step if scheme.window else LAST, len(tokens) // 2)
     found: dict[str, list[list[float]]] = {"keys": [], "values": [], "output": []}
 
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **arguments: Any
     ) -> tuple[Tensor, None]:
         layer = caches.new().layers[module.layer_idx]
-        early, late = (states[:, :, :-last] for states in (key, value)), (key, value)
-        layer.update(*early)
-        keys, values = layer.update(*(states[:, :, -last:] for states in late))
+        layer.update(key[:, :, :-last], value[:, :, :-last])
+        keys, values = layer.update(key[:, :, -last:], value[:, :, -last:])
         # A sliding window leaves what is out of sight behind.
         seen = keys.shape[2]
         for name, exact, stored in (("keys", key, keys), ("values", value, values)):

@@ -8,7 +8,7 @@ PEERS: a folder with optimum-quanto and hqq, the two backends of transformers' o
 its own cache piece by piece, in float32 but for what the caches store; the reference keeps
 everything in float32. Theirs get bfloat16 states, the library's groups of 64, and a residual length
 at which they hold as many bytes at the end of a window. The row "bf16" is the noise floor: the
-original in bfloat16 altogether. Facts and agreement are in bfloat16.
+original in bfloat16 altogether. Facts are looked for in bfloat16.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def main() -> None:
         facts = {k: v for k, v in vars(asked).items() if k not in ("out", "only")}
         write_json(
             asked.out,
-            {**facts, "environment": environment(torch.device("cpu")), "results": results},
+            {**facts, "environment": environment(_device()), "results": results},
         )
 
 
@@ -167,7 +167,7 @@ class _Bench:
 
     def __init__(self, asked: argparse.Namespace, rows: list[str], scratch: Path):
         self.asked, self.rows = asked, rows
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = _device()
         self.folder = ModelFolder(resolve_model(asked.model, None))
         self.tokenizer = open_tokenizer(self.folder)
         self.texts = list(load_texts(asked.text, "text", "train"))
@@ -269,6 +269,10 @@ def _measure(asked: argparse.Namespace, rows: list[str], scratch: Path) -> dict[
         for name, row in bench.agreed().items():
             results.setdefault(name, {})["agreement"] = row
     return results
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _together(kinds: Mapping[str, list[int]]) -> dict[str, list[int]]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from compress.errors import UserError
 from eval.retrieval import MOST_FACTS, NUMBERS, PASS_KEY, QUESTION, build_haystack, score, summarize
 from tests.conftest import byte_tokenizer
 
@@ -16,6 +17,8 @@ TEXT = "The house stood by the river. Birds sang in the morning. Nobody was at h
 
 class Letters:
     """One token a character, so that questions fit."""
+
+    bos_token_id = None
 
     def __call__(self, text: str, add_special_tokens: bool = False) -> Letters:
         self.input_ids = [ord(c) for c in text]
@@ -55,12 +58,12 @@ def test_seeds_and_starts_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(first.tokens, haystack(monkeypatch).tokens)
     for change in ({"seed": 6}, {"start": 0.61}):
         assert not torch.equal(first.tokens, haystack(monkeypatch, **change).tokens)
-    with pytest.raises(ValueError, match=f"names for {MOST_FACTS} facts, not for 40"):
+    with pytest.raises(UserError, match=f"names for {MOST_FACTS} facts, not for 40"):
         haystack(monkeypatch, facts=40)
 
 
 def test_a_question_must_fit() -> None:
-    with pytest.raises(ValueError, match=f"more than {QUESTION}"):
+    with pytest.raises(UserError, match=f"more than {QUESTION}"):
         build_haystack(TEXT, byte_tokenizer(), length=2000, facts=4, start=0, seed=0)
 
 

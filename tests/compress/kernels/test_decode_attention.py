@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -144,3 +147,93 @@ def test_what_the_kernel_does_not_take() -> None:
     assert not supported(replace(taken, pre_rope=True), 64, DEVICE)
     # Half a byte of 24 channels is no power of two.
     assert not supported(taken, 24, DEVICE)
+
+
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_padding_and_sliding_window_together(name: str) -> None:
+    """Against plain attention on the keys and values themselves: not what the store says is seen."""
+    torch.manual_seed(0)
+    fine = (
+        StateScheme(bits=8, per="channel", group_size=16) if name == "int4" else StateScheme(bits=8)
+    )
+    scheme = CacheScheme(fine, StateScheme(bits=8), 0, 16)
+    padding, window, tokens = torch.tensor([0, 70]), 111, 300
+    keys, values = torch.randn(2, 2, 2, tokens, 64, device=DEVICE)
+    layer = PackedLayer(scheme, padding=padding, sliding_window=window, dtype=torch.float32)
+    layer.fused = True
+    layer.update(keys[:, :, :150], values[:, :, :150])
+    for start in range(150, tokens - 1):
+        layer.update(keys[:, :, start : start + 1], values[:, :, start : start + 1])
+    stored, _ = layer.update(keys[:, :, -1:], values[:, :, -1:])
+    q = torch.randn(2, 4, 64, device=DEVICE)
+    place = torch.arange(tokens, device=DEVICE)
+    seen = (place >= tokens - window) & (place >= padding.to(DEVICE)[:, None])
+    scores = q.unflatten(1, (2, 2)) @ keys.transpose(2, 3) / 8
+    scores = scores.masked_fill(~seen[:, None, None, :], -torch.inf)
+    expected = (scores.softmax(-1) @ values).flatten(1, 2)
+    for found in (attend(q, stored, 1 / 8), attend_reference(q, stored, 1 / 8)):
+        assert (found - expected).norm() / expected.norm() < 0.02
+
+
+# Arguments of the kernels by the kind of memory they point to.
+POINTERS = {
+    **dict.fromkeys(
+        ["q_ptr", "qp_ptr", "sink_k_ptr", "sink_v_ptr", "recent_k_ptr", "recent_v_ptr"], "bf16"
+    ),
+    **dict.fromkeys(["k_ptr", "v_ptr"], "u8"),
+    **dict.fromkeys(["ks_ptr", "kl_ptr", "vs_ptr", "vl_ptr"], "fp16"),
+    **dict.fromkeys(["fixed_k_ptr", "fixed_v_ptr", "acc_ptr", "summary_ptr", "out_ptr"], "fp32"),
+    "first_ptr": "i64",
+}
+INT4 = {"K_BITS": 4, "K_PER": 0, "K_LOW": True, "V_BITS": 4, "V_PER": 1, "V_LOW": True}
+INT2 = {**INT4, "K_BITS": 2, "V_BITS": 2, "BLOCK": 32}
+INT8 = {"K_BITS": 8, "K_PER": 1, "K_LOW": False, "V_BITS": 8, "V_PER": 1, "V_LOW": False}
+FP8_CODE = {"K_BITS": 8, "K_PER": 2, "K_LOW": False, "V_BITS": 8, "V_PER": 2, "V_LOW": False}
+
+
+@pytest.mark.parametrize(
+    ("capability", "changes"),
+    [
+        (90, INT4),
+        (90, INT2),
+        (90, INT8),
+        (90, FP8_CODE),
+        (80, {**INT4, "BLOCK": 128}),
+        (89, FP8_CODE),
+    ],
+    ids=["h200-int4", "h200-int2", "h200-int8", "h200-fp8", "a100-int4-128", "l40-fp8"],
+)
+def test_kernels_compile_for_gpus(capability: int, changes: dict[str, int]) -> None:
+    """The interpreter accepts what the compiler does not; this needs no GPU. Shared memory must fit."""
+    if capability == 90 and DEVICE.type == "cuda":
+        pytest.skip("the other tests compile here")
+    constants = {
+        "D": 128,
+        "QUERIES": 4,
+        "ROWS": 16,
+        "BLOCK": 64,
+        "K_GROUPS": 1,
+        "V_GROUPS": 1,
+        **changes,
+    }
+    script = f"""
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from compress.kernels.triton_attention import attend_kernel, combine_kernel
+pointers = {POINTERS!r}
+for kernel, constants in ((attend_kernel, {constants!r}), (combine_kernel, dict(PARTS_PADDED=128, D=128))):
+    names = kernel.arg_names
+    kinds = {{n: "*" + pointers[n] if n in pointers else "i32" for n in names}}
+    kinds |= {{n: "fp32" for n in names if n == "scaling"}} | {{n: "constexpr" for n in constants}}
+    values = {{(names.index(n),): value for n, value in constants.items()}}
+    aligned = {{(names.index(n),): [["tt.divisibility", 16]] for n in names if n in pointers}}
+    source = ASTSource(kernel, kinds, values, aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", {capability}, 32), options=dict(num_warps=4))
+    assert made.metadata.shared <= 99 * 1024, made.metadata.shared
+"""
+    plain = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=plain, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

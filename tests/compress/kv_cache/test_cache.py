@@ -223,6 +223,13 @@ def test_the_last_tokens_can_be_taken_back() -> None:
     assert layer.nbytes == layer.get_seq_length() == 0
 
 
+def test_a_mask_with_padding_on_the_right_is_refused(opened: Any) -> None:
+    _, caches = opened(FINE)
+    for mask in ([[1, 1, 1], [1, 1, 0]], [[1, 0, 1], [0, 1, 1]]):
+        with pytest.raises(ValueError, match="padding on the right: pad on the left"):
+            caches.new(torch.tensor(mask))
+
+
 def test_scales_and_schemes_must_fit() -> None:
     with pytest.raises(ValueError, match="needs its scales"):
         PackedLayer(SCHEMES["fp8"])

@@ -62,6 +62,9 @@ def test_bytes_by_hand() -> None:
         (["stages=[quantize]"], "kv_cache=int4 needs kv_cache among the stages"),
         (["stages=[kv_cache,quantize]"], "in this order"),
         (["head=int8"], "head needs quantize among the stages"),
+        (["transforms=awq_scale"], "transforms needs quantize among the stages"),
+        (["export=bitsandbytes"], "export=bitsandbytes holds quantized weights"),
+        (["context.generated=0"], r"context.generated=0 is not allowed"),
     ],
 )
 def test_what_is_refused(words: list[str], sentence: str) -> None:
@@ -74,8 +77,14 @@ def test_more_that_is_refused() -> None:
         parse(compose_settings(["recipe=rtn-int4", "stages=[quantize,kv_cache]"]))
     with pytest.raises(UserError, match="must be the same floats, or both integers"):
         CacheScheme(StateScheme("float", 8, "tensor"), StateScheme())
+    both = ["recipe=llm-int8", "stages=[quantize,kv_cache]"]
     with pytest.raises(UserError, match="export=bitsandbytes has no place for the scales"):
-        parse(compose_settings(["recipe=kv-fp8", "export=bitsandbytes"]))
+        parse(compose_settings([*both, "kv_cache=fp8"]))
+    assert parse(compose_settings([*both, "kv_cache=int4"])).cache is not None
+    with pytest.raises(UserError, match=r"kv_cache.keys.rotate=true is for integers"):
+        parse(compose_settings(["recipe=kv-fp8", "kv_cache.keys.rotate=true"]))
+    with pytest.raises(UserError, match=r"kv_cache.pre_rope=true is for integers"):
+        parse(compose_settings(["recipe=kv-fp8", "kv_cache.pre_rope=true"]))
     with pytest.raises(UserError, match=r"group_size=4 is not used with kv_cache.keys.per=head"):
         CacheScheme(StateScheme("float", 8, "head", 4), StateScheme("float", 8, "head", 4))
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from compress.errors import UserError
-from compress.export.audit import AuditError, audit
+from compress.export.audit import AuditError, audit, verify, write_manifest
 from compress.export.formats import FORMATS, Weights
 from compress.kv_cache.folder import scales_of, scheme_of
 from compress.kv_cache.scheme import CacheScheme, StateScheme
@@ -176,9 +176,34 @@ def test_the_audit_sees_other_scales(
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(AuditError, match="scales of the cache differ"):
         audit(folder, ModelFolder(checkpoint.path))
+    stated = exported(folder, tmp_path / "stated")
+    config = stated.config
+    config["quantization_config"]["kv_cache_scheme"]["num_bits"] = 4
+    write_json(stated.path / "config.json", config)
+    with pytest.raises(AuditError, match="kv_cache_scheme is not that of the record"):
+        audit(folder, ModelFolder(stated.path))
     other = exported(staged(tiny, tmp_path / "other", INT4, tokens), tmp_path / "other-out")
     with pytest.raises(AuditError, match="scheme of the cache differs"):
         audit(folder, other)
+
+
+@pytest.mark.parametrize("scheme", [FP8, INT4], ids=["fp8", "int4"])
+def test_a_checkpoint_of_the_cache_alone_is_verified(
+    tiny: ModelFolder, tokens: torch.Tensor, tmp_path: Path, scheme: CacheScheme
+) -> None:
+    checkpoint = exported(staged(tiny, tmp_path / "staged", scheme, tokens), tmp_path / "out")
+    write_manifest(checkpoint.path, {})
+    assert verify(checkpoint.path) == []
+    (checkpoint.path / "kv_cache.json").write_text("{}")
+    assert "kv_cache.json" in verify(checkpoint.path)[0]
+
+
+def test_an_exported_folder_is_refused(
+    tiny: ModelFolder, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    checkpoint = exported(record_of(tiny, tmp_path / "record"), tmp_path / "out")
+    with pytest.raises(UserError, match="is quantized already: choose its original"):
+        staged(checkpoint, tmp_path / "staged", INT4, tokens)
 
 
 def test_what_does_not_fit_the_model(

@@ -60,6 +60,17 @@ def test_texts_are_read_through_the_cache(staged: Stage, scheme: CacheScheme) ->
         assert torch.equal(served(tokens).logits, found)
 
 
+def test_generation_runs_through_the_cache(staged: Stage) -> None:
+    """As generating tasks do: without a word of a cache."""
+    _, folder = staged(COARSE)
+    model = load_served(folder, CPU, torch.float32)
+    prompt = torch.randint(256, (1, 60), generator=torch.Generator().manual_seed(0))
+    more = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
+    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), **more)
+    assert isinstance(out.past_key_values, PackedCache)
+    assert out.past_key_values.get_seq_length() == 67
+
+
 def test_a_folder_without_a_scheme_is_read_plainly(tiny: ModelFolder) -> None:
     tokens = torch.randint(256, (1, 20))
     with torch.no_grad():
