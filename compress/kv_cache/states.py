@@ -67,7 +67,7 @@ def quantize(states: Tensor, scheme: StateScheme, scale: Tensor | None = None) -
     """
     x = states.float()
     if scheme.rotate:
-        x = x @ _rotation(x.shape[-1], x.device)
+        x = x @ rotation(x.shape[-1], x.device)
     if scale is not None:
         return Packed(encode_float(x / scale, scheme.bits))
     grouped, share = _grouped(x, scheme)
@@ -86,29 +86,21 @@ def quantize(states: Tensor, scheme: StateScheme, scale: Tensor | None = None) -
 
 
 def dequantize(packed: Packed, scheme: StateScheme, scale: Tensor | None = None) -> Tensor:
-    """What a store stands for, float32 (batch, heads, tokens, head_dim)."""
-    x = turned(packed, scheme, scale)
-    return x @ _rotation(x.shape[-1], x.device).T if scheme.rotate else x
-
-
-def turned(packed: Packed, scheme: StateScheme, scale: Tensor | None = None) -> Tensor:
-    """As ``dequantize``, still multiplied by the Hadamard matrix if the scheme rotates."""
+    """What a store stands for, float32 (batch, heads, tokens, head_dim). scale: as for ``quantize``"""
     if scale is not None:
         return decode_float(packed.codes, scheme.bits) * scale
     assert packed.scale is not None
     codes, _ = _grouped(_unpack(packed.codes, scheme.bits).float(), scheme)
     step = _spread(packed.scale, scheme)
     low = -(2 ** (scheme.bits - 1)) * step if packed.low is None else _spread(packed.low, scheme)
-    return _ungrouped(codes * step + low, scheme)
-
-
-def rotation(head_dim: int, device: torch.device) -> Tensor:
-    """The Hadamard matrix over sqrt(head_dim) that ``rotate`` multiplies states with, from the right."""
-    return _rotation(head_dim, device)
+    x = _ungrouped(codes * step + low, scheme)
+    return x @ rotation(x.shape[-1], x.device).T if scheme.rotate else x
 
 
 @functools.lru_cache(maxsize=8)
-def _rotation(head_dim: int, device: torch.device) -> Tensor:
+def rotation(head_dim: int, device: torch.device) -> Tensor:
+    """The Hadamard matrix over sqrt(head_dim) that ``rotate`` multiplies states with, from the right:
+    float32 (head_dim, head_dim)."""
     return hadamard(head_dim).to(device, torch.float32) / math.sqrt(head_dim)
 
 
