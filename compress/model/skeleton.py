@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -11,12 +12,29 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from compress.errors import UserError
 from compress.model.folder import ModelFolder
 
+# The elementwise functions that torch gives to MKL's vector library on x86 (aten/src/ATen/cpu/vml.h).
+VECTOR_MATH = "acos asin atan cos erf erfc erfinv exp log log10 log2 sin sqrt tan tanh trunc"
+
+
+@functools.cache
+def settle_vector_math() -> None:
+    """Have MKL choose its vector functions before threads call them; once in a process.
+
+    MKL 2024 chooses one at its first call. Where that call comes from several threads at a time, one
+    of them may compute its share with half the bits: a process in a hundred on a busy machine, in its first
+    rotary embedding (pytorch/pytorch#188792). A single element stays on the calling thread.
+    """
+    for dtype in (torch.float32, torch.float64):
+        for name in VECTOR_MATH.split():
+            getattr(torch, name)(torch.full((1,), 0.5, dtype=dtype))
+
 
 def empty_model(folder: ModelFolder, dtype: torch.dtype) -> Any:
     """The transformers model of a folder, all parameters on the meta device, in eval mode.
 
     Buffers that no checkpoint stores (rotary frequencies) are real, on the CPU.
     """
+    settle_vector_math()
     settings = {k: v for k, v in folder.config.items() if k != "quantization_config"}
     try:
         config = AutoConfig.for_model(**settings)

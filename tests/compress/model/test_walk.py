@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from compress.errors import UserError
 from compress.model.families import LLAMA
 from compress.model.folder import ModelFolder
-from compress.model.skeleton import assign, empty_model
+from compress.model.skeleton import assign, empty_model, settle_vector_math
 from compress.model.walk import Walk
 
 
@@ -81,3 +82,26 @@ def test_wrong_shapes_are_named(tiny: ModelFolder) -> None:
         assign(model, "model.norm.weight", torch.zeros(3))
     with pytest.raises(UserError, match=r"no tensor model.nothing"):
         assign(model, "model.nothing", torch.zeros(3))
+
+
+def test_vector_functions_are_called_once_before_the_first_model(tiny: ModelFolder) -> None:
+    """Their first call must not come from several threads: one element stays on this one."""
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if args and isinstance(args[0], torch.Tensor):
+                seen.append((function.overloadpacket.__name__, args[0].dtype, args[0].numel()))
+            return function(*args, **(kwargs or {}))
+
+    seen: list[tuple[str, torch.dtype, int]] = []
+    settle_vector_math.cache_clear()
+    with Calls():
+        empty_model(tiny, torch.float32)
+    for name in ("cos", "sin", "exp", "log", "sqrt", "tanh", "erf"):
+        for dtype in (torch.float32, torch.float64):
+            sizes = [n for what, kind, n in seen if (what, kind) == (name, dtype)]
+            assert sizes[:1] == [1], (name, dtype)
+    seen.clear()
+    with Calls():
+        empty_model(tiny, torch.float32)
+    assert not any(what == "erf" for what, _, _ in seen), "once in a process"
