@@ -218,6 +218,11 @@ def quantization_config(
         # while loading. It takes the first scheme for all, so a mixed file must not carry it.
         # vLLM 0.32 ignores it.
         config["dequantize"] = True
+        if cache is not None:
+            log.warning(
+                "transformers unpacks these weights while loading and then keeps the cache in 16 bits, "
+                "whatever the checkpoint says; vLLM reads its scales"
+            )
     return config
 
 

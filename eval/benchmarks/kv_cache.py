@@ -154,12 +154,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         results = _measure(asked, rows, Path(scratch))
     print(_table(results))
+
+
+def _keep(asked: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Write what is known so far: the whole takes hours on a CPU."""
     if asked.out:
         facts = {k: v for k, v in vars(asked).items() if k not in ("out", "only")}
-        write_json(
-            asked.out,
-            {**facts, "environment": environment(_device()), "results": results},
-        )
+        write_json(asked.out, {**facts, "environment": environment(_device()), "results": results})
 
 
 class _Bench:
@@ -262,12 +263,15 @@ def _measure(asked: argparse.Namespace, rows: list[str], scratch: Path) -> dict[
     if asked.windows:
         for name, row in bench.positions().items():
             results.setdefault(name, {}).update(row)
+        _keep(asked, results)
     for length in asked.lengths if asked.haystacks else ():
         for name, kinds in bench.facts(length).items():
             results.setdefault(name, {}).setdefault("retrieval", {})[str(length)] = kinds
+        _keep(asked, results)
     if asked.prompts:
         for name, row in bench.agreed().items():
             results.setdefault(name, {})["agreement"] = row
+        _keep(asked, results)
     return results
 
 

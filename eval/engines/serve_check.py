@@ -15,23 +15,31 @@ we would be with the inputs left alone, where that makes a clear difference: wit
 weights cost most of it, it does not, and passing says no more than that the weights are read right. That
 linears compute the same number by number is a test (tests/compress/export/test_eight_bits.py).
 
-A cache in 8-bit floats is rounded in the same sense; engines also convert to E4M3 in different ways. There an
-engine passes if its distance to the original is between half and twice ours.
+A cache in 8-bit floats is rounded in the same sense, and engines convert to E4M3 in different ways. There the
+same checkpoint read with a 16-bit cache is what counts: an engine passes if it strays from that between half
+and twice as far as we do, is much nearer to it than to the original where weights are quantized too, and
+moves much further once the stored scales are divided by CLIP (so one that computes scales of its own, or
+keeps the cache in 16 bits, fails). transformers does keep 16 bits where the checkpoint asks it to unpack
+the weights while loading; it is then compared with our reader doing so.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -39,7 +47,7 @@ from calibration.texts import load_texts
 from calibration.tokens import evaluation_windows
 from compress.compose import compose_settings
 from compress.export.formats import Weights
-from compress.kv_cache.folder import scheme_of
+from compress.kv_cache.folder import SCALES, scheme_of
 from compress.model.folder import ModelFolder
 from compress.model.sources import open_tokenizer, resolve_model
 from compress.quantize.qtensor import QTensor
@@ -55,7 +63,15 @@ TOLERANCE = 0.1
 NEARER = 0.5
 # With rounded inputs: how far the distances of ours and theirs to the original may be apart.
 ALIKE = 0.25
+# With a cache in 8-bit floats: how far our and their distances to the 16-bit cache may be apart, what the
+# stored scales are divided by (most keys and values are clipped then), and how many times their distance to
+# the 16-bit cache an answer must move then.
+CACHE_ALIKE = 2.0
+CLIP = 16.0
+CLIPPED = 2.0
 BF16, CPU = torch.bfloat16, torch.device("cpu")
+# A checkpoint and tokens (prompts, length) -> log-probabilities (prompts, length - 1), greedy answers.
+Ask = Callable[[Path, Tensor], tuple[Tensor, list[list[int]]]]
 
 
 @dataclass(frozen=True)
@@ -78,6 +94,9 @@ CASES = {
     "llm-int8": Case(("recipe=llm-int8",), vllm=False),
     "kv-fp8": Case(("recipe=kv-fp8", "context=none")),
     "awq-int4-kv-fp8": Case(("recipe=awq-int4-kv-fp8", "context=none")),
+    "awq-int4-kv-fp8 symmetric": Case(
+        ("recipe=awq-int4-kv-fp8", "scheme.symmetric=true", "context=none"), vllm=False
+    ),
 }
 
 
@@ -124,27 +143,32 @@ def check(folder: Path, original: Tensor, tokens: Tensor, vllm_python: str | Non
     """Print how far each engine is from our reader; True if all pass. Without a python no vLLM."""
     exported = ModelFolder(folder)
     tokenizer, weights = open_tokenizer(exported), Weights(exported)
-    rounded, cached = False, scheme_of(exported) is not None
+    rounded = False
     if weights.linears:
         q = weights.get(f"{next(iter(weights.linears))}.weight")
         rounded = isinstance(q, QTensor) and q.inputs is not None
     model = load_served(exported, CPU, BF16)
     ours = log_probs(model, tokens)
-    loss = float((ours - original).abs().mean())
+    loss = _apart(ours, original)
     for linear in model.modules():
         linear._forward_pre_hooks.clear()
-    alone = float((log_probs(model, tokens) - original).abs().mean())
+    alone = _apart(log_probs(model, tokens), original)
     del model
+    cached = scheme_of(exported) is not None
+    wide = log_probs(load_dense(exported, CPU, BF16), tokens) if cached else ours
+    unpacked = bool((exported.config.get("quantization_config") or {}).get("dequantize"))
     passed = True
-    engines = {"transformers": lambda: ask_transformers(folder, tokens)}
+    engines: dict[str, Ask] = {"transformers": ask_transformers}
     if vllm_python is not None:
-        engines["vllm"] = lambda: ask_vllm(vllm_python, folder, tokens)
+        engines["vllm"] = functools.partial(ask_vllm, vllm_python)
     for name, ask in engines.items():
-        theirs, answers = ask()
-        distance = float((theirs - ours).abs().mean())
-        to_original = float((theirs - original).abs().mean())
-        if cached:
-            good = 0.5 < to_original / loss < 2
+        theirs, answers = ask(folder, tokens)
+        keeps = cached and not (unpacked and name == "transformers")
+        distance, to_original = _apart(theirs, ours if keeps else wide), _apart(theirs, original)
+        note = f"with inputs left alone {alone:.4f}"
+        if keeps:
+            good, note = _check_cache(exported, ask, tokens, ours=ours, theirs=theirs, wide=wide)
+            good &= not weights.linears or _apart(theirs, wide) < NEARER * to_original
         elif rounded:
             nearer = abs(to_original - loss) < abs(to_original - alone)
             telling = abs(alone / loss - 1) > ALIKE
@@ -152,14 +176,46 @@ def check(folder: Path, original: Tensor, tokens: Tensor, vllm_python: str | Non
         else:
             good = distance < TOLERANCE and distance < NEARER * to_original
         passed &= good
+        reader = "our reader with a 16-bit cache" if cached and not keeps else "our reader"
         print(
-            f"{'ok  ' if good else 'FAIL'} {name}: |difference| of log-probabilities {distance:.4f} to our "
-            f"reader, {to_original:.4f} to the original (ours {loss:.4f}, "
-            f"with inputs left alone {alone:.4f}); says "
+            f"{'ok  ' if good else 'FAIL'} {name}: |difference| of log-probabilities {distance:.4f} to "
+            f"{reader}, {to_original:.4f} to the original (ours {loss:.4f}, {note}); says "
             f"{tokenizer.decode(answers[0])!r}",
             flush=True,
         )
     return passed
+
+
+def _check_cache(
+    exported: ModelFolder, ask: Ask, tokens: Tensor, *, ours: Tensor, theirs: Tensor, wide: Tensor
+) -> tuple[bool, str]:
+    """Whether an engine keeps the cache as the checkpoint says, and the figures that tell. wide: ours with
+    the cache in 16 bits"""
+    loss, their_loss = _apart(ours, wide), _apart(theirs, wide)
+    with tempfile.TemporaryDirectory() as scratch:
+        clipped, _ = ask(_clip(exported.path, Path(scratch) / "clipped"), tokens)
+    moved = _apart(clipped, theirs)
+    good = 1 / CACHE_ALIKE < their_loss / loss < CACHE_ALIKE and moved > CLIPPED * their_loss
+    return good, (
+        f"to a 16-bit cache {their_loss:.4f}, ours {loss:.4f}, moved by clipped scales {moved:.4f}"
+    )
+
+
+def _clip(folder: Path, copy: Path) -> Path:
+    """A copy of a checkpoint whose cache scales are a CLIP-th."""
+    shutil.copytree(folder, copy)
+    for file in copy.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in tensors:
+            if name.endswith(SCALES):
+                tensors[name] = tensors[name] / CLIP
+        save_file(tensors, file, metadata={"format": "pt"})
+    return copy
+
+
+def _apart(some: Tensor, other: Tensor) -> float:
+    """Mean |difference| in nats per token."""
+    return float((some - other).abs().mean())
 
 
 def export_demo(directory: Path, words: tuple[str, ...]) -> Path:
