@@ -250,11 +250,11 @@ def _check_stages(settings: RecipeConfig) -> None:
             f"the stage repair needs one method of: {', '.join(REPAIRS)}, as in repair=kl; and "
             "repair=kl needs repair among the stages"
         )
-    if ("kv_cache" in stages) != (settings.kv_cache is not None):
-        raise UserError(
-            "the stage kv_cache needs a scheme, as in kv_cache=int4; and kv_cache=int4 needs kv_cache "
-            "among the stages"
-        )
+    if "kv_cache" in stages and settings.kv_cache is None:
+        raise UserError("the stage kv_cache needs a scheme: add one, as in kv_cache=int4")
+    if settings.kv_cache is not None and "kv_cache" not in stages:
+        wanted = ",".join([*stages, "kv_cache"])
+        raise UserError(f"kv_cache is set, but no stage reads it: add stages=[{wanted}]")
 
 
 def _cache_scheme(settings: RecipeConfig) -> CacheScheme:

@@ -255,7 +255,7 @@ def check_context(config: ContextConfig, model: ModelFolder) -> None:
     limit = model.config.get("max_position_embeddings")
     asked = {
         "context.tokens": config.tokens,
-        "context.prompt_tokens": config.prompt_tokens + config.generated,
+        "context.prompt_tokens + context.generated": config.prompt_tokens + config.generated,
         "context.lengths": max(config.lengths, default=0),
     }
     for key, tokens in asked.items():

@@ -56,7 +56,7 @@ def evaluate_text(
     nll, base_nll, kl, top1 = columns
     if base is None:
         return {"candidate": _perplexity(nll)}
-    divergence = {"kl_p99": float(torch.cat(kl).quantile(0.99))}
+    divergence: dict[str, float | None] = {"kl_p99": float(torch.cat(kl).quantile(0.99))}
     divergence["kl"], divergence["kl_stderr"] = mean_and_stderr(kl)
     divergence["top1"], divergence["top1_stderr"] = mean_and_stderr(top1)
     return {"candidate": _perplexity(nll) | divergence, "base": _perplexity(base_nll)}
@@ -66,7 +66,7 @@ def _perplexity(nll: list[Tensor]) -> dict[str, Any]:
     mean, stderr = mean_and_stderr(nll)
     return {
         "perplexity": math.exp(mean),
-        "perplexity_stderr": math.exp(mean) * stderr,
+        "perplexity_stderr": None if stderr is None else math.exp(mean) * stderr,
         "tokens": sum(len(n) for n in nll),
         "windows": len(nll),
     }
@@ -91,9 +91,11 @@ def _window(logits: Tensor, base_logits: Tensor | None, tokens: Tensor) -> tuple
     return tuple(torch.cat(column).cpu() for column in zip(*rows, strict=True))
 
 
-def mean_and_stderr(per_window: list[Tensor]) -> tuple[float, float]:
+def mean_and_stderr(per_window: list[Tensor]) -> tuple[float, float | None]:
+    """Mean over all tokens and its standard error over windows; None of a single window, which shows no
+    spread."""
     mean = float(torch.cat(per_window).double().mean())
     if len(per_window) < 2:
-        return mean, math.nan
+        return mean, None
     means = torch.stack([w.double().mean() for w in per_window])
     return mean, float(means.std() / len(means) ** 0.5)

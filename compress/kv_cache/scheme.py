@@ -86,7 +86,8 @@ class StateScheme:
                 f"{key}.group_size={size} is not used with {key}.per={self.per}: leave it out"
             )
         if (self.per == "channel" and size is None) or (size is not None and size < 2):
-            raise UserError(f"{key}.group_size={size} is not allowed: choose 2 or more")
+            given = "null" if size is None else size
+            raise UserError(f"{key}.group_size={given} is not allowed: choose 2 or more")
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def check(source: ModelFolder, scheme: CacheScheme) -> None:
         if head_dim % (8 // state.bits) or (size is not None and head_dim % size):
             raise UserError(
                 f"kv_cache.{key} with bits={state.bits} and group_size={size} does not divide the head size "
-                f"{head_dim} of {source.path}"
+                f"{head_dim} of {source.path}: choose a group_size that does"
             )
         if state.rotate and core_order(head_dim) is None:
             raise UserError(
@@ -126,7 +126,8 @@ def calibrate(
             if not torch.isfinite(largest).all():
                 raise UserError(f"{prefix} of {source.path} gives keys or values of NaN or Inf")
             scales[f"{prefix}.{name}"] = _scale(largest, scheme.keys).cpu()
-        log.info("%s: %s", prefix, ", ".join(f"{float(x.max()):.2f}" for x in layer.largest))
+        keys, values = (float(largest.max()) for largest in layer.largest)
+        log.info("%s: largest |key| %.2f, |value| %.2f", prefix, keys, values)
     return scales
 
 

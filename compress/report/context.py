@@ -11,7 +11,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from compress.report.table import ABSENT, markdown
+from compress.report.table import ABSENT, markdown, with_error
 
 TABLE, PICTURE = "context.md", "heads.png"
 
@@ -32,15 +32,16 @@ def context_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
             [
                 f"{i * size}-{(i + 1) * size - 1}",
                 f"{base['positions']['bucket_perplexity'][i]:.2f}",
-                f"{kl:.5f} ±{positions['bucket_kl_stderr'][i]:.5f}",
+                with_error(kl, positions["bucket_kl_stderr"][i], "{:.5f}"),
                 f"{positions['bucket_nll_difference'][i]:+.5f}",
             ]
         )
     text = f"{candidate['text']}: {positions['windows']} windows of {candidate['window']} tokens. "
     share = positions["cache_bytes"] / base["positions"]["cache_bytes"]
+    overall = with_error(positions["kl"], positions["kl_stderr"], "{:.5f}")
     text += (
         f"Cache of a window: {positions['cache_bytes'] / 1e6:.2f} MB, {share:.3f} of 16 bits; KL in "
-        f"nats per token, all positions {positions['kl']:.5f} ±{positions['kl_stderr']:.5f}, 99th percentile "
+        f"nats per token, all positions {overall}, 99th percentile "
         f"{positions['kl_p99']:.5f}, top-1 agreement {positions['top1']:.2%}.\n\n{markdown(lines)}"
     )
     if candidate["retrieval"]:

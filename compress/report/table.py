@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -98,9 +99,14 @@ def _context(found: Mapping[str, Any] | None, base: Mapping[str, Any] | None) ->
 
 
 def _with_error(values: Mapping[str, float], key: str, form: str) -> str:
-    if key not in values:
-        return ABSENT
-    return f"{form.format(values[key])} ±{form.format(values[f'{key}_stderr']).rstrip('%')}"
+    return with_error(values[key], values[f"{key}_stderr"], form) if key in values else ABSENT
+
+
+def with_error(value: float, stderr: float | None, form: str) -> str:
+    """A figure with its standard error, if it has one: a single window shows no spread."""
+    if stderr is None or math.isnan(stderr):
+        return form.format(value)
+    return f"{form.format(value)} ±{form.format(stderr).rstrip('%')}"
 
 
 def _task(score: Mapping[str, float] | None) -> str:

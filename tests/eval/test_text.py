@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 
+from compress.report.table import with_error
 from eval.text import evaluate_text, token_kl
 
 VOCABULARY, WINDOW = 11, 300
@@ -55,6 +57,18 @@ def test_a_model_against_itself_shows_no_difference() -> None:
     found = evaluate_text(lambda t: table[t], windows, lambda t: table[t])["candidate"]
     assert found["kl"] == pytest.approx(0, abs=1e-6)
     assert found["top1"] == 1.0
+
+
+def test_one_window_shows_no_spread() -> None:
+    table = torch.randn(VOCABULARY, VOCABULARY)
+    windows = torch.randint(VOCABULARY, (1, 50))
+    found = evaluate_text(lambda t: table[t], windows, lambda t: -table[t])["candidate"]
+    assert found["kl"] > 0
+    assert found["kl_stderr"] is found["perplexity_stderr"] is found["top1_stderr"] is None
+    # JSON has no NaN, and a table says nothing rather than "±nan".
+    json.dumps(found, allow_nan=False)
+    assert with_error(found["kl"], found["kl_stderr"], "{:.1f}") == f"{found['kl']:.1f}"
+    assert with_error(0.5, 0.25, "{:.1%}") == "50.0% ±25.0"
 
 
 def test_without_a_base_there_is_no_divergence() -> None:

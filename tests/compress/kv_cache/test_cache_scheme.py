@@ -54,12 +54,12 @@ def test_bytes_by_hand() -> None:
         (["kv_cache.keys.bits=3"], r"kv_cache.keys.bits=3 is not allowed: choose 2, 4, 8"),
         (["kv_cache.keys.per=row"], r"kv_cache.keys.per=row is not allowed: choose channel, token"),
         (["kv_cache.values.per=channel", "kv_cache.values.group_size=64"], "no outlier channels"),
-        (["kv_cache.keys.group_size=null"], r"kv_cache.keys.group_size=None is not allowed"),
+        (["kv_cache.keys.group_size=null"], r"kv_cache.keys.group_size=null is not allowed"),
         (["kv_cache.keys.type=float"], r"keys.per=channel is not allowed with kv_cache.keys.type"),
         (["kv_cache.window=-1"], r"kv_cache.window=-1 is not allowed: choose 0 or more"),
         (["+kv_cache.keys.bitz=4"], r"kv_cache.keys.bitz is not known: known are type, bits"),
         (["kv_cache.sinks=few"], r"kv_cache.sinks"),
-        (["stages=[quantize]"], "kv_cache=int4 needs kv_cache among the stages"),
+        (["stages=[quantize]"], r"kv_cache is set.* add stages=\[quantize,kv_cache\]"),
         (["stages=[kv_cache,quantize]"], "in this order"),
         (["head=int8"], "head needs quantize among the stages"),
         (["transforms=awq_scale"], "transforms needs quantize among the stages"),
@@ -73,7 +73,9 @@ def test_what_is_refused(words: list[str], sentence: str) -> None:
 
 
 def test_more_that_is_refused() -> None:
-    with pytest.raises(UserError, match=r"kv_cache needs a scheme, as in kv_cache=int4"):
+    with pytest.raises(
+        UserError, match=r"stage kv_cache needs a scheme: add one, as in kv_cache=int4"
+    ):
         parse(compose_settings(["recipe=rtn-int4", "stages=[quantize,kv_cache]"]))
     with pytest.raises(UserError, match="must be the same floats, or both integers"):
         CacheScheme(StateScheme("float", 8, "tensor"), StateScheme())
