@@ -36,7 +36,7 @@ from compress.kv_cache.stage import quantize_cache
 from compress.model.folder import ModelFolder, write_json
 from compress.model.sources import open_tokenizer, resolve_model
 from compress.progress import track
-from compress.report.table import markdown
+from compress.report.table import markdown, with_error
 from compress.runtime.cached import Caches, Reader
 from compress.runtime.load import load_dense
 from eval.context import agreement, by_position
@@ -308,7 +308,7 @@ def _table(results: Mapping[str, Any]) -> str:
             cells[1:6] = [
                 f"{row['share']:.4f}",
                 f"{row['share_by_scheme']:.4f}" if "share_by_scheme" in row else "-",
-                f"{row['kl']:.5f} ±{row['kl_stderr']:.5f}",
+                with_error(row["kl"], row["kl_stderr"], "{:.5f}"),
                 f"{row['bucket_kl'][-1]:.5f}",
                 f"{row['top1']:.2%}",
             ]
