@@ -28,7 +28,7 @@ from compress.model.families import family_of
 from compress.model.folder import ModelFolder, read_json, write_json
 from compress.model.sources import open_tokenizer, resolve_model
 from compress.model.walk import Walk
-from compress.report.table import METRICS
+from compress.report.table import METRICS, with_error
 from compress.runtime.load import load_dense
 from eval.text import evaluate_text
 
@@ -121,7 +121,9 @@ def main() -> None:
     texts = list(next(iter(results.values()))["texts"])
     print(f"| | {' | '.join(f'KL {text}' for text in texts)} |\n" + "|---" * (len(texts) + 1) + "|")
     for name, row in results.items():
-        cells = [f"{row['texts'][t]['kl']:.4f} ±{row['texts'][t]['kl_stderr']:.4f}" for t in texts]
+        cells = [
+            with_error(row["texts"][t]["kl"], row["texts"][t]["kl_stderr"], "{:.4f}") for t in texts
+        ]
         print(f"| {name} | {' | '.join(cells)} |")
     if asked.out:
         facts = {"channels": asked.channels, "factor": asked.factor, "tokens": asked.tokens}

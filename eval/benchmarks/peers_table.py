@@ -40,6 +40,7 @@ from compress.environment import environment
 from compress.measure import measure_accuracy, measure_size, open_windows
 from compress.model.folder import ModelFolder, read_json, write_json
 from compress.model.sources import open_tokenizer, resolve_model
+from compress.report.table import with_error
 from compress.runtime.load import load_dense
 
 PEERS = Path(__file__).parent / "peers"
@@ -254,7 +255,9 @@ def as_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     for name, r in results.items():
         # auto-round's files hold the dequantized weights: its codes, scales and zero points take as much.
         cells = [f"{r['size']['bits_linears']:.2f}" if "size" in r else "as above"]
-        cells += [f"{r['texts'][t]['kl']:.4f} ±{r['texts'][t]['kl_stderr']:.4f}" for t in texts]
+        cells += [
+            with_error(r["texts"][t]["kl"], r["texts"][t]["kl_stderr"], "{:.4f}") for t in texts
+        ]
         cells += [f"{r['texts'][t]['perplexity']:.2f}" for t in texts]
         cells += [f"{100 * r['texts'][t]['top1']:.1f}%" for t in texts]
         cells += [f"{r['seconds']:.0f}", f"{r['cpu_seconds']:.0f}"]
