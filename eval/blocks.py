@@ -33,7 +33,7 @@ def block_divergence(
     """
     totals, count = [0.0] * len(base_blocks), 0
     for tokens in windows:
-        calls = _record(base, base_blocks, tokens.unsqueeze(0))
+        calls = block_calls(base, base_blocks, tokens.unsqueeze(0))
         last = base_blocks[-1](calls[-1][0], **calls[-1][1])
         count += len(tokens) - 1
         for i, block in enumerate(candidate_blocks):
@@ -44,7 +44,7 @@ def block_divergence(
     return [total / count for total in totals]
 
 
-def _record(
+def block_calls(
     model: Any, blocks: Sequence[nn.Module], tokens: Tensor
 ) -> list[tuple[Tensor, dict[str, Any]]]:
     """What each block is called with: hidden states and the rest."""

@@ -25,6 +25,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # What the cache of keys and values is kept in; see compress.kv_cache.folder.
 KV_CACHE = "kv_cache.json"
+# What pruning left of the original; see compress.prune.cut.
+PRUNED = "prune.json"
 READABLE = 0o644
 # Tables that follow from config.json; early Llama checkpoints stored them.
 DERIVED = ("rotary_emb.inv_freq",)
@@ -40,6 +42,7 @@ COMPANIONS = (
     "LICENSE*",
     "NOTICE*",
     KV_CACHE,
+    PRUNED,
 )
 # Bytes of an element, by the name safetensors gives its type.
 BYTES = {

@@ -34,12 +34,18 @@ def empty_model(folder: ModelFolder, dtype: torch.dtype) -> Any:
 
     Buffers that no checkpoint stores (rotary frequencies) are real, on the CPU.
     """
-    settle_vector_math()
-    settings = {k: v for k, v in folder.config.items() if k != "quantization_config"}
     try:
-        config = AutoConfig.for_model(**settings)
+        return model_of(folder.config, dtype)
     except (ValueError, TypeError) as error:
         raise UserError(f"{folder.path}/config.json is not usable: {error}") from error
+
+
+def model_of(settings: dict[str, Any], dtype: torch.dtype) -> Any:
+    """The same of a config.json by itself. Raises ValueError or TypeError for one that does not fit."""
+    settle_vector_math()
+    config = AutoConfig.for_model(
+        **{k: v for k, v in settings.items() if k != "quantization_config"}
+    )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for path, module in list(model.named_modules()):

@@ -146,6 +146,10 @@ class Walk:
         """A tensor in the model's dtype: some files keep norms or everything in float32."""
         return self.source.tensor(name).to(device=self.device, dtype=self.folder.dtype)
 
+    def call_of(self, index: int) -> tuple[dict[str, Any], int]:
+        """What the model hands a block besides hidden states, and how many sequences run at once."""
+        return self._arguments[index], self._rows
+
     @torch.no_grad()
     def enter(self, index: int) -> Activations:
         """What enters the opened block, which has its original weights still."""

@@ -1,0 +1,122 @@
+"""The prune stage: a model folder in, a smaller plain folder out, one decoder block in memory at a time.
+
+Shapes are uniform over the blocks, so that plain transformers and engines load the folder as a dense model.
+What is left is refitted to the original's own stream by least squares, block by block: each half of a block
+makes up for what it lost and for what the blocks before it did (as OSSCAR, arXiv 2403.12983, does for a
+layer's own output), a block before dropped ones for those too.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.errors import UserError
+from compress.model.families import family_of
+from compress.model.folder import ModelFolder
+from compress.progress import track
+from compress.prune.budget import wanted
+from compress.prune.cut import Plan, cut
+from compress.prune.knobs import Prune
+from compress.prune.shape import Anatomy, Shape, anatomy, twin_of
+from compress.prune.survey import Survey, survey
+from compress.quantize.record import KEY
+from compress.quantize.repair import divergence
+from compress.runtime.load import load_dense
+
+log = logging.getLogger(__name__)
+
+# Sequences on which candidates are told apart: the last ones, which their trial cut does not see.
+JUDGED = 8
+
+
+def check(source: ModelFolder, knobs: Prune, sequences: int) -> None:
+    """Raises UserError if the recipe does not fit the model; reads no weights."""
+    if "quantization_config" in source.config or KEY in source.config:
+        raise UserError(f"{source.path} is quantized already: prune its 16-bit original")
+    found = anatomy(source, family_of(source.config))
+    shape = wanted(found, knobs)
+    for candidate in shape:
+        twin_of(source.config, found, candidate)
+    if len(shape) > 1 and sequences < knobs.trial_sequences + JUDGED:
+        raise UserError(
+            f"prune.candidates={knobs.candidates} needs {knobs.trial_sequences + JUDGED} sequences to tell "
+            f"them apart: raise data.sequences from {sequences}, or set prune.candidates=1"
+        )
+
+
+def prune(
+    source: ModelFolder, target: Path, knobs: Prune, *, tokens: Tensor, device: torch.device
+) -> dict[str, Any]:
+    """Write the pruned model to ``target``. tokens: calibration tokens (sequences, length).
+
+    Returns what metrics.json keeps: the shape before and after, candidates with their divergence, the
+    survey, and per block the relative errors of attention and MLP and how far its stream is from the
+    original's.
+
+    Raises UserError as ``check`` does, and for activations that are not finite.
+    """
+    check(source, knobs, len(tokens))
+    found = anatomy(source, family_of(source.config))
+    candidates = wanted(found, knobs)
+    start = time.perf_counter()
+    surveyed = survey(source, found, tokens, device, drop_one=knobs.depth == "perplexity")
+    log.info("surveyed %d blocks in %.1f s", found.shape.layers, time.perf_counter() - start)
+    plans = [_plan(found, shape, surveyed, knobs) for shape in candidates]
+    plan, trials = _judged(source, plans, tokens, device)
+    blocks = cut(source, target, plan, tokens, device)
+    shape = plan.shape
+    old = found.shape
+    return {
+        "prune": {
+            "shape": {"before": vars(old), "after": vars(shape)},
+            "parameters": [found.parameters(s) for s in (old, shape)],
+            "block_parameters": [found.block_parameters(s) for s in (old, shape)],
+            "predicted_speedup": found.step_bytes(old) / found.step_bytes(shape),
+            "candidates": trials,
+            "survey": surveyed.report(),
+            "blocks": blocks,
+        }
+    }
+
+
+def _plan(found: Anatomy, shape: Shape, surveyed: Survey, knobs: Prune) -> Plan:
+    layers = surveyed.layers(shape.layers, knobs.depth)
+    return Plan(found, shape, layers, surveyed.kept_channels(shape.hidden), knobs)
+
+
+def _judged(
+    source: ModelFolder, plans: list[Plan], tokens: Tensor, device: torch.device
+) -> tuple[Plan, list[dict[str, Any]]]:
+    """The best plan: each is tried on few sequences and compared with the original on others."""
+    if len(plans) == 1:
+        return plans[0], []
+    judged, seen = tokens[-JUDGED:], tokens[: plans[0].knobs.trial_sequences]
+    states, head = _final_states(source, judged, device)
+    trials = []
+    for plan in track(plans, "try shapes"):
+        with tempfile.TemporaryDirectory() as scratch:
+            trial = Path(scratch) / "trial"
+            cut(source, trial, plan, seen, device)
+            ours, our_head = _final_states(ModelFolder(trial), judged, device)
+        kl, _ = divergence(ours, our_head, states, head)
+        parameters = plan.found.block_parameters(plan.shape)
+        trials.append({**vars(plan.shape), "block_parameters": parameters, "kl": kl})
+        log.info("%s: KL %.4f on %d sequences", plan.shape, kl, len(judged))
+    return plans[min(range(len(trials)), key=lambda i: trials[i]["kl"])], trials
+
+
+@torch.no_grad()
+def _final_states(
+    folder: ModelFolder, tokens: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Hidden states behind the final norm (sequences, length, hidden), and the head."""
+    model = load_dense(folder, device, folder.dtype)
+    rows = [model.model(row.unsqueeze(0).to(device), use_cache=False)[0] for row in tokens]
+    return torch.cat(rows), model.get_output_embeddings().weight.detach()

@@ -1,0 +1,170 @@
+"""What matters in a model, before anything is cut: one forward pass over the calibration tokens, block by
+block.
+
+X (sequences, length, hidden)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.errors import UserError
+from compress.model.families import Family
+from compress.model.folder import ModelFolder
+from compress.model.walk import Walk
+from compress.progress import track
+from compress.prune.importance import Sizes
+from compress.prune.shape import Anatomy
+from compress.prune.streams import Passage
+from compress.runtime.load import load_dense
+from eval.blocks import block_calls
+from eval.text import ROWS, token_nll
+
+DEPTHS = ("influence", "contiguous", "perplexity")
+# Tokens whose states behind every block are kept, to compare blocks that are not neighbours.
+SAMPLE = 2048
+# Sequences that the drop-one perplexity is taken on.
+DROP_ONE = 8
+
+
+@dataclass
+class Survey:
+    """influence: 1 - cos of what enters and leaves a block (ShortGPT, arXiv 2403.03853, section 3.1), by
+    block. heads (layers, heads), neurons (layers, mlp), channels (hidden,): sizes of activations as
+    Minitron aggregates them; of channels, behind all norms of the blocks, summed. states (layers + 1,
+    tokens, hidden)"""
+
+    influence: list[float]
+    heads: Tensor
+    neurons: Tensor
+    channels: Tensor
+    states: Tensor
+    drop_one: list[float] | None = None
+
+    def report(self) -> dict[str, Any]:
+        """What is drawn and kept in metrics.json: neurons as 64 quantiles a block."""
+        quantiles = torch.linspace(0, 1, 64, dtype=torch.float64)
+        found = {
+            "influence": self.influence,
+            "heads": self.heads.tolist(),
+            "neurons": self.neurons.cpu().quantile(quantiles, dim=1).T.tolist(),
+            "channels": self.channels.tolist(),
+        }
+        return found if self.drop_one is None else found | {"drop_one": self.drop_one}
+
+    def layers(self, count: int, depth: str) -> list[int]:
+        """The ``count`` blocks that stay."""
+        total = len(self.influence)
+        if count == total:
+            return list(range(total))
+        if depth == "contiguous":
+            start = self._least_window(total - count)
+            return [i for i in range(total) if not start <= i < start + total - count]
+        scores = self.influence if depth == "influence" else self.drop_one
+        assert scores is not None
+        return sorted(sorted(range(total), key=lambda i: -scores[i])[:count])
+
+    def _least_window(self, count: int) -> int:
+        """Where the ``count`` neighbouring blocks begin that change the stream least: by the angle between
+        what enters and leaves them (Gromov et al., arXiv 2403.17887, section 3.2)."""
+        changes = [
+            float(distance(first, last).mean())
+            for first, last in zip(self.states[:-count], self.states[count:], strict=True)
+        ]
+        return changes.index(min(changes))
+
+    def kept_channels(self, count: int) -> Tensor:
+        """The ``count`` channels of the residual stream that stay, sorted."""
+        return self.channels.topk(count).indices.sort().values
+
+
+def distance(X: Tensor, Y: Tensor) -> Tensor:
+    """1 - cos of two states of every token."""
+    return 1 - torch.nn.functional.cosine_similarity(X.float(), Y.float(), dim=-1)
+
+
+@torch.no_grad()
+def survey(
+    source: ModelFolder, anatomy: Anatomy, tokens: Tensor, device: torch.device, *, drop_one: bool
+) -> Survey:
+    """Look at every block with calibration tokens (sequences, length).
+
+    drop_one: also take the perplexity without each block, on DROP_ONE sequences. Raises UserError for
+    activations that are not finite.
+    """
+    family, shape = anatomy.family, anatomy.shape
+    walk = Walk(source, family, device)
+    walk.embed(tokens)
+    states = [_sample(walk.hidden)]
+    influence: list[float] = []
+    rows: dict[str, list[Tensor]] = {"heads": [], "neurons": []}
+    channels = torch.zeros(shape.hidden, device=device, dtype=torch.float64)
+    for index in track(range(len(walk)), "survey blocks"):
+        with walk.open(index) as module:
+            activations = walk.enter(index)
+            heads, neurons = Sizes(shape.heads, device), Sizes(shape.mlp, device)
+            norms = [Sizes(shape.hidden, device) for _ in range(2)]
+            out, lost, count = torch.empty_like(activations.inputs), 0.0, 0
+            passage = Passage(
+                module, family, activations.inputs, activations.arguments, activations.rows
+            )
+            observers = {
+                family.attention_output: heads, family.mlp_output: neurons,
+                family.queries: norms[0], family.neurons[0]: norms[1],
+            }  # fmt: skip
+            with passage.watched({name: s.add for name, s in observers.items() if name}):
+                for x, y in passage.batches(activations.inputs, out):
+                    y.copy_(module(x, **activations.arguments))
+                    lost += float(distance(x, y).double().sum())
+                    count += x.shape[0] * x.shape[1]
+            walk.hidden = out
+        if not torch.isfinite(out).all():
+            raise UserError(
+                f"{walk.prefix(index)} of {source.path} gives NaN or Inf on the calibration text"
+            )
+        influence.append(lost / count)
+        rows["heads"].append(heads.mean())
+        rows["neurons"].append(neurons.mean())
+        channels += sum(norm.mean() for norm in norms)
+        states.append(_sample(out))
+    found = Survey(
+        influence,
+        torch.stack(rows["heads"]),
+        torch.stack(rows["neurons"]),
+        channels,
+        torch.stack(states),
+    )
+    if drop_one:
+        found.drop_one = perplexity_without(source, family, tokens[:DROP_ONE], device)
+    return found
+
+
+def _sample(X: Tensor | None) -> Tensor:
+    assert X is not None
+    flat = X.flatten(0, 1)
+    return flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE].cpu()
+
+
+@torch.no_grad()
+def perplexity_without(
+    source: ModelFolder, family: Family, tokens: Tensor, device: torch.device
+) -> list[float]:
+    """The perplexity of the model without each block alone, all others as they are."""
+    model = load_dense(source, device, source.dtype)
+    blocks = list(model.get_submodule(family.blocks))
+    norm, head = model.get_submodule(family.final_norm), model.get_output_embeddings()
+    totals, count = torch.zeros(len(blocks), dtype=torch.float64), 0
+    for row in track(tokens.to(device), "perplexity without each block"):
+        calls = block_calls(model, blocks, row.unsqueeze(0))
+        count += len(row) - 1
+        for gone in range(len(blocks)):
+            X = calls[gone][0]
+            for i in range(gone + 1, len(blocks)):
+                X = blocks[i](X, **calls[i][1])
+            for H, targets in zip(norm(X)[0, :-1].split(ROWS), row[1:].split(ROWS), strict=True):
+                totals[gone] += float(token_nll(head(H).float().log_softmax(-1), targets).sum())
+    return (totals / count).exp().tolist()
