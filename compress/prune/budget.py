@@ -47,6 +47,8 @@ def _cost(found: Anatomy, knobs: Prune) -> tuple[Callable[[Shape], int], float]:
     base = found.shape
     if knobs.share is not None:
         return found.block_parameters, (1 - knobs.share) * found.block_parameters(base)
+    if knobs.cache is not None:
+        return found.cached_heads, (1 - knobs.cache) * found.cached_heads(base)
     if knobs.parameters is not None:
         return found.parameters, float(knobs.parameters)
     if knobs.megabytes is not None:

@@ -9,7 +9,7 @@ from compress.prune.importance import IMPORTANCES
 from compress.prune.shape import AXES
 from compress.prune.survey import DEPTHS
 
-TARGETS = ("share", "parameters", "megabytes", "speedup")
+TARGETS = ("share", "cache", "parameters", "megabytes", "speedup")
 REFITS = ("none", "outputs", "all")
 MERGES = ("drop", "principal", "mean")
 
@@ -18,8 +18,9 @@ MERGES = ("drop", "principal", "mean")
 class Prune:
     """What a recipe says of pruning: a target that is searched for, explicit sizes, or both.
 
-    share: of the parameters of the decoder blocks that goes; parameters: of the whole model that stay;
-        megabytes: of its weight files; speedup: of decoding, predicted from the bytes of a step. At most one.
+    share: of the parameters of the decoder blocks that goes; cache: share of the bytes of keys and values
+        that goes; parameters: of the whole model that stay; megabytes: of its weight files; speedup: of
+        decoding, predicted from the bytes of a step. At most one.
     axes: what the search may cut, of layers, heads (query heads in every group), kv_heads, mlp, hidden
     layers, heads, kv_heads, mlp, hidden: sizes that are wanted as they are
     multiple: of mlp and hidden (null = 32; 128 from 2048 on, 256 from 8192 on)
@@ -35,6 +36,7 @@ class Prune:
     """
 
     share: float | None = None
+    cache: float | None = None
     parameters: int | None = None
     megabytes: float | None = None
     speedup: float | None = None
@@ -80,10 +82,12 @@ class Prune:
         self._check_ranges()
 
     def _check_ranges(self) -> None:
-        if self.share is not None and not 0 < self.share < 1:
-            raise UserError(
-                f"prune.share={self.share} is not allowed: choose more than 0, less than 1"
-            )
+        for key in ("share", "cache"):
+            value = getattr(self, key)
+            if value is not None and not 0 < value < 1:
+                raise UserError(
+                    f"prune.{key}={value} is not allowed: choose more than 0, less than 1"
+                )
         if self.speedup is not None and self.speedup <= 1:
             raise UserError(f"prune.speedup={self.speedup} is not allowed: choose more than 1")
         for key in (

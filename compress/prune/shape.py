@@ -81,6 +81,10 @@ class Anatomy:
         """Bytes of the weight files in the model's dtype."""
         return self.bytes_per_weight * self.parameters(shape)
 
+    def cached_heads(self, shape: Shape) -> int:
+        """Heads of keys and values in all layers: what a token of the cache takes goes with them."""
+        return shape.layers * shape.kv_heads
+
     def step_bytes(self, shape: Shape) -> int:
         """Bytes that a decode step of one sequence reads: weights and a cache of CONTEXT tokens in 16 bits.
 

@@ -54,7 +54,8 @@ def sizes(knobs: dict[str, Any], source: ModelFolder) -> dict[str, Any]:
 
 
 def masked(source: ModelFolder, small: ModelFolder) -> Any:
-    """The original with everything that went as zeros, and norms as the pruned model has them. In transformers' own
+    """The original with everything that went as zeros, and norms as the pruned model has them. In
+    transformers' own
     code: nothing of the pruning is used but which parts stayed."""
     kept = json.loads((small.path / PRUNED).read_text())
     model: Any = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
@@ -108,7 +109,9 @@ def test_a_pruned_model_is_the_masked_one(
     small, report = pruned(source, tokens, tmp_path, refit="none", **knobs)
     with torch.inference_mode():
         ours = load_dense(small, CPU, torch.float32)(tokens).logits
-        theirs = AutoModelForCausalLM.from_pretrained(small.path, dtype=torch.float32)(tokens).logits
+        theirs = AutoModelForCausalLM.from_pretrained(small.path, dtype=torch.float32)(
+            tokens
+        ).logits
         expected = masked(source, small)(tokens).logits
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     # Sums of fewer terms round otherwise, and a random model makes more of it from block to block.
@@ -130,7 +133,11 @@ def test_a_pruned_model_is_the_masked_one(
 @pytest.mark.parametrize("importance", ["error", "activation", "magnitude", "random"])
 @pytest.mark.parametrize("refit", ["outputs", "all"])
 def test_every_way_to_choose_gives_a_model_that_loads(
-    make_model: Callable[..., ModelFolder], tokens: Tensor, tmp_path: Path, importance: str, refit: str
+    make_model: Callable[..., ModelFolder],
+    tokens: Tensor,
+    tmp_path: Path,
+    importance: str,
+    refit: str,
 ) -> None:
     source = make_model("qwen2", dtype="float32")
     small, report = pruned(
@@ -150,14 +157,15 @@ def test_every_way_to_choose_gives_a_model_that_loads(
 def divergence(source: ModelFolder, small: ModelFolder, tokens: Tensor) -> float:
     with torch.inference_mode():
         p, q = (
-            load_dense(f, CPU, torch.float32)(tokens).logits.log_softmax(-1) for f in (source, small)
+            load_dense(f, CPU, torch.float32)(tokens).logits.log_softmax(-1)
+            for f in (source, small)
         )
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 def repeated(source: ModelFolder, path: Path) -> ModelFolder:
-    """A copy in which half of the neurons, and one query head of every two in a group, repeat the others: what they
-    add can be had without them."""
+    """A copy in which half of the neurons, and one query head of every two in a group, repeat the others:
+    what they add can be had without them."""
     model: Any = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
     with torch.no_grad():
         for layer in model.model.layers:
@@ -191,7 +199,7 @@ def test_what_is_said_twice_goes_without_a_loss(
 def test_the_refit_is_the_least_squares_of_the_stream(
     make_model: Callable[..., ModelFolder], tokens: Tensor, tmp_path: Path
 ) -> None:
-    """The first block's attention: o_proj on the heads that stay, by lstsq over weighted tokens in float64."""
+    """The first block's attention: o_proj on the heads that stay, by lstsq over weighted tokens."""
     source = make_model("llama", dtype="float32", num_hidden_layers=1)
     small, report = pruned(source, tokens, tmp_path, heads=2, damping=0.01)
     model: Any = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
@@ -225,7 +233,7 @@ def test_a_block_makes_up_for_those_that_go_after_it(
     source = make_model("llama", dtype="float32")
     found = {}
     for refit in ("outputs", "none"):
-        small, report = pruned(source, tokens[:32], tmp_path / refit, layers=2, refit=refit)
+        small, _report = pruned(source, tokens[:32], tmp_path / refit, layers=2, refit=refit)
         found[refit] = divergence(source, small, tokens[32:])
     assert found["outputs"] < found["none"]
 
@@ -250,8 +258,8 @@ def test_merged_heads_serve_all_queries(
 def test_equal_heads_merge_without_a_loss(
     make_model: Callable[..., ModelFolder], tokens: Tensor, tmp_path: Path
 ) -> None:
-    """Two of four heads of keys and values are copies of the others: as the masked model is exact here, so must be
-    the merged one, whatever the order in which heads are found alike."""
+    """Two of four heads of keys and values are copies of the others: as the masked model is exact here, so
+    must be the merged one, whatever the order in which heads are found alike."""
     source = make_model("llama", dtype="float32", num_key_value_heads=4)
     model: Any = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
     with torch.no_grad():
@@ -269,7 +277,9 @@ def test_equal_heads_merge_without_a_loss(
     assert (found - expected).norm() < 1e-4 * expected.norm()
 
 
-def test_the_same_seed_gives_the_same_bytes(tiny: ModelFolder, tokens: Tensor, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bytes(
+    tiny: ModelFolder, tokens: Tensor, tmp_path: Path
+) -> None:
     first, again = (
         pruned(tiny, tokens, tmp_path / name, mlp=160, heads=2)[0] for name in ("a", "b")
     )

@@ -61,8 +61,6 @@ def test_surgery_keeps_as_many_heads_too() -> None:
     found = Regression.zeros(24, 6, X.device)
     found.add(X, X @ torch.randn(24, 6, generator=generator), torch.ones(500))
     groups = [list(range(g * 3, g * 3 + 3)) for g in range(4)]
-    kept = keep_heads(
-        groups, 2, left_groups=3, left_per_group=2, score=Surgery(found.mean(), 1e-4)
-    )
+    kept = keep_heads(groups, 2, left_groups=3, left_per_group=2, score=Surgery(found.mean(), 1e-4))
     assert sorted(map(len, kept)) == [0, 2, 2, 2]
     assert all(set(left) <= set(group) for left, group in zip(kept, groups, strict=True))

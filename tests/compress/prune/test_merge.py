@@ -1,4 +1,5 @@
-"""Merging heads of keys and values: nothing is lost where they say the same, and less than by their mean where not."""
+"""Merging heads of keys and values: nothing is lost where they say the same, and less than by their mean
+where not."""
 
 from __future__ import annotations
 
@@ -22,9 +23,7 @@ def rotary(x: Tensor, position: int) -> Tensor:
 
 def attention(weights: dict[str, Tensor], X: Tensor) -> Tensor:
     """Plain grouped attention of one sequence, causal. X (tokens, in)"""
-    q, k, v = (
-        (X @ weights[n].T).unflatten(1, (-1, SIZE)) for n in ("queries", "keys", "values")
-    )
+    q, k, v = ((X @ weights[n].T).unflatten(1, (-1, SIZE)) for n in ("queries", "keys", "values"))
     out = []
     for head in range(q.shape[1]):
         group = head // (q.shape[1] // k.shape[1])
@@ -41,8 +40,8 @@ def moments(weights: dict[str, Tensor], X: Tensor) -> dict[str, Tensor]:
 
 
 def random_weights(noise: float) -> tuple[dict[str, Tensor], Tensor]:
-    """Heads 0 and 2 say the same but for a turn and a factor of each pair of the keys' channels, a linear map of the
-    values, and noise; head 1 is another."""
+    """Heads 0 and 2 say the same but for a turn and a factor of each pair of the keys' channels, a linear
+    map of the values, and noise; head 1 is another."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -115,8 +114,8 @@ def test_complex_moments_are_those_of_the_pairs() -> None:
 
 
 def test_groups_are_of_heads_that_are_alike() -> None:
-    similar = torch.tensor([[1.0, 0.2, 0.9, 0.1], [0.2, 1, 0.1, 0.3], [0.9, 0.1, 1, 0], [0.1, 0.3, 0, 1]])
+    similar = torch.tensor(
+        [[1.0, 0.2, 0.9, 0.1], [0.2, 1, 0.1, 0.3], [0.9, 0.1, 1, 0], [0.1, 0.3, 0, 1]]
+    )
     assert group_heads(similar, 2) == [[0, 2], [1, 3]]
     assert group_heads(similar, 4) == [[0, 1, 2, 3]]
-
-

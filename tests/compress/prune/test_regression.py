@@ -67,7 +67,7 @@ def test_the_fit_is_the_weighted_least_squares_of_the_tokens() -> None:
 
 
 def test_moments_of_bf16_tokens_are_exact_but_for_the_weights() -> None:
-    found, X, T, weight = observed(dtype=torch.bfloat16)
+    found, X, _T, weight = observed(dtype=torch.bfloat16)
     H = (X * weight.unsqueeze(1)).T @ X / weight.sum()
     assert ((found.H - H).norm() / H.norm()) < 2e-3
 

@@ -52,7 +52,9 @@ def test_parameters_are_those_of_transformers(
     ]
     for shape in smaller:
         # Another model type may be written: its zero biases are not the old type's.
-        config = config_of({**model.config, "model_type": "llama"}, found, shape, [0] * shape.layers)
+        config = config_of(
+            {**model.config, "model_type": "llama"}, found, shape, [0] * shape.layers
+        )
         config["model_type"] = model_type
         expected = counted(config)
         assert (found.parameters(shape), found.block_parameters(shape)) == expected, shape
@@ -90,7 +92,9 @@ def test_a_config_that_contradicts_its_tensors_is_refused(
     tiny: ModelFolder, tmp_path: Path
 ) -> None:
     shutil.copytree(tiny.path, tmp_path / "m")
-    (tmp_path / "m" / "config.json").write_text(json.dumps({**tiny.config, "intermediate_size": 99}))
+    (tmp_path / "m" / "config.json").write_text(
+        json.dumps({**tiny.config, "intermediate_size": 99})
+    )
     with pytest.raises(UserError, match=r"mlp.*its config.json asks for"):
         anatomy(ModelFolder(tmp_path / "m"), family_of(tiny.config))
 
