@@ -16,6 +16,10 @@ from torch import Tensor
 from compress.errors import UserError
 
 
+# One sequence in so many is held out.
+HELD_OUT = 16
+
+
 @dataclass(frozen=True)
 class TokenBlocks:
     """tokens int64 (sequences, length); sha256 of their bytes, so that two runs can prove they saw
@@ -54,6 +58,13 @@ def calibration_blocks(
         drawn.append(blocks[torch.randperm(len(blocks), generator=generator)[:wanted]])
     rows = [drawn[i % len(drawn)][i // len(drawn)] for i in range(sequences)]
     return _blocks(_with_prefix(torch.stack(rows), prefix))
+
+
+def held_out(sequences: int) -> tuple[Tensor, Tensor]:
+    """The numbers of the sequences that are trained on, and of those that are held out, spread evenly."""
+    every = min(HELD_OUT, sequences)
+    is_held = torch.arange(sequences) % every == every - 1
+    return (~is_held).nonzero().squeeze(1), is_held.nonzero().squeeze(1)
 
 
 def interleave(a: Tensor, b: Tensor) -> Tensor:

@@ -59,6 +59,20 @@ class RecordWriter:
         write_json(self.path / "config.json", self._config)
 
 
+def rewrite(source: ModelFolder, target: Path, changed: dict[str, Tensor]) -> None:
+    """Write the record ``source`` to ``target`` with other tensors in place of some, file by file.
+
+    changed: by full name, as it is stored (``NAME.codes``, ``NAME.scale``)
+    """
+    writer = RecordWriter(target, source, schemes_of(source))
+    unused = set(changed) - set(source.names)
+    assert not unused, unused
+    for file in source.weight_files:
+        names = [name for name in source.names if source.file_of(name) == file]
+        writer.add(file.name, {n: changed.get(n, source.tensor(n)) for n in names})
+    writer.close()
+
+
 def linears(record: ModelFolder) -> list[str]:
     """Names of the quantized linears of a record, without suffix, in file order."""
     return [n.removesuffix(".codes") for n in record.names if n.endswith(".codes")]

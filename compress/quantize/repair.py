@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from calibration.tokens import held_out
 from compress.errors import UserError
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder
@@ -29,15 +30,13 @@ log = logging.getLogger(__name__)
 
 # Positions whose logits exist at the same time: few enough for a CPU's last cache.
 ROWS = 128
-# One sequence in so many is held out.
-HELD_OUT = 16
 
 
 @dataclass(frozen=True)
 class Kl:
     """Adam on a factor for every scale and every norm weight, all starting at 1.
 
-    One sequence in ``HELD_OUT`` is not trained on: after each pass the divergence on these decides
+    One sequence in 16 (``held_out``) is not trained on: after each pass the divergence on these decides
     which state is kept, the start included.
 
     epochs: passes over the tokens
@@ -87,11 +86,9 @@ class Kl:
         goal = Goal(tokens, _final_states(teacher, tokens), _head_of(teacher))
         del teacher
         student = Student(load_dense(source, device, source.dtype), source, goal)
-        every = min(HELD_OUT, len(tokens))
-        is_held = torch.arange(len(tokens)) % every == every - 1
-        held, trained = is_held.nonzero().squeeze(1), (~is_held).nonzero().squeeze(1)
+        trained, held = held_out(len(tokens))
         report = self._train(student, trained, held)
-        _write(source, target, student.tensors())
+        record.rewrite(source, target, student.tensors())
         return report | {"tokens": self.epochs * tokens[trained].numel()}
 
     def _train(self, student: Student, trained: Tensor, held: Tensor) -> dict[str, Any]:
@@ -289,17 +286,6 @@ class ScaledNorm:
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"{self.name}.weight": (self.start * self.factor.detach()).to(self.dtype)}
-
-
-def _write(source: ModelFolder, target: Path, changed: dict[str, Tensor]) -> None:
-    """The record with these tensors changed, file by file."""
-    writer = record.RecordWriter(target, source, record.schemes_of(source))
-    unused = set(changed) - set(source.names)
-    assert not unused, unused
-    for file in source.weight_files:
-        names = [name for name in source.names if source.file_of(name) == file]
-        writer.add(file.name, {n: changed.get(n, source.tensor(n)) for n in names})
-    writer.close()
 
 
 REPAIRS = {"kl": Kl}

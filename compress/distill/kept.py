@@ -1,0 +1,61 @@
+"""What of the original a pruned model kept, so that states of the two can be compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.errors import UserError
+from compress.model.folder import ModelFolder, read_json
+
+# Written by pruning: {"layers": numbers of the original's blocks that were kept, "hidden": channels of
+# the residual stream that were kept, or null for all}.
+FILE = "prune.json"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """layers: numbers of the original's blocks; channels: int64 (hidden of the student,), or None for all;
+    blocks: how many the original has"""
+
+    layers: tuple[int, ...]
+    channels: Tensor | None
+    blocks: int
+
+    @property
+    def compared(self) -> list[int]:
+        """The original's blocks after which its states are what the student's should be after each of its
+        own: the one before the next that was kept; the last before the final norm."""
+        return [index - 1 for index in (*self.layers[1:], self.blocks)]
+
+    def of_channels(self, states: Tensor) -> Tensor:
+        return states if self.channels is None else states[..., self.channels]
+
+
+def kept_of(source: ModelFolder, original: ModelFolder, device: torch.device) -> Kept:
+    """Raises UserError where nothing tells which blocks and channels belong together."""
+    ours, theirs = _sizes(source), _sizes(original)
+    if not (source.path / FILE).exists():
+        if ours != theirs:
+            raise UserError(
+                f"distill.hidden compares states block by block: {source.path} has {ours[0]} blocks of "
+                f"{ours[1]} channels, the original {theirs[0]} of {theirs[1]}, and no {FILE} tells which were kept"
+            )
+        return Kept(tuple(range(ours[0])), None, theirs[0])
+    found = read_json(source.path / FILE)
+    layers, hidden = found.get("layers"), found.get("hidden")
+    sizes = (len(layers or []), theirs[1] if hidden is None else len(hidden))
+    if sizes != ours:
+        raise UserError(
+            f"{source.path / FILE} keeps {sizes[0]} blocks and {sizes[1]} channels, the model has {ours[0]} "
+            f"and {ours[1]}"
+        )
+    channels = None if hidden is None else torch.tensor(hidden, device=device)
+    return Kept(tuple(layers), channels, theirs[0])
+
+
+def _sizes(folder: ModelFolder) -> tuple[int, int]:
+    """Blocks and channels."""
+    return int(folder.config["num_hidden_layers"]), int(folder.config["hidden_size"])

@@ -1,0 +1,263 @@
+"""What distillation minimises, a chunk of positions at a time: logits of all positions never exist.
+
+Forward KL of the original's distribution and the student's, both at temperature T and times T^2 (Hinton,
+arXiv 1503.02531, section 2; Minitron, arXiv 2407.14679, section 3: T = 1), and cross-entropy of the text, in one
+pass that writes its own gradients.
+
+n positions, V vocabulary, k tokens kept; H (n, hidden) the student's final states; E (V, hidden) its head
+x (rows, V) the student's logits; q its distribution, p the original's, at temperature T
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+# Positions whose logits exist at the same time: enough for the matmuls, few enough for a CPU's caches.
+ROWS = {"cpu": 256, "cuda": 2048}
+# Label of a position that has no next token.
+NONE = -100
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How much the losses count, and the temperature of the KL."""
+
+    kl: float = 1.0
+    ce: float = 0.0
+    temperature: float = 1.0
+
+
+@dataclass
+class Room:
+    """Buffers (rows, V) that all chunks share: fresh ones of this size would cost a page fault each 4 KiB."""
+
+    x: Tensor
+    y: Tensor
+    p: Tensor
+
+    def first(self, rows: int) -> Room:
+        return Room(self.x[:rows], self.y[:rows], self.p[:rows])
+
+
+class Goal(Protocol):
+    """What the original says at n positions."""
+
+    def diverge(self, part: slice, log_q: Tensor, temperature: float, room: Room) -> Tensor:
+        """KL of these positions, (rows,).
+
+        log_q: the student's log-probabilities, (rows, V), in ``room.x``; it becomes the gradient of KL by the
+        student's logits over the temperature.
+        """
+        ...
+
+    def nll(self, labels: Tensor) -> Tensor:
+        """The original's own cross-entropy of the labelled positions at temperature 1, ()."""
+        ...
+
+
+@dataclass(frozen=True)
+class States:
+    """The original's final states (n, hidden of the original) and its head (V, hidden of the original)."""
+
+    states: Tensor
+    head: Tensor
+
+    def diverge(self, part: slice, log_q: Tensor, temperature: float, room: Room) -> Tensor:
+        log_p, p = room.y, room.p
+        product(self.states[part], self.head.T, log_p)
+        torch.log_softmax(_scaled(log_p, temperature), -1, out=log_p)
+        probabilities(log_p, p)
+        kl = dot(p, log_p.sub_(log_q))
+        probabilities(log_q, log_q)
+        log_q.sub_(p)
+        return kl
+
+    @torch.no_grad()
+    def nll(self, labels: Tensor) -> Tensor:
+        return losses(self.states, self.head, labels, self, Weights())[2]
+
+
+@dataclass(frozen=True)
+class Top:
+    """The original's k most likely tokens at temperature T and the mass of all others.
+
+    tokens: int (n, k); log_p: float32 (n, k); log_tail: float32 (n,), -inf where nothing is left; text_nll:
+        float32 (n,), -log of the next token's probability at temperature 1, 0 where there is none
+    Its KL is that of the distributions with all other tokens as one: by the log-sum inequality a lower bound
+    of the exact one, which it equals at k = V.
+    """
+
+    tokens: Tensor
+    log_p: Tensor
+    log_tail: Tensor
+    text_nll: Tensor
+
+    def diverge(self, part: slice, log_q: Tensor, temperature: float, room: Room) -> Tensor:
+        tokens, log_p, log_tail = self.tokens[part].long(), self.log_p[part], self.log_tail[part]
+        p, p_tail = log_p.exp(), log_tail.exp()
+        log_q_kept = log_q.gather(1, tokens)
+        q = log_q
+        probabilities(log_q, q)
+        q_kept = q.gather(1, tokens)
+        q.scatter_(1, tokens, 0.0)
+        # Summed, not 1 - the others: the tail may be tiny.
+        q_tail = q.sum(-1).clamp_(min=torch.finfo(q.dtype).tiny)
+        own = torch.where(p_tail > 0, p_tail * (log_tail - q_tail.log()), 0.0)
+        kl = (p * (log_p - log_q_kept)).sum(-1) + own
+        # By the logits: q - p for the kept; what the tail has too much or too little, spread as q is there.
+        q.mul_((1 - p_tail / q_tail).unsqueeze(-1))
+        q.scatter_(1, tokens, q_kept - p)
+        return kl
+
+    def nll(self, labels: Tensor) -> Tensor:
+        return self.text_nll[labels != NONE].mean()
+
+
+def losses(
+    H: Tensor, E: Tensor, labels: Tensor, goal: Goal, weights: Weights
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, mean KL over the positions, mean cross-entropy over those that have a label; float32 ().
+
+    labels: int64 (n,), the next token or NONE
+    Only the loss, ``weights.kl * KL + weights.ce * CE``, has gradients, by H and E. Under autocast products
+    are taken in its type, all else in float32.
+    """
+    device = H.device.type
+    low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else H.dtype
+    learn = torch.is_grad_enabled() and (H.requires_grad or E.requires_grad)
+    with torch.autocast(device, enabled=False):
+        found = _Losses.apply(H, E, labels, goal, weights, low, learn)
+    return cast(tuple[Tensor, Tensor, Tensor], found)
+
+
+class _Losses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        H: Tensor,
+        E: Tensor,
+        labels: Tensor,
+        goal: Goal,
+        weights: Weights,
+        low: torch.dtype,
+        learn: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        exact = torch.promote_types(low, torch.float32)
+        H_low, E_low = H.to(low), E.to(low)
+        rows = min(ROWS[H.device.type], len(H))
+        room = Room(*(torch.empty(rows, len(E), dtype=exact, device=H.device) for _ in range(3)))
+        dH = torch.empty_like(H, dtype=exact) if learn else None
+        dE = torch.zeros_like(E, dtype=exact) if learn and ctx.needs_input_grad[1] else None
+        kl, ce = torch.zeros(2, dtype=exact, device=H.device)
+        # A mean over the labelled, counted on the device: the host does not wait.
+        share = (labels != NONE).to(exact)
+        share = share / share.sum().clamp(min=1)
+        for start in range(0, len(H), rows):
+            part = slice(start, min(start + rows, len(H)))
+            own = room.first(part.stop - start)
+            product(H_low[part], E_low.T, own.x)
+            kl_rows, ce_rows = _chunk(own, part, labels[part], share[part], goal, weights, len(H))
+            kl += kl_rows.sum()
+            ce += ce_rows.sum()
+            if dH is not None:
+                g = own.x.to(low)
+                product(g, E_low, dH[part])
+                if dE is not None:
+                    accumulate(dE, g.T, H_low[part])
+        kl /= len(H)
+        ctx.gradients = (
+            None if dH is None else dH.to(H.dtype),
+            None if dE is None else dE.to(E.dtype),
+        )
+        ctx.mark_non_differentiable(kl, ce)
+        return weights.kl * kl + weights.ce * ce, kl, ce
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        dH, dE = ctx.gradients
+        ctx.gradients = None
+        scaled = [None if g is None else g.mul_(by_loss) for g in (dH, dE)]
+        return (*scaled, None, None, None, None, None)
+
+
+def _chunk(
+    room: Room,
+    part: slice,
+    labels: Tensor,
+    share: Tensor,
+    goal: Goal,
+    weights: Weights,
+    n: int,
+) -> tuple[Tensor, Tensor]:
+    """KL of each position, and cross-entropy times its share of the mean; the logits in ``room.x`` become
+    the gradient of the loss. share: (rows,), 0 without a label"""
+    x, T = room.x, weights.temperature
+    at = labels.clamp(min=0).unsqueeze(-1)
+    log_q_text = x if T == 1 else x.log_softmax(-1)
+    torch.log_softmax(_scaled(x, T), -1, out=x)
+    nll = -log_q_text.gather(1, at).squeeze(-1)
+    q_text = log_q_text.softmax(-1) if weights.ce else None
+    kl = goal.diverge(part, x, T, room)
+    # T^2 of the loss, 1 / T of the logits' scale.
+    x.mul_(weights.kl * T / n)
+    if q_text is not None:
+        by_row = (weights.ce * share).unsqueeze(-1)
+        x.addcmul_(q_text, by_row)
+        x.scatter_add_(1, at, -by_row)
+    return kl * T**2, nll * share
+
+
+def _scaled(x: Tensor, temperature: float) -> Tensor:
+    return x if temperature == 1 else x.div_(temperature)
+
+
+def probabilities(log_q: Tensor, out: Tensor) -> None:
+    """exp(log_q) for log-probabilities: the softmax kernel is three times as fast as exp on a CPU."""
+    torch.softmax(log_q, -1, out=out)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """The product of each row with its like, (rows,), without a product in memory."""
+    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).flatten()
+
+
+def product(A: Tensor, B: Tensor, out: Tensor) -> None:
+    """A @ B into ``out``, whose type may be wider; CUDA's matmul then does not round to A's type."""
+    if A.dtype == out.dtype:
+        torch.mm(A, B, out=out)
+    elif A.is_cuda:
+        torch.mm(A, B, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(A @ B)
+
+
+def accumulate(total: Tensor, A: Tensor, B: Tensor) -> None:
+    """total += A @ B, ``total`` of a wider type."""
+    if A.dtype == total.dtype:
+        total.addmm_(A, B)
+    elif A.is_cuda:
+        torch.addmm(total, A, B, out_dtype=total.dtype, out=total)
+    else:
+        # Adding numbers of two types is many times slower than widening and adding.
+        total.add_((A @ B).to(total.dtype))
+
+
+def next_tokens(tokens: Tensor) -> Tensor:
+    """Labels (sequences x length,) of tokens (sequences, length): the next one, NONE at the end."""
+    return nn.functional.pad(tokens[:, 1:], (0, 1), value=NONE).flatten()
+
+
+def relative_error(S: Tensor, T: Tensor) -> Tensor:
+    """Mean over the tokens of ||s - t||^2 / ||t||^2, (). S, T: (..., hidden)
+
+    Relative for every token: a few have states a hundred times as large as the others'.
+    """
+    S, T = S.float(), T.float()
+    tiny = torch.finfo(T.dtype).tiny
+    return ((S - T).square().sum(-1) / T.square().sum(-1).clamp(min=tiny)).mean()

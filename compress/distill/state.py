@@ -1,0 +1,116 @@
+"""Where a training is, on disk: weights and moments as accelerate saves them, beside what it needs to go on.
+
+A state is written beside and renamed, then the one before it is removed: a kill at any moment leaves a whole one.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compress.model.folder import read_json, write_json
+
+log = logging.getLogger(__name__)
+
+PROGRESS = "progress.json"
+PREFIX, PARTIAL = "step-", ".partial"
+
+
+@dataclass
+class Progress:
+    """What of a training is neither weights nor moments.
+
+    step: steps that are done; steps: of the whole training, None until minutes are settled to a number
+    seconds: since the start, in all processes that worked on it one after another; aside: of them, not in
+        steps (loading, held-out sequences, saving)
+    curve, held_out: as reported so far; original_nll: of the held-out sequences
+    sums: of the losses (loss, kl, ce, hidden) since the last point of the curve; since: its step and its
+        seconds in steps
+    """
+
+    step: int = 0
+    steps: int | None = None
+    seconds: float = 0.0
+    aside: float = 0.0
+    curve: list[dict[str, float]] = field(default_factory=list)
+    held_out: list[dict[str, float]] = field(default_factory=list)
+    original_nll: float | None = None
+    sums: list[float] = field(default_factory=lambda: [0.0] * 4)
+    since: list[float] = field(default_factory=lambda: [0, 0.0])
+
+
+class State:
+    """The state folder of one training. Only its main process writes and removes; ``wait`` holds the others."""
+
+    def __init__(self, path: Path, fingerprint: dict[str, Any], accelerator: Any):
+        """fingerprint: what must be the same for a state to be gone on from, as JSON"""
+        self.path, self.fingerprint, self.accelerator = path, fingerprint, accelerator
+
+    def resume(self) -> Progress:
+        """Load the newest state of the same training; a fresh Progress if there is none. Another
+        training's is removed, with a warning that says what differs."""
+        if self.accelerator.is_main_process:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._clear()
+        self.accelerator.wait_for_everyone()
+        found = self._states()
+        if not found:
+            return Progress()
+        newest = found[-1]
+        self.accelerator.load_state(str(newest))
+        saved = read_json(newest / PROGRESS)["progress"]
+        progress = Progress(**saved)
+        log.info("distill goes on after step %d of %s", progress.step, progress.steps)
+        return progress
+
+    def _clear(self) -> None:
+        """Remove unfinished states, all but the newest, and that too if it is another training's."""
+        for folder in self.path.glob(f"{PREFIX}*{PARTIAL}"):
+            shutil.rmtree(folder)
+        states = self._states()
+        for folder in states[:-1]:
+            shutil.rmtree(folder)
+        if states:
+            saved = read_json(states[-1] / PROGRESS)["fingerprint"]
+            keys = sorted(saved.keys() | self.fingerprint.keys())
+            if other := [key for key in keys if saved.get(key) != self.fingerprint.get(key)]:
+                log.warning(
+                    "distill starts anew: the state in %s is of a run with other %s",
+                    self.path,
+                    ", ".join(other),
+                )
+                shutil.rmtree(states[-1])
+
+    def _states(self) -> list[Path]:
+        """Whole states, oldest first."""
+        found = [p for p in self.path.glob(f"{PREFIX}*") if p.suffix != PARTIAL]
+        return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)))
+
+    def save(self, progress: Progress) -> None:
+        """Write the state after ``progress.step`` and remove those before it."""
+        target = self.path / f"{PREFIX}{progress.step}"
+        partial = target.with_name(target.name + PARTIAL)
+        # Every process writes its part.
+        self.accelerator.save_state(str(partial))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self._note(partial, progress)
+            partial.rename(target)
+            for folder in self._states():
+                if folder != target:
+                    shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
+
+    def note(self, progress: Progress) -> None:
+        """Correct what the newest state says of its progress."""
+        if self.accelerator.is_main_process:
+            self._note(self._states()[-1], progress)
+
+    def _note(self, folder: Path, progress: Progress) -> None:
+        content = {"fingerprint": self.fingerprint, "progress": asdict(progress)}
+        beside = folder / f"{PROGRESS}{PARTIAL}"
+        write_json(beside, content)
+        beside.replace(folder / PROGRESS)

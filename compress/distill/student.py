@@ -1,0 +1,146 @@
+"""The model that is trained, its losses included, as one module; and the original that it follows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from compress.distill.kept import Kept
+from compress.distill.knobs import Distill
+from compress.distill.latent import attach_latents
+from compress.distill.losses import Goal, States, Weights, losses, next_tokens, relative_error
+from compress.model.families import Family, family_of
+from compress.model.folder import ModelFolder
+from compress.quantize.record import KEY
+from compress.runtime.load import load_dense
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the original makes of some tokens: its distributions, and its states where they are compared."""
+
+    goal: Goal
+    states: list[Tensor]
+
+
+class Losses(NamedTuple):
+    """Means over the tokens of a micro-batch, (): the weighted sum, which alone has gradients, and its parts."""
+
+    loss: Tensor
+    kl: Tensor
+    ce: Tensor
+    hidden: Tensor
+
+
+class Student(nn.Module):
+    """A model with its losses: forward(tokens, wanted) -> Losses.
+
+    One module, so that whoever wraps it (DDP, FSDP2) sees every use of every parameter, that of the head in the
+    loss too. Autocast is entered here and not left to the wrapper: the same numbers in one process and in many.
+    """
+
+    def __init__(self, model: Any, family: Family, knobs: Distill, dtype: torch.dtype):
+        super().__init__()
+        self.model = model
+        self.weights = Weights(knobs.kl, knobs.ce, knobs.temperature)
+        self.hidden, self.dtype = knobs.hidden, dtype
+        # What a wrapper asks a transformers model for.
+        self._no_split_modules = model._no_split_modules
+        blocks = list(model.get_submodule(family.blocks))
+        self.outputs = BlockOutputs(blocks) if knobs.hidden else None
+        for block in blocks:
+            # Inside the hooks of a wrapper, which must not run again with the block.
+            if knobs.compile:
+                block.forward = torch.compile(block.forward)
+            if knobs.checkpointing:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+    def forward(self, tokens: Tensor, wanted: Wanted) -> Losses:
+        """tokens: int64 (sequences, length); wanted: of the same tokens"""
+        device = tokens.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.dtype != torch.float32):
+            H = self.model.model(input_ids=tokens, use_cache=False).last_hidden_state
+            E = self.model.get_output_embeddings().weight
+            loss, kl, ce = losses(
+                H.flatten(0, 1), E, next_tokens(tokens), wanted.goal, self.weights
+            )
+        hidden = torch.zeros_like(kl)
+        if self.outputs is not None:
+            pairs = zip(self.outputs.take(), wanted.states, strict=True)
+            hidden = torch.stack([relative_error(S, T) for S, T in pairs]).mean()
+            loss = loss + self.hidden * hidden
+        return Losses(loss, kl, ce, hidden.detach())
+
+    def tie_weights(self) -> None:
+        """Make head and embedding one again, for a wrapper that moved them."""
+        self.model.tie_weights()
+
+
+def open_student(source: ModelFolder, knobs: Distill, device: torch.device) -> Student:
+    """The student in float32, on the device; what may not change is frozen.
+
+    A plain folder is trained whole. Of a record the latent weights of the quantized linears, norms and biases.
+    """
+    family = family_of(source.config)
+    model = load_dense(source, device, torch.float32)
+    if KEY in source.config:
+        attach_latents(model, source)
+    else:
+        model.requires_grad_(True)
+    return Student(model, family, knobs, source.dtype)
+
+
+class BlockOutputs:
+    """Takes down the states that blocks put out, in their order, until they are taken."""
+
+    def __init__(self, blocks: list[Any]):
+        self.count = len(blocks)
+        self.found: dict[int, Tensor] = {}
+        for index, block in enumerate(blocks):
+            block.register_forward_hook(partial(self._note, index))
+
+    def _note(self, index: int, block: nn.Module, args: Any, output: Tensor) -> None:
+        self.found[index] = output
+
+    def take(self) -> list[Tensor]:
+        found, self.found = self.found, {}
+        return [found[index] for index in range(self.count)]
+
+
+class Teacher(Protocol):
+    """Gives what the original makes of sequences."""
+
+    def __call__(self, rows: Tensor, tokens: Tensor) -> Wanted:
+        """rows: numbers of the sequences; tokens: int64 (sequences, length) of them, on the device"""
+        ...
+
+
+class LiveTeacher:
+    """The original itself, in the type of its folder."""
+
+    def __init__(
+        self, original: ModelFolder, kept: Kept | None, knobs: Distill, device: torch.device
+    ):
+        """kept: what the student has of it, where states are compared"""
+        self.model = load_dense(original, device, original.dtype)
+        self.kept, self.outputs = kept, None
+        blocks = list(self.model.get_submodule(family_of(original.config).blocks))
+        if kept is not None:
+            self.outputs = BlockOutputs([blocks[index] for index in kept.compared])
+        if knobs.compile:
+            for block in blocks:
+                block.forward = torch.compile(block.forward)
+
+    @torch.no_grad()
+    def __call__(self, rows: Tensor, tokens: Tensor) -> Wanted:
+        H = self.model.model(input_ids=tokens, use_cache=False).last_hidden_state
+        head = self.model.get_output_embeddings().weight
+        states: list[Tensor] = []
+        if self.kept is not None and self.outputs is not None:
+            states = [self.kept.of_channels(state) for state in self.outputs.take()]
+        return Wanted(States(H.flatten(0, 1), head), states)
