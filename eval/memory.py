@@ -42,8 +42,10 @@ def reset_peak() -> bool:
     then counts from the start of the process.
     """
     give_back()
-    for device in range(torch.cuda.device_count()):
-        torch.cuda.reset_peak_memory_stats(device)
+    # A process that has not used the GPU yet has no peak there, and the call would fail.
+    if torch.cuda.is_initialized():
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(device)
     if not os.access(CLEAR, os.W_OK):
         return False
     CLEAR.write_text(RESET_PEAK)

@@ -48,7 +48,7 @@ class Prune:
     hidden: int | None = None
     multiple: int | None = None
     importance: str = "error"
-    depth: str = "influence"
+    depth: str = "contiguous"
     kv: str = "drop"
     refit: str = "outputs"
     damping: float = 0.01
