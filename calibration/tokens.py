@@ -15,7 +15,6 @@ from torch import Tensor
 
 from compress.errors import UserError
 
-
 # One sequence in so many is held out.
 HELD_OUT = 16
 
