@@ -92,14 +92,12 @@ def _accelerator(device: torch.device) -> Any:
     # should.
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
-    # Buffers do not change; gradients need no second copy.
-    together = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     return Accelerator(
         cpu=device.type == "cpu",
         # The student enters autocast itself.
         mixed_precision="no",
         device_placement=False,
-        kwargs_handlers=[together],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
 
 

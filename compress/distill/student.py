@@ -51,8 +51,9 @@ class Student(nn.Module):
         self.model = model
         self.weights = Weights(knobs.kl, knobs.ce, knobs.temperature)
         self.hidden, self.dtype = knobs.hidden, dtype
-        # What a wrapper asks a transformers model for.
+        # What a wrapper asks a transformers model for, and which buffers it need not keep the same.
         self._no_split_modules = model._no_split_modules
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         blocks = list(model.get_submodule(family.blocks))
         self.outputs = BlockOutputs(blocks) if knobs.hidden else None
         for block in blocks:
