@@ -15,7 +15,6 @@ from torch import Tensor
 
 from compress.errors import UserError
 
-
 # One sequence in so many is held out.
 HELD_OUT = 16
 
@@ -60,6 +59,29 @@ def calibration_blocks(
     return _blocks(_with_prefix(torch.stack(rows), prefix))
 
 
+def training_blocks(
+    mix: Mapping[str, list[str]], tokenizer: Any, *, length: int, seed: int
+) -> TokenBlocks:
+    """All text of a mix, for training: the documents of each part in random order, joined with the
+    end-of-text token; the tail of a part is dropped. The parts' blocks are spread evenly among each other.
+
+    mix: documents of each part by name. Raises UserError if there are fewer than 2 blocks, of which one is
+    held out.
+    """
+    prefix = bos_prefix(tokenizer)
+    parts = []
+    for texts in mix.values():
+        generator = torch.Generator().manual_seed(seed)
+        parts.append(_shuffled(texts, tokenizer, length - len(prefix), None, generator))
+    rows = interleave(*parts)
+    if len(rows) < 2:
+        raise UserError(
+            f"the text {'+'.join(mix)} gives {len(rows)} blocks of {length} tokens, 2 are needed to train "
+            "on one and hold one out: choose shorter blocks or a longer text"
+        )
+    return _blocks(_with_prefix(rows, prefix))
+
+
 def held_out(sequences: int) -> tuple[Tensor, Tensor]:
     """The numbers of the sequences that are trained on, and of those that are held out, spread evenly."""
     every = min(HELD_OUT, sequences)
@@ -67,19 +89,20 @@ def held_out(sequences: int) -> tuple[Tensor, Tensor]:
     return (~is_held).nonzero().squeeze(1), is_held.nonzero().squeeze(1)
 
 
-def interleave(a: Tensor, b: Tensor) -> Tensor:
-    """The rows of both, each in its order, spread evenly: the first rows are a fair share of both."""
-    places = torch.cat([(torch.arange(len(part)) + 0.5) / len(part) for part in (a, b)])
-    return torch.cat([a, b])[places.argsort(stable=True)]
+def interleave(*parts: Tensor) -> Tensor:
+    """The rows of all, each part's in its order, spread evenly: the first rows are a fair share of all."""
+    places = torch.cat([(torch.arange(len(part)) + 0.5) / len(part) for part in parts])
+    return torch.cat(parts)[places.argsort(stable=True)]
 
 
 def _shuffled(
-    texts: list[str], tokenizer: Any, length: int, enough: int, generator: torch.Generator
+    texts: list[str], tokenizer: Any, length: int, enough: int | None, generator: torch.Generator
 ) -> Tensor:
     """Blocks (about enough or fewer, length) of the documents in random order, joined with the
-    end-of-text token."""
+    end-of-text token; None: all there are."""
     order = torch.randperm(len(texts), generator=generator).tolist()
-    stream = _stream((texts[i] for i in order), tokenizer, enough * length)
+    at_least = None if enough is None else enough * length
+    stream = _stream((texts[i] for i in order), tokenizer, at_least)
     return stream[: len(stream) // length * length].view(-1, length)
 
 
@@ -106,13 +129,13 @@ def bos_prefix(tokenizer: Any) -> list[int]:
     )
 
 
-def _stream(texts: Iterable[str], tokenizer: Any, at_least: int) -> Tensor:
-    """Tokens of the texts, each ended by EOS, until there are enough."""
+def _stream(texts: Iterable[str], tokenizer: Any, at_least: int | None) -> Tensor:
+    """Tokens of the texts, each ended by EOS, until there are enough; None: of all."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids: list[int] = []
     for text in texts:
         ids += tokenizer(text, add_special_tokens=False, verbose=False).input_ids + end
-        if len(ids) >= at_least:
+        if at_least is not None and len(ids) >= at_least:
             break
     return torch.tensor(ids, dtype=torch.int64)
 

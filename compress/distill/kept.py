@@ -40,13 +40,13 @@ def kept_of(source: ModelFolder, original: ModelFolder, device: torch.device) ->
     if not (source.path / FILE).exists():
         if ours != theirs:
             raise UserError(
-                f"distill.hidden compares states block by block: {source.path} has {ours[0]} blocks of "
-                f"{ours[1]} channels, the original {theirs[0]} of {theirs[1]}, and no {FILE} tells which were kept"
+                f"distill.hidden compares states by block and channel: {source.path} has {ours[0]} x "
+                f"{ours[1]}, the original {theirs[0]} x {theirs[1]}, and no {FILE} tells which were kept"
             )
         return Kept(tuple(range(ours[0])), None, theirs[0])
     found = read_json(source.path / FILE)
-    layers, hidden = found.get("layers"), found.get("hidden")
-    sizes = (len(layers or []), theirs[1] if hidden is None else len(hidden))
+    layers, hidden = found.get("layers") or [], found.get("hidden")
+    sizes = (len(layers), theirs[1] if hidden is None else len(hidden))
     if sizes != ours:
         raise UserError(
             f"{source.path / FILE} keeps {sizes[0]} blocks and {sizes[1]} channels, the model has {ours[0]} "

@@ -1,11 +1,11 @@
 """Quantization-aware training of a record: latent weights that are rounded onto grids which stay.
 
-Every quantized linear of the blocks keeps a float32 weight, started at what its integers stand for. The forward
-pass sees it rounded onto the record's scales and zero points; the gradient goes straight through the rounding
-where the weight lies inside the range of its grid, and stops outside (arXiv 1308.3432; LSQ, arXiv 1902.08153,
-equation 3 for the data). At the end the integers are picked by the same rounding. Norms and biases are trained
-too; embedding and head stay. The other way round, integers that stay and scales that are trained, is the stage
-``repair``.
+Every quantized linear of the blocks keeps a float32 weight, started at what its integers stand for. The
+forward pass sees it rounded onto the record's scales and zero points; the gradient goes straight through
+the rounding where the weight lies inside the range of its grid, and stops outside (arXiv 1308.3432; LSQ,
+arXiv 1902.08153, equation 3). At the end the integers are picked by the same rounding. Norms
+and biases are trained too; embedding and head stay. The other way round, integers that stay and scales that
+are trained, is the stage ``repair``.
 
 W (out, in); grid: scale and zero, each (out, groups)
 """
@@ -25,7 +25,8 @@ from compress.quantize.scheme import Grid, to_codes
 
 
 def rounded(W: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """W as it comes back from its nearest codes, float32 (out, in), with the gradient passed straight through.
+    """W as it comes back from its nearest codes, float32 (out, in), with the gradient passed straight
+    through.
 
     scale, zero: float32 (out, groups)
     """
@@ -36,7 +37,8 @@ class _Rounded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, W: Tensor, scale: Tensor, zero: Tensor, most: int) -> Tensor:
         scale, zero = scale.unsqueeze(-1), zero.unsqueeze(-1)
-        # As in compress.quantize.scheme.fake_quantize, so that the codes of the end are those of the training.
+        # As in compress.quantize.scheme.fake_quantize, so that the codes of the end are those of the
+        # training.
         codes = (W.unflatten(1, (scale.shape[1], -1)) / scale).add_(zero).round_()
         ctx.inside = (codes >= 0) & (codes <= most)
         return codes.clamp_(0, most).sub_(zero).mul_(scale).flatten(1)
@@ -49,6 +51,9 @@ class _Rounded(torch.autograd.Function):
 
 class LatentLinear(nn.Module):
     """A linear whose weight is rounded onto a grid whenever it runs. x (..., in) -> (..., out)"""
+
+    scale: Tensor
+    zero: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor | None, grid: Grid, bits: int):
         super().__init__()
@@ -73,7 +78,7 @@ def latent_linears(source: ModelFolder) -> list[str]:
 
 
 def attach_latents(model: Any, source: ModelFolder) -> None:
-    """Let the linears of the dense model of a record run through latent weights; freeze embedding and head."""
+    """Let the linears of a record's dense model run through latent weights; freeze embedding and head."""
     family = family_of(source.config)
     model.requires_grad_(True)
     for name in latent_linears(source):

@@ -1,8 +1,8 @@
 """What distillation minimises, a chunk of positions at a time: logits of all positions never exist.
 
 Forward KL of the original's distribution and the student's, both at temperature T and times T^2 (Hinton,
-arXiv 1503.02531, section 2; Minitron, arXiv 2407.14679, section 3: T = 1), and cross-entropy of the text, in one
-pass that writes its own gradients.
+arXiv 1503.02531, section 2; Minitron, arXiv 2407.14679, section 3: T = 1), and cross-entropy of the text,
+in one pass that writes its own gradients.
 
 n positions, V vocabulary, k tokens kept; H (n, hidden) the student's final states; E (V, hidden) its head
 x (rows, V) the student's logits; q its distribution, p the original's, at temperature T
@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 
 # Positions whose logits exist at the same time: enough for the matmuls, few enough for a CPU's caches.
 ROWS = {"cpu": 256, "cuda": 2048}
+# Rows of a head's gradient that are added to at a time on a CPU.
+SLICE = 2048
 # Label of a position that has no next token.
 NONE = -100
 
@@ -180,9 +182,7 @@ class _Losses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        dH, dE = ctx.gradients
-        ctx.gradients = None
-        scaled = [None if g is None else g.mul_(by_loss) for g in (dH, dE)]
+        scaled = [None if g is None else g * by_loss for g in ctx.gradients]
         return (*scaled, None, None, None, None, None)
 
 
@@ -244,8 +244,9 @@ def accumulate(total: Tensor, A: Tensor, B: Tensor) -> None:
     elif A.is_cuda:
         torch.addmm(total, A, B, out_dtype=total.dtype, out=total)
     else:
-        # Adding numbers of two types is many times slower than widening and adding.
-        total.add_((A @ B).to(total.dtype))
+        # A slice at a time stays in the cache: the whole product, widened, takes as long as the matmul.
+        for rows, part in zip(total.split(SLICE), A.split(SLICE), strict=True):
+            rows.add_((part @ B).to(total.dtype))
 
 
 def next_tokens(tokens: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ MARGIN = 0.05
 def batch_rows(step: int, knobs: Distill, rows: Tensor) -> Tensor:
     """The sequences of a step, (batch,), a function of seed and step alone.
 
-    rows: the numbers of all sequences that are trained on. They are shuffled anew for every epoch; a batch may
-    take the end of one and the start of the next.
+    rows: the numbers of all sequences that are trained on. They are shuffled anew for every epoch; a batch
+    may take the end of one and the start of the next.
     """
     places = torch.arange(step * knobs.batch, (step + 1) * knobs.batch)
     epochs = {e: _order(e, knobs.seed, len(rows)) for e in (places // len(rows)).unique().tolist()}

@@ -1,8 +1,8 @@
 """The distill stage: a pruned or quantized model is trained to say what its original says.
 
-Forward KL on logits at temperature 1 (Minitron, arXiv 2407.14679 section 3, 2408.11796), on a CPU, a GPU, or in
-several processes that ``accelerate launch`` started. A plain folder in, a plain folder out; of a record the
-integers are picked anew on the grids it has (see ``latent``).
+Forward KL on logits at temperature 1 (Minitron, arXiv 2407.14679 section 3, 2408.11796), on a CPU, a GPU,
+or in several processes that ``accelerate launch`` started. A plain folder in, a plain folder out; of a
+record the integers are picked anew on the grids it has (see ``latent``).
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def distill(
     blocks: int64 (n, length), on the CPU
     device: ignored where several processes run, each of which has its own
 
-    Returns the curve, divergence and next-token loss of the held-out sequences at the start, in between and at
-    the end, that loss for the original, and what it took; nats per token. Every process returns the same. Raises
-    UserError, before anything is written, for a source that cannot be trained so, and later for a loss that is
-    not finite.
+    Returns the curve, divergence and next-token loss of the held-out sequences at the start, in between and
+    at the end, that loss for the original, and what it took; nats per token. Every process returns the
+    same. Raises UserError, before anything is written, for a source that cannot be trained so, and later
+    for a loss that is not finite.
     """
     began = training.now()
     accelerator = _accelerator(device)
@@ -88,17 +88,16 @@ def _accelerator(device: torch.device) -> Any:
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
 
-    # A line for every file of a state is too much, and a warning for every tied head, which loads as it should.
+    # A line for every file of a state is too much, and a warning for every tied head, which loads as it
+    # should.
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
-    # Buffers do not change; gradients need no second copy.
-    together = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     return Accelerator(
         cpu=device.type == "cpu",
         # The student enters autocast itself.
         mixed_precision="no",
         device_placement=False,
-        kwargs_handlers=[together],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
 
 

@@ -1,6 +1,7 @@
 """Where a training is, on disk: weights and moments as accelerate saves them, beside what it needs to go on.
 
-A state is written beside and renamed, then the one before it is removed: a kill at any moment leaves a whole one.
+A state is written beside and renamed, then the one before it is removed: a kill at any moment leaves a
+whole one.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Progress:
 
 
 class State:
-    """The state folder of one training. Only its main process writes and removes; ``wait`` holds the others."""
+    """The state folder of one training. Processes save their parts; all else its main one does alone."""
 
     def __init__(self, path: Path, fingerprint: dict[str, Any], accelerator: Any):
         """fingerprint: what must be the same for a state to be gone on from, as JSON"""

@@ -22,14 +22,15 @@ from compress.runtime.load import load_dense
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the original makes of some tokens: its distributions, and its states where they are compared."""
+    """What the original makes of some tokens: its distributions, and its states where they are compared,
+    one after each block of the student; empty: they are not."""
 
     goal: Goal
     states: list[Tensor]
 
 
 class Losses(NamedTuple):
-    """Means over the tokens of a micro-batch, (): the weighted sum, which alone has gradients, and its parts."""
+    """Means over tokens, (): the weighted sum, which alone has gradients, and its parts."""
 
     loss: Tensor
     kl: Tensor
@@ -40,8 +41,9 @@ class Losses(NamedTuple):
 class Student(nn.Module):
     """A model with its losses: forward(tokens, wanted) -> Losses.
 
-    One module, so that whoever wraps it (DDP, FSDP2) sees every use of every parameter, that of the head in the
-    loss too. Autocast is entered here and not left to the wrapper: the same numbers in one process and in many.
+    One module, so that whoever wraps it (DDP, FSDP2) sees every use of every parameter, that of the head in
+    the loss too. Autocast is entered here and not left to the wrapper: the same numbers in one process and
+    in many.
     """
 
     def __init__(self, model: Any, family: Family, knobs: Distill, dtype: torch.dtype):
@@ -49,14 +51,15 @@ class Student(nn.Module):
         self.model = model
         self.weights = Weights(knobs.kl, knobs.ce, knobs.temperature)
         self.hidden, self.dtype = knobs.hidden, dtype
-        # What a wrapper asks a transformers model for.
+        # What a wrapper asks a transformers model for, and which buffers it need not keep the same.
         self._no_split_modules = model._no_split_modules
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         blocks = list(model.get_submodule(family.blocks))
         self.outputs = BlockOutputs(blocks) if knobs.hidden else None
         for block in blocks:
             # Inside the hooks of a wrapper, which must not run again with the block.
             if knobs.compile:
-                block.forward = torch.compile(block.forward)
+                block.forward = torch.compile(block.forward, dynamic=False)
             if knobs.checkpointing:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
@@ -71,9 +74,11 @@ class Student(nn.Module):
             )
         hidden = torch.zeros_like(kl)
         if self.outputs is not None:
-            pairs = zip(self.outputs.take(), wanted.states, strict=True)
-            hidden = torch.stack([relative_error(S, T) for S, T in pairs]).mean()
-            loss = loss + self.hidden * hidden
+            states = self.outputs.take()
+            if wanted.states:
+                pairs = zip(states, wanted.states, strict=True)
+                hidden = torch.stack([relative_error(S, T) for S, T in pairs]).mean()
+                loss = loss + self.hidden * hidden
         return Losses(loss, kl, ce, hidden.detach())
 
     def tie_weights(self) -> None:
@@ -84,7 +89,8 @@ class Student(nn.Module):
 def open_student(source: ModelFolder, knobs: Distill, device: torch.device) -> Student:
     """The student in float32, on the device; what may not change is frozen.
 
-    A plain folder is trained whole. Of a record the latent weights of the quantized linears, norms and biases.
+    A plain folder is trained whole. Of a record the latent weights of the quantized linears, norms and
+    biases.
     """
     family = family_of(source.config)
     model = load_dense(source, device, torch.float32)
@@ -134,7 +140,7 @@ class LiveTeacher:
             self.outputs = BlockOutputs([blocks[index] for index in kept.compared])
         if knobs.compile:
             for block in blocks:
-                block.forward = torch.compile(block.forward)
+                block.forward = torch.compile(block.forward, dynamic=False)
 
     @torch.no_grad()
     def __call__(self, rows: Tensor, tokens: Tensor) -> Wanted:

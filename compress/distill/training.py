@@ -170,34 +170,37 @@ class Training:
             point["tokens_per_s"],
         )
 
-    @torch.no_grad()
     def _look(self) -> None:
-        """Note divergence and next-token loss of the held-out sequences.
-
-        Every process looks at all of them: they are few, and none waits for another.
-        """
+        """Note divergence and next-token loss of the held-out sequences."""
         start, progress = now(), self.progress
         with self._aside():
-            if not self._held:
-                for rows in self.text.held.split(self.knobs.micro_batch):
-                    tokens = self._tokens(rows)
-                    self._held.append((tokens, Wanted(self.teacher(rows, tokens).goal, [])))
-                if progress.original_nll is None:
-                    nlls = [len(t) * w.goal.nll(next_tokens(t)) for t, w in self._held]
-                    progress.original_nll = float(sum(nlls)) / len(self.text.held)
-            total = torch.zeros(4, device=self.device)
-            for tokens, wanted in self._held:
-                total += len(tokens) * torch.stack(self.model(tokens, wanted))
-            _, kl, nll, _ = (total / len(self.text.held)).tolist()
+            kl, nll = self._held_out()
         self.look_seconds = now() - start
         progress.held_out.append({"step": progress.step, "kl": kl, "nll": nll})
         log.info("distill, step %d, held out: KL %.4f, nll %.4f", progress.step, kl, nll)
 
+    @torch.no_grad()
+    def _held_out(self) -> tuple[float, float]:
+        """Every process looks at all sequences: they are few, and none waits for another."""
+        if not self._held:
+            for rows in self.text.held.split(self.knobs.micro_batch):
+                tokens = self._tokens(rows)
+                # What the original makes of them is kept: it stays the same.
+                self._held.append((tokens, Wanted(self.teacher(rows, tokens).goal, [])))
+        count = len(self.text.held)
+        if self.progress.original_nll is None:
+            nlls = [len(t) * wanted.goal.nll(next_tokens(t)) for t, wanted in self._held]
+            self.progress.original_nll = float(sum(nlls)) / count
+        total = torch.zeros(4, device=self.device)
+        for tokens, wanted in self._held:
+            total += len(tokens) * torch.stack(self.model(tokens, wanted))
+        _, kl, nll, _ = (total / count).tolist()
+        return kl, nll
+
     def _warm_up(self) -> None:
         """Let what happens at a first time happen, and throw its gradient away."""
-        self.gradients(
-            batch_rows(0, self.knobs, self.text.trained)[: self.accelerator.num_processes]
-        )
+        once = self.knobs.micro_batch * self.accelerator.num_processes
+        self.gradients(batch_rows(0, self.knobs, self.text.trained)[:once])
         self.optimizer.zero_grad()
 
     def _save(self, state: State) -> None:
@@ -265,7 +268,7 @@ def _optimizer(student: Student, knobs: Distill) -> torch.optim.Optimizer:
     ]
     arguments: dict[str, Any] = {"lr": knobs.rate, "betas": (0.9, 0.95)}
     if knobs.optimizer == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim.adamw import AdamW8bit
 
         return AdamW8bit(groups, **arguments)
     return torch.optim.AdamW(groups, fused=True, **arguments)

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from calibration.texts import PACKAGED, load_mix, load_texts
-from calibration.tokens import bos_prefix, calibration_blocks, evaluation_windows, interleave
+from calibration.tokens import (
+    bos_prefix,
+    calibration_blocks,
+    evaluation_windows,
+    held_out,
+    interleave,
+    training_blocks,
+)
 from compress.compose import compose_settings
 from compress.errors import UserError
 from tests.conftest import byte_tokenizer
@@ -44,6 +51,36 @@ def test_a_mix_gives_every_part_an_equal_share() -> None:
     assert torch.equal(words, draw({"words": TEXTS, "b": letters["b"]}, 8).tokens[::2])
 
 
+def test_training_takes_all_text() -> None:
+    """Every document once, whole but for the tail of its part, parts evenly among each other."""
+    tokenizer = byte_tokenizer()
+    mix = {"a": [c * 30 for c in "abcdefgh"], "b": [c * 300 for c in "ij"]}
+    blocks = training_blocks(mix, tokenizer, length=20, seed=5)
+    # 8 x 31 tokens in 12 blocks, 2 x 301 in 30.
+    assert blocks.tokens.shape == (42, 20)
+    is_a = [tokenizer.decode(row.tolist()).replace("<|end|>", "")[0] < "i" for row in blocks.tokens]
+    for part, kind in (("abcdefgh", True), ("ij", False)):
+        rows = [row for row, a in zip(blocks.tokens, is_a, strict=True) if a == kind]
+        text = tokenizer.decode(torch.cat(rows).tolist()).split("<|end|>")
+        whole = [document for document in text if len(set(document)) == 1]
+        lengths = {document[0]: len(document) for document in whole}
+        assert set(lengths) == set(part)
+        assert list(lengths.values())[:-1] == [30 if kind else 300] * (len(part) - 1)
+        assert "".join(lengths) != part, "documents are shuffled"
+    # In any seven neighbours two are of the part that has two sevenths of the blocks, give or take one.
+    counts = [sum(is_a[i : i + 7]) for i in range(36)]
+    assert set(counts) <= {1, 2, 3}
+    assert training_blocks(mix, tokenizer, length=20, seed=5).sha256 == blocks.sha256
+    assert training_blocks(mix, tokenizer, length=20, seed=6).sha256 != blocks.sha256
+
+
+def test_one_in_sixteen_is_held_out() -> None:
+    trained, held = held_out(40)
+    assert held.tolist() == [15, 31]
+    assert sorted([*trained.tolist(), 15, 31]) == list(range(40))
+    assert [part.tolist() for part in held_out(2)] == [[0], [1]]
+
+
 def test_windows_are_the_text_in_order() -> None:
     tokenizer = byte_tokenizer()
     windows = evaluation_windows(TEXTS, tokenizer, tokens=200, window=64)
@@ -70,6 +107,9 @@ def test_bos_starts_every_block() -> None:
     assert blocks.shape == (4, 32)
     assert (blocks[:, 0] == 1).all()
     assert (blocks[:, 1:] != 1).all()
+    trained = training_blocks(MIX, tokenizer, length=32, seed=0).tokens
+    assert (trained[:, 0] == 1).all()
+    assert (trained[:, 1:] != 1).all()
     windows = evaluation_windows(TEXTS, tokenizer, tokens=128, window=64).tokens
     assert windows.shape == (2, 65)
     assert (windows[:, 0] == 1).all()
@@ -80,6 +120,8 @@ def test_short_texts_are_refused() -> None:
         calibration_blocks(
             {"a": TEXTS, "b": ["short"]}, byte_tokenizer(), sequences=8, length=64, seed=0
         )
+    with pytest.raises(UserError, match=r"the text a\+b gives 1 blocks of 64 tokens, 2 are needed"):
+        training_blocks({"a": ["c" * 100], "b": ["short"]}, byte_tokenizer(), length=64, seed=0)
     with pytest.raises(UserError, match="less than one window"):
         evaluation_windows(["short"], byte_tokenizer(), tokens=100, window=64)
 
@@ -151,3 +193,4 @@ def test_interleaved_rows() -> None:
     assert interleave(a, b)[:, 0].tolist() == [100, 0, 102, 104, 2, 106]
     assert interleave(b, a)[:, 0].tolist() == [100, 0, 102, 104, 2, 106]
     assert interleave(a, a + 50)[:, 0].tolist() == [0, 50, 2, 52]
+    assert interleave(a, b, a + 50)[:, 0].tolist() == [100, 0, 50, 102, 104, 2, 52, 106]

@@ -1,0 +1,63 @@
+"""Several processes that accelerate launches train as one does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compress.distill.knobs import Distill
+from compress.distill.stage import distill
+from compress.model.folder import ModelFolder
+from tests.distill import CPU, narrowed
+
+# Float32: in 16 bits sums in another order would hide what matters.
+KNOBS = {"steps": 6, "batch": 6, "micro_batch": 2, "rate": 1e-3, "log_every": 2, "save_every": 4}
+# Without a GPU its --multi_gpu starts processes that go by themselves onto the CPU; its --cpu starts one.
+LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1"
+
+
+def launch(folders: list[Path], knobs: dict[str, Any], *more: str) -> int:
+    """The exit status of a training in two processes."""
+    command = [sys.executable, *LAUNCH.split(), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["-m", "tests.distill_run", *map(str, folders), json.dumps(knobs), *more]
+    return subprocess.run(command, check=False).returncode
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_are_one(make_model: Any, tmp_path: Path, sharded: bool) -> None:
+    """The same losses, and the weights but for the order of sums; with whole copies also after a kill."""
+    original = make_model(dtype="float32")
+    student = narrowed(original, tmp_path / "student")
+    blocks = torch.randint(256, (17, 16), generator=torch.Generator().manual_seed(2))
+    torch.save(blocks, tmp_path / "blocks.pt")
+    one = distill(
+        student, original, tmp_path / "one", tmp_path / "s", blocks, Distill(**KNOBS), CPU
+    )
+    folders = [student.path, original.path, tmp_path, tmp_path / "blocks.pt"]
+    if sharded:
+        assert launch(folders, KNOBS, "--fsdp") == 0
+    else:
+        assert launch(folders, KNOBS, "--kill-at", "5") != 0
+        assert [p.name for p in (tmp_path / "state").iterdir()] == ["step-4"]
+        assert launch(folders, KNOBS) == 0
+
+    reports = [json.loads((tmp_path / f"report-{rank}.json").read_text()) for rank in range(2)]
+    for report in reports:
+        assert report["processes"] == 2
+        assert report["parameters"] == one["parameters"]
+        for ours, theirs in zip(report["curve"], one["curve"], strict=True):
+            for name in ("step", "tokens", "loss", "kl", "ce", "rate"):
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
+        for ours, theirs in zip(report["held_out"], one["held_out"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4)
+    a, b = ModelFolder(tmp_path / "one"), ModelFolder(tmp_path / "target")
+    assert a.names == b.names
+    for name in a.names:
+        start, ours, theirs = (folder.tensor(name) for folder in (student, b, a))
+        assert (ours - theirs).norm() < 1e-2 * (theirs - start).norm(), name

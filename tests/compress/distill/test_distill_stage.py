@@ -1,0 +1,330 @@
+"""Repair of a model that lost neurons: what is trained, written, reported, refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from calibration.tokens import held_out
+from compress.distill import training
+from compress.distill.knobs import Distill
+from compress.distill.stage import _accelerator, distill
+from compress.distill.student import LiveTeacher, open_student
+from compress.distill.training import Text, Training
+from compress.errors import UserError
+from compress.model.folder import ModelFolder
+from tests.distill import CPU, measured, narrowed
+
+SHORT = Distill(steps=24, batch=4, micro_batch=2, rate=2e-3, log_every=8, save_every=10)
+
+
+@pytest.fixture(scope="module")
+def blocks() -> Tensor:
+    return torch.randint(256, (33, 24), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="module")
+def pair(
+    make_model: Callable[..., ModelFolder], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[ModelFolder, ModelFolder]]:
+    """pair(model_type, **changes) -> (original, student)"""
+    built: dict[str, tuple[ModelFolder, ModelFolder]] = {}
+
+    def make(model_type: str = "llama", **changes: Any) -> tuple[ModelFolder, ModelFolder]:
+        key = repr((model_type, sorted(changes.items())))
+        if key not in built:
+            original = make_model(model_type, **changes)
+            path = tmp_path_factory.mktemp("narrowed") / "model"
+            built[key] = original, narrowed(original, path)
+        return built[key]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": False}),
+        ("qwen2", {}),
+        ("llama", {"dtype": "float32"}),
+    ],
+)
+def test_the_student_comes_nearer(
+    pair: Callable[..., tuple[ModelFolder, ModelFolder]],
+    blocks: Tensor,
+    tmp_path: Path,
+    model_type: str,
+    changes: dict[str, Any],
+) -> None:
+    original, student = pair(model_type, **changes)
+    target = tmp_path / "target"
+    report = distill(student, original, target, tmp_path / "state", blocks, SHORT, CPU)
+    written = ModelFolder(target)
+
+    assert written.config == student.config
+    assert written.names == student.names
+    assert {p.name for p in target.iterdir()} == {p.name for p in student.path.iterdir()}
+    for name in student.names:
+        old, new = student.tensor(name), written.tensor(name)
+        assert (old.dtype, old.shape) == (new.dtype, new.shape)
+        assert not torch.equal(old, new), name
+
+    held = blocks[[15, 31]]
+    start, end = measured(student, original, held), measured(written, original, held)
+    assert end[0] < 0.9 * start[0]
+    tolerance = 1e-3 if changes.get("dtype") == "float32" else 0.06
+    for row, (kl, nll) in ((0, start), (-1, end)):
+        assert report["held_out"][row]["kl"] == pytest.approx(kl, rel=tolerance)
+        assert report["held_out"][row]["nll"] == pytest.approx(nll, rel=tolerance)
+    own = measured(original, original, held)[1]
+    assert report["original_nll"] == pytest.approx(own, rel=tolerance)
+
+
+def test_the_report(
+    pair: Callable[..., tuple[ModelFolder, ModelFolder]], blocks: Tensor, tmp_path: Path
+) -> None:
+    original, student = pair()
+    knobs = replace(SHORT, steps=None, tokens=20 * 4 * 24 + 1)
+    report = distill(student, original, tmp_path / "t", tmp_path / "s", blocks, knobs, CPU)
+    assert report["steps"] == 21
+    assert report["tokens"] == 21 * 4 * 24
+    assert report["epochs"] == pytest.approx(21 * 4 / 31)
+    assert report["processes"] == 1
+    assert report["held_out_sequences"] == 2
+    weights = sum(student.tensor(name).numel() for name in student.names)
+    assert report["parameters"] == weights
+    assert [point["step"] for point in report["curve"]] == [8, 16, 21]
+    assert [point["step"] for point in report["held_out"]] == [0, 6, 12, 18, 21]
+    assert report["curve"][0]["loss"] > report["curve"][-1]["loss"]
+    assert report["curve"][-1]["tokens"] == report["tokens"]
+    for point in report["curve"]:
+        assert point["kl"] == pytest.approx(point["loss"])
+        assert point["ce"] > 0
+        assert point["tokens_per_s"] > 0
+    # Warmed up over one step, then down to a tenth.
+    assert report["curve"][0]["rate"] < 2e-3
+    assert report["curve"][-1]["rate"] == pytest.approx(2e-4, rel=0.1)
+    assert 0 < report["seconds"] < 60
+
+
+@pytest.mark.parametrize(
+    ("weights", "falls"),
+    [
+        ({"kl": 0.0, "ce": 1.0}, "ce"),
+        ({"kl": 0.0, "hidden": 1.0}, "hidden"),
+        ({"kl": 1.0, "ce": 0.5, "hidden": 2.0}, "kl"),
+    ],
+)
+def test_each_loss_is_lowered_by_its_weight(
+    pair: Callable[..., tuple[ModelFolder, ModelFolder]],
+    blocks: Tensor,
+    tmp_path: Path,
+    weights: dict[str, float],
+    falls: str,
+) -> None:
+    original, student = pair(dtype="float32")
+    # Few sequences: the text is random, only what was seen can be told.
+    knobs = replace(SHORT, **weights, steps=30, log_every=5)
+    report = distill(student, original, tmp_path / "t", tmp_path / "s", blocks[:9], knobs, CPU)
+    first, last = report["curve"][0], report["curve"][-1]
+    assert last[falls] < 0.9 * first[falls]
+    for point in report["curve"]:
+        parts = knobs.kl * point["kl"] + knobs.ce * point["ce"] + knobs.hidden * point["hidden"]
+        assert point["loss"] == pytest.approx(parts, rel=1e-5)
+    assert (first["hidden"] > 0) == (knobs.hidden > 0)
+
+
+def training_of(original: ModelFolder, student: ModelFolder, text: Tensor, knobs: Distill) -> Any:
+    model = open_student(student, knobs, CPU)
+    teacher = LiveTeacher(original, None, knobs, CPU)
+    return Training(model, teacher, Text(text, *held_out(len(text))), knobs, _accelerator(CPU))
+
+
+def gradient_of(run: Any, rows: Tensor) -> Tensor:
+    run.gradients(rows)
+    return torch.cat([p.grad.flatten() for p in run.model.parameters()])
+
+
+def test_pieces_of_a_batch_are_one_batch(
+    pair: Callable[..., tuple[ModelFolder, ModelFolder]], blocks: Tensor
+) -> None:
+    """The gradient of a batch in pieces of 1, 3 and 8 sequences, and that of autograd over all logits."""
+    original, student = pair(dtype="float32", tie_word_embeddings=False)
+    rows = torch.tensor([3, 1, 4, 15, 9, 2, 6, 5])
+    found = []
+    for size in (1, 3, 8):
+        knobs = replace(SHORT, micro_batch=size, ce=0.5)
+        run = training_of(original, student, blocks, knobs)
+        found.append(gradient_of(run, rows))
+
+    model = run.model
+    model.zero_grad()
+    tokens = blocks[rows]
+    with torch.no_grad():
+        log_p = run.teacher.model(tokens).logits.log_softmax(-1)
+    log_q = model.model(tokens).logits.log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    nll = -log_q[:, :-1].gather(-1, tokens[:, 1:].unsqueeze(-1)).mean()
+    (kl + 0.5 * nll).backward()
+    exact = torch.cat([p.grad.flatten() for p in model.parameters()])
+    for gradient in found:
+        assert (gradient - exact).norm() < 1e-5 * exact.norm()
+
+
+def test_checkpointing_changes_nothing(
+    pair: Callable[..., tuple[ModelFolder, ModelFolder]], blocks: Tensor
+) -> None:
+    original, student = pair()
+    found = [
+        gradient_of(
+            training_of(original, student, blocks, replace(SHORT, checkpointing=again)),
+            torch.arange(4),
+        )
+        for again in (False, True)
+    ]
+    assert torch.equal(*found)
+
+
+def test_only_matrices_decay(
+    pair: Callable[..., tuple[ModelFolder, ModelFolder]], blocks: Tensor
+) -> None:
+    original, student = pair("qwen2")
+    run = training_of(original, student, blocks, replace(SHORT, weight_decay=0.1))
+    decays = {
+        p: group["weight_decay"] for group in run.optimizer.param_groups for p in group["params"]
+    }
+    for name, p in run.model.named_parameters():
+        assert decays[p] == (0.0 if "norm" in name or "bias" in name else 0.1), name
+
+
+def test_a_worse_end_is_told(
+    pair: Callable[..., tuple[ModelFolder, ModelFolder]],
+    blocks: Tensor,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    original, _ = pair()
+    knobs = replace(SHORT, steps=2, rate=0.5, kl=0.0, ce=1.0)
+    report = distill(original, original, tmp_path / "t", tmp_path / "s", blocks, knobs, CPU)
+    # The same model, but for where bf16 rounds.
+    assert report["held_out"][0]["kl"] < 0.02
+    assert "distill made held-out text worse: kl" in caplog.text
+
+
+def test_a_loss_that_is_not_finite(
+    pair: Callable[..., tuple[ModelFolder, ModelFolder]], blocks: Tensor, tmp_path: Path
+) -> None:
+    original, student = pair(dtype="float32")
+    knobs = replace(SHORT, rate=1e30)
+    with pytest.raises(UserError, match=r"not finite at step 8: lower distill\.rate"):
+        distill(student, original, tmp_path / "t", tmp_path / "s", blocks, knobs, CPU)
+    assert not (tmp_path / "t").exists()
+
+
+def test_what_is_refused(
+    pair: Callable[..., tuple[ModelFolder, ModelFolder]],
+    make_model: Callable[..., ModelFolder],
+    blocks: Tensor,
+    tmp_path: Path,
+) -> None:
+    original, student = pair()
+    half, other = make_model(dtype="float16"), make_model(vocab_size=352)
+    fewer = make_model(num_hidden_layers=2)
+    exported = ModelFolder(original.path)
+    exported.config = {**original.config, "quantization_config": {}}
+    for folder, text, knobs, message in (
+        (half, blocks, SHORT, "bfloat16 or float32"),
+        (other, blocks, SHORT, "vocabulary of 352, the original one of 320"),
+        (student, blocks[:1], SHORT, "out of 1: choose a longer text"),
+        (student, blocks, replace(SHORT, optimizer="adamw8bit"), "needs a CUDA device"),
+        (exported, blocks, SHORT, "exported checkpoint"),
+        (fewer, blocks, replace(SHORT, hidden=1.0), r"has 2 x 128, the original 3 x 128"),
+    ):
+        with pytest.raises(UserError, match=message):
+            distill(folder, original, tmp_path / "t", tmp_path / "s", text, knobs, CPU)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match=r"batch=4 cannot be shared by 3 processes"):
+        SHORT.check(torch.bfloat16, CPU, 33, processes=3)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({}, "needs one budget, none given"),
+        ({"steps": 1, "minutes": 2.0}, r"distill.steps and distill.minutes given"),
+        ({"steps": 0}, r"distill.steps=0 is not allowed: choose more than 0"),
+        ({"minutes": -1.0}, r"distill.minutes=-1.0 is not allowed"),
+        ({"steps": 1, "batch": 0}, "distill.batch=0"),
+        ({"steps": 1, "rate": 0.0}, "distill.rate=0.0"),
+        ({"steps": 1, "ce": -1.0}, "distill.ce=-1.0 is not allowed: choose 0 or more"),
+        ({"steps": 1, "warmup": 1.5}, "distill.warmup=1.5 is not allowed: choose 0 to 1"),
+        ({"steps": 1, "optimizer": "sgd"}, "choose adamw, adamw8bit"),
+        ({"steps": 1, "teacher": "dead"}, "choose live, cached"),
+        ({"steps": 1, "kl": 0.0}, "distill has no loss"),
+        ({"steps": 1, "hidden": 1.0, "teacher": "cached"}, "set distill.teacher=live"),
+    ],
+)
+def test_wrong_knobs(knobs: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Distill(**knobs)
+
+
+class Clock:
+    """Time that passes only where a test says so."""
+
+    def __init__(self) -> None:
+        self.time = 100.0
+
+    def __call__(self) -> float:
+        return self.time
+
+    def let(self, patch: pytest.MonkeyPatch, owner: Any, name: str, seconds: float) -> None:
+        """Let a call of this take so long."""
+        before = getattr(owner, name)
+
+        def slow(*args: Any, **kwargs: Any) -> Any:
+            self.time += seconds
+            return before(*args, **kwargs)
+
+        patch.setattr(owner, name, slow)
+
+
+@pytest.mark.parametrize(
+    ("minutes", "save_every"), [(5.0, 1000), (5.0, 2), (0.4, 1000), (0.1, 1000)]
+)
+def test_minutes(
+    pair: Callable[..., tuple[ModelFolder, ModelFolder]],
+    blocks: Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    minutes: float,
+    save_every: int,
+) -> None:
+    """What takes 4 s a step, 3 s a look and 6 s a save ends within the minutes, and not long before."""
+    clock = Clock()
+    monkeypatch.setattr(training, "now", clock)
+    clock.let(monkeypatch, Training, "gradients", 3.0)
+    clock.let(monkeypatch, Training, "update", 1.0)
+    clock.let(monkeypatch, Training, "_held_out", 3.0)
+    clock.let(monkeypatch, training.State, "save", 6.0)
+    original, student = pair()
+    knobs = replace(SHORT, steps=None, minutes=minutes, save_every=save_every)
+    start = clock()
+    report = distill(student, original, tmp_path / "t", tmp_path / "s", blocks, knobs, CPU)
+    spent = clock() - start
+    assert report["seconds"] == pytest.approx(spent)
+    if minutes == 5.0:
+        assert 0.85 * 300 < spent <= 300
+        # Looks and saves are not of the speed.
+        assert report["tokens_per_s"] == pytest.approx(4 * 24 / 4, rel=0.05)
+    else:
+        # Too short for more than the first steps.
+        assert report["steps"] <= 3
+    assert report["curve"][-1]["step"] == report["held_out"][-1]["step"] == report["steps"]

@@ -1,0 +1,89 @@
+"""One training in a process of its own, or in several that ``accelerate launch`` starts.
+
+    python -m tests.distill_run SOURCE ORIGINAL FOLDER BLOCKS.pt '{"steps": 8}' [--kill-at STEP] [--fsdp]
+
+FOLDER gets target/, state/ and report-RANK.json. --kill-at: the process kills itself in that step; --fsdp:
+parameters are sharded by FSDP2, which accelerate itself offers on GPUs alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
+from accelerate.state import AcceleratorState
+
+from compress.distill import stage
+from compress.distill.knobs import Distill
+from compress.distill.stage import distill
+from compress.distill.training import Training
+from compress.model.folder import ModelFolder
+
+
+def kill_at(step: int) -> None:
+    update = Training.update
+
+    def deadly(self: Training, rate: float) -> None:
+        if self.progress.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        update(self, rate)
+
+    Training.update = deadly  # type: ignore[method-assign]
+
+
+def shard() -> None:
+    """Let accelerate do on CPUs what its FSDP2 does on GPUs."""
+    make = stage._accelerator
+
+    def sharded(device: torch.device) -> Any:
+        accelerator = make(device)
+        # Read by the plugin of accelerate where it saves and loads.
+        os.environ["FSDP_VERSION"] = "2"
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            cpu_ram_efficient_loading=False,
+        )
+        AcceleratorState._shared_state["fsdp_plugin"] = plugin
+        for kind in (PartialState, AcceleratorState):
+            kind._shared_state["distributed_type"] = DistributedType.FSDP
+        assert accelerator.is_fsdp2
+        return accelerator
+
+    stage._accelerator = sharded
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("source", "original", "folder", "blocks"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("knobs", type=json.loads)
+    parser.add_argument("--kill-at", type=int)
+    parser.add_argument("--fsdp", action="store_true")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    if asked.kill_at is not None:
+        kill_at(asked.kill_at)
+    if asked.fsdp:
+        shard()
+    report: dict[str, Any] = distill(
+        ModelFolder(asked.source),
+        ModelFolder(asked.original),
+        asked.folder / "target",
+        asked.folder / "state",
+        torch.load(asked.blocks),
+        Distill(**asked.knobs),
+        torch.device("cpu"),
+    )
+    file = asked.folder / f"report-{PartialState().process_index}.json"
+    file.write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
