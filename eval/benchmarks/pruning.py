@@ -110,7 +110,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         keep = Path(scratch) if asked.keep is None else asked.keep
         keep.mkdir(parents=True, exist_ok=True)
-        cuts = {}
+        cuts: dict[str, dict[str, Any]] = {}
         if "choices" in asked.part:
             cuts |= CHOICES
         if "shapes" in asked.part:
