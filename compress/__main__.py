@@ -29,6 +29,7 @@ from compress.compose import (
 )
 from compress.config import parse, settings_of
 from compress.errors import UserError
+from compress.run_folder import check_free
 
 USER_ERROR = 2
 # Overrides that say where, how well and how fast, not what: they stay out of a run's name.
@@ -49,10 +50,8 @@ def main() -> None:
         print(f"compress: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
     except KeyboardInterrupt as stop:
-        print(
-            "compress: stopped; half-written files are cleared away, folders of finished stages stay",
-            file=sys.stderr,
-        )
+        # How to go on, where there is a folder to go on in.
+        print("; ".join(["compress: stopped", *getattr(stop, "__notes__", [])]), file=sys.stderr)
         sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
 
 
@@ -68,11 +67,11 @@ def run_recipes(words: list[str]) -> None:
         from compress.pipeline import check
 
         _check_words(asked.overrides)
-        _check_output(asked.overrides)
+        run_dir = _check_output(asked.overrides)
         for overrides in _combinations(asked.overrides, asked.multirun):
             if not any(o.startswith("recipe=") for o in overrides):
                 raise UserError(f"recipe= is missing: choose one of {', '.join(options('recipe'))}")
-            check(parse(compose_settings(overrides)))
+            check(parse(compose_settings(overrides)), None if asked.multirun else run_dir)
     register()
     finished: list[dict[str, Any]] = []
 
@@ -88,6 +87,11 @@ def run_recipes(words: list[str]) -> None:
             # Hydra would print a traceback; SystemExit passes through it.
             print(f"compress: {error}", file=sys.stderr)
             sys.exit(USER_ERROR)
+        except KeyboardInterrupt as stop:
+            stop.add_note(
+                f"the same recipe with hydra.run.dir={out} goes on from its finished stages"
+            )
+            raise
 
     sys.argv = [sys.argv[0], *words]
     hydra.main(version_base="1.3", config_path=str(RECIPES), config_name="config")(task)()
@@ -103,16 +107,18 @@ def _check_words(overrides: list[str]) -> None:
             raise UserError(f"{word} is neither a verb ({', '.join(VERBS)}) nor KEY=VALUE")
 
 
-def _check_output(overrides: list[str]) -> None:
-    """Refuse an output folder that holds something or cannot be written, before Hydra touches it."""
+def _check_output(overrides: list[str]) -> Path | None:
+    """The output folder, if one is named. Refuses one that cannot be written, or holds anything but an
+    unfinished run, before Hydra touches it."""
     chosen = dict(o.split("=", 1) for o in overrides if o.startswith("hydra."))
     run_dir = Path(chosen.get("hydra.run.dir", "outputs"))
-    if "hydra.run.dir" in chosen and run_dir.is_dir() and any(run_dir.iterdir()):
-        raise UserError(f"{run_dir} is not empty: choose another hydra.run.dir")
+    if "hydra.run.dir" in chosen:
+        check_free(run_dir)
     for folder in (run_dir, Path(chosen.get("hydra.sweep.dir", "outputs"))):
         existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise UserError(f"{folder} cannot be written: choose another hydra.run.dir")
+    return run_dir if "hydra.run.dir" in chosen else None
 
 
 def _combinations(overrides: list[str], multirun: bool) -> list[list[str]]:
