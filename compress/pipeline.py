@@ -17,6 +17,7 @@ from torch import Tensor
 from calibration.generated import generated_tokens
 from calibration.texts import load_mix, load_texts
 from calibration.tokens import TokenBlocks, calibration_blocks, interleave
+from compress import processes
 from compress.config import Run
 from compress.environment import environment, version_of
 from compress.errors import UserError
@@ -63,6 +64,7 @@ def check(run: Run, out: Path | None = None) -> None:
     """
     settings = run.settings
     model = ModelFolder(resolve_model(settings.model.source, settings.model.revision))
+    _check_processes(run)
     _check_stages(run, model)
     if run.needs_data:
         _calibration(run, model)
@@ -76,6 +78,16 @@ def check(run: Run, out: Path | None = None) -> None:
         check_context(settings.context, model)
     if out is not None and (out / RUN).exists():
         check_same(out, _decisive(run, model))
+
+
+def _check_processes(run: Run) -> None:
+    """Several processes share no GPU, and train where their launcher put them."""
+    wanted = processes.device_type()
+    if processes.count() > 1 and (run.device.type != wanted or run.device.index is not None):
+        raise UserError(
+            f"device={run.settings.device} is not where {processes.count()} processes were started: choose "
+            f"device={wanted}"
+        )
 
 
 def _check_stages(run: Run, model: ModelFolder) -> None:
@@ -102,7 +114,7 @@ def _check_quantize(run: Run, model: ModelFolder) -> None:
         budget(model, run.search, run.schemes)
 
 
-def run_recipe(run: Run, name: str, out: Path) -> dict[str, Any]:
+def run_recipe(run: Run, name: str, out: Path, *, last: bool = True) -> dict[str, Any]:
     """Compress, export, audit, evaluate, measure. Returns what it wrote to metrics.json.
 
     ``out`` gets a folder for each stage, checkpoint/, metrics.json and table.md; each appears under its name
@@ -118,6 +130,8 @@ def run_recipe(run: Run, name: str, out: Path) -> dict[str, Any]:
         windows = open_windows(settings.eval, tokenizer)
     with opened(out, _decisive(run, model)):
         compression = _compress(run, model, tokenizer, out)
+        if last:
+            processes.release(0)
         checkpoint = ModelFolder(out / CHECKPOINT)
         rows: dict[str, dict[str, Any]] = {
             "base": {"size": measure_size(model)},

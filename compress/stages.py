@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from compress import processes
 from compress.config import Run
 from compress.kv_cache.stage import quantize_cache
 from compress.model.folder import ModelFolder
@@ -36,9 +37,38 @@ class Work:
     tokens: Tensor | None
 
 
+# Stages that train with all processes of a run; the others are the main one's alone.
+DISTRIBUTED: frozenset[str] = frozenset()
+
+
 def run_stage(name: str, work: Work) -> dict[str, Any]:
-    """Run a stage. Returns its part of metrics.json."""
-    return _STAGES[name](work)
+    """Run a stage, in all processes if it is one that trains with several. Returns its part of metrics.json.
+
+    Called in the main process; the others are in ``join``.
+    """
+    if name not in DISTRIBUTED:
+        return _STAGES[name](work)
+    processes.from_main((name, work))
+    try:
+        report = _STAGES[name](work)
+        processes.wait()
+    except BaseException:
+        # They may be anywhere in the stage: what is said now would not be heard.
+        processes.alone()
+        raise
+    return report
+
+
+def join() -> int:
+    """What a process beside the main one does: its part of the stages that train with several, called with
+    the main one's work, until the main one says with which exit code to end."""
+    task: Any = processes.from_main(None)
+    while not isinstance(task, int):
+        name, work = task
+        _STAGES[name](work)
+        processes.wait()
+        task = processes.from_main(None)
+    return task
 
 
 def _rotate(work: Work) -> dict[str, Any]:
