@@ -75,7 +75,9 @@ def _code(words: list[str]) -> int:
         return USER_ERROR
     except SystemExit as stop:
         # Of argparse, or of Hydra after its traceback.
-        return stop.code if isinstance(stop.code, int) else 0
+        if isinstance(stop.code, str):
+            raise
+        return stop.code or 0
     return 0
 
 

@@ -121,9 +121,9 @@ def _difference(known: Any, asked: Any, key: str = "") -> tuple[str, Any, Any] |
         return None if known == asked else (key, known, asked)
     if list(known) != list(asked) and key:
         return key, list(known), list(asked)
-    for name in known:
+    for name in dict.fromkeys([*known, *asked]):
         inner = f"{key}.{name}" if key else name
-        found = _difference(known[name], asked.get(name), inner)
+        found = _difference(known.get(name), asked.get(name), inner)
         if found is not None:
             return found
     return None

@@ -1,4 +1,4 @@
-"""The stages of a recipe, each from a model folder to a model folder; their order is in ``config.ORDER``."""
+"""The stages of a recipe, each from a model folder to a model folder; ``order`` says in which order."""
 
 from __future__ import annotations
 

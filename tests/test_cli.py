@@ -155,7 +155,12 @@ MISTAKES = [
         ["recipe=rtn-int4", "stages=[prune]"],
         "stages=prune is not known: known are rotate, quantize, repair",
     ),
-    (["recipe=rtn-int4", "stages=[]"], "stages=[] is not allowed: choose quantize"),
+    (["recipe=rtn-int4", "stages=[]"], "stages=[] is not allowed: choose from rotate, quantize"),
+    (
+        ["recipe=rtn-int4", "stages=[quantize,rotate]"],
+        "choose from rotate, quantize, repair (directly after quantize), kv_cache in this order, each at "
+        "most once, with quantize or kv_cache among them",
+    ),
     (["recipe=rtn-int4", "repair=kl"], "repair=kl needs repair among the stages"),
     (["recipe=rtn-int4", "rounding=[learned,gptq]"], "rounding.gptq starts anew, so it must come"),
     (["recipe=gptq-int4", "rounding.gptq.damping=0"], "rounding.gptq.damping=0.0 is not allowed"),

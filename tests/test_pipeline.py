@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from compress import pipeline, stages
 from compress.compose import compose_settings
 from compress.config import parse
 from compress.errors import UserError
+from compress.export.audit import verify
 from compress.kv_cache.folder import scheme_of
 from compress.model.families import LLAMA
 from compress.model.folder import ModelFolder
@@ -27,7 +29,7 @@ from compress.quantize.scheme import Scheme, Schemes
 from compress.quantize.stage import quantize, settle
 from compress.quantize.transforms import AwqClip, AwqScale, Opt, Smooth
 from compress.runtime.load import load_dense
-from tests.conftest import byte_tokenizer
+from tests.conftest import byte_tokenizer, write_model
 
 PLAIN: dict[str, Any] = {
     "tokens": None,
@@ -521,3 +523,45 @@ def test_a_context_too_long_for_the_model_is_refused(tiny: ModelFolder, text_fil
         key = word.partition("=")[0]
         with pytest.raises(UserError, match=rf"{key}.* needs .* takes 256"):
             pipeline.check(run)
+
+
+def narrowed(work: stages.Work) -> dict[str, Any]:
+    """A stage that leaves a plain folder of another shape."""
+    write_model(work.target, intermediate_size=192, num_key_value_heads=1)
+    return {"narrowed": True}
+
+
+@pytest.mark.parametrize("after", [[], ["quantize"], ["kv_cache"]])
+def test_a_stage_may_leave_a_plain_model_of_another_shape(
+    tiny: ModelFolder,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    after: list[str],
+) -> None:
+    """It is exported, audited, verified and measured, alone or with other stages behind it."""
+    words = ["recipe=rtn-int4", *AT_LENGTH, "context.windows=1", f"context.text={text_file}"]
+    words += [f"eval.texts=[{text_file}]", "eval.tokens=256", "eval.window=128"]
+    words += ["context=standard", "eval.block_tokens=128"]
+    if after:
+        words.append(f"stages=[{','.join(after)}]")
+    if "kv_cache" in after:
+        words.append("kv_cache=int8")
+    run = run_of(tiny, text_file, *words)
+    run = replace(run, settings=replace(run.settings, stages=["narrow", *after]))
+    monkeypatch.setitem(stages._STAGES, "narrow", narrowed)
+    metrics = pipeline.run_recipe(run, "narrow", tmp_path)
+    assert verify(tmp_path / "checkpoint") == []
+    base, candidate = metrics["base"], metrics["candidate"]
+    assert candidate["size"]["parameters"] < base["size"]["parameters"]
+    assert candidate["texts"][str(text_file)]["kl"] > 0
+    assert candidate["context"]["positions"]["kl"] > 0
+    # Only what was quantized can be compared block by block, with what it was.
+    assert ("block_kl" in metrics["compression"]) == ("quantize" in after)
+    if not after:
+        assert candidate["size"]["bits_linears"] == 16
+        assert candidate["size"]["kept"] == ["all weights"]
+        assert metrics["compression"]["audit"]["linears"] == 0
+        config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
+        assert config["intermediate_size"] == 192
+        assert "quantization_config" not in config

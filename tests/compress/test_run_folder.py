@@ -88,6 +88,8 @@ def test_only_the_same_run_goes_on(tmp_path: Path) -> None:
         opened(tmp_path, {**DECISIVE, "data": {"seed": 1}}),
     ):
         pass
+    with pytest.raises(UserError, match=r"unfinished run with more=None, this one has 1: choose"):
+        check_same(tmp_path, {**DECISIVE, "more": 1})
     (tmp_path / "run.json").write_text(written.replace('"version": 1', '"version": 0'))
     with pytest.raises(UserError, match=r"unfinished run with version=0, this one has 1: choose"):
         check_same(tmp_path, DECISIVE)
