@@ -18,6 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
+from compress import processes
 from compress.commands import VERBS
 from compress.compose import (
     RECIPES,
@@ -29,6 +30,7 @@ from compress.compose import (
 )
 from compress.config import parse, settings_of
 from compress.errors import UserError
+from compress.run_folder import check_free
 
 USER_ERROR = 2
 # Overrides that say where, how well and how fast, not what: they stay out of a run's name.
@@ -36,24 +38,47 @@ UNNAMED = re.compile(r"[+~]*((recipe|model|eval|speed|device|hydra)\b|data=text|
 
 
 def main() -> None:
-    """Entry of ``compress`` and ``python -m compress``."""
-    words = sys.argv[1:]
+    """Entry of ``compress`` and ``python -m compress``; of each process, where a launcher starts several."""
     # As Ctrl-C: what is unfinished is cleared away, child processes are ended.
     signal.signal(signal.SIGTERM, _stop)
     try:
+        # So that each sees when another one ends.
+        processes.wait()
+        code = _code(sys.argv[1:])
+        if processes.count() > 1:
+            # The first to end with an error makes the launcher end the rest, which are ending by themselves.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        processes.release(code)
+    except KeyboardInterrupt as stop:
+        if processes.is_main():
+            # How to go on, where there is a folder to go on in.
+            said = ["compress: stopped", *getattr(stop, "__notes__", [])]
+            print("; ".join(said), file=sys.stderr)
+        code = 128 + (stop.args[0] if stop.args else signal.SIGINT)
+    sys.exit(code)
+
+
+def _code(words: list[str]) -> int:
+    """Do what the words ask for, or, beside the main process, what that one hands out. Returns the exit
+    code."""
+    try:
+        if not processes.is_main():
+            from compress.stages import join
+
+            return join()
         if words and words[0] in VERBS:
             verb = importlib.import_module(f"compress.commands.{words[0]}")
-            sys.exit(verb.main(words[1:]))
+            return int(verb.main(words[1:]))
         run_recipes(words or ["--help"])
     except UserError as error:
         print(f"compress: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR)
-    except KeyboardInterrupt as stop:
-        print(
-            "compress: stopped; half-written files are cleared away, folders of finished stages stay",
-            file=sys.stderr,
-        )
-        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
+        return USER_ERROR
+    except SystemExit as stop:
+        # Of argparse, or of Hydra after its traceback.
+        if isinstance(stop.code, str):
+            raise
+        return stop.code or 0
+    return 0
 
 
 def _stop(number: int, _: object) -> None:
@@ -64,15 +89,17 @@ def run_recipes(words: list[str]) -> None:
     """Run one recipe, or a sweep with -m; every combination is checked before the first one runs."""
     words = expand_shorthand(words)
     asked = get_args_parser().parse_args(words)
+    combinations: list[list[str]] = []
     if not (asked.help or asked.hydra_help or asked.info or asked.cfg):
         from compress.pipeline import check
 
         _check_words(asked.overrides)
-        _check_output(asked.overrides)
-        for overrides in _combinations(asked.overrides, asked.multirun):
+        run_dir = _check_output(asked.overrides)
+        combinations = _combinations(asked.overrides, asked.multirun)
+        for overrides in combinations:
             if not any(o.startswith("recipe=") for o in overrides):
                 raise UserError(f"recipe= is missing: choose one of {', '.join(options('recipe'))}")
-            check(parse(compose_settings(overrides)))
+            check(parse(compose_settings(overrides)), None if asked.multirun else run_dir)
     register()
     finished: list[dict[str, Any]] = []
 
@@ -83,11 +110,17 @@ def run_recipes(words: list[str]) -> None:
         out = Path(choice.runtime.output_dir)
         name = _run_name(choice.runtime.choices["recipe"], list(choice.overrides.task))
         try:
-            finished.append(run_recipe(parse(settings_of(config)), name, out))
+            last = len(finished) + 1 == len(combinations)
+            finished.append(run_recipe(parse(settings_of(config)), name, out, last=last))
         except UserError as error:
             # Hydra would print a traceback; SystemExit passes through it.
             print(f"compress: {error}", file=sys.stderr)
             sys.exit(USER_ERROR)
+        except KeyboardInterrupt as stop:
+            stop.add_note(
+                f"the same recipe with hydra.run.dir={out} goes on from its finished stages"
+            )
+            raise
 
     sys.argv = [sys.argv[0], *words]
     hydra.main(version_base="1.3", config_path=str(RECIPES), config_name="config")(task)()
@@ -103,16 +136,18 @@ def _check_words(overrides: list[str]) -> None:
             raise UserError(f"{word} is neither a verb ({', '.join(VERBS)}) nor KEY=VALUE")
 
 
-def _check_output(overrides: list[str]) -> None:
-    """Refuse an output folder that holds something or cannot be written, before Hydra touches it."""
+def _check_output(overrides: list[str]) -> Path | None:
+    """The output folder, if one is named. Refuses one that cannot be written, or holds anything but an
+    unfinished run, before Hydra touches it."""
     chosen = dict(o.split("=", 1) for o in overrides if o.startswith("hydra."))
     run_dir = Path(chosen.get("hydra.run.dir", "outputs"))
-    if "hydra.run.dir" in chosen and run_dir.is_dir() and any(run_dir.iterdir()):
-        raise UserError(f"{run_dir} is not empty: choose another hydra.run.dir")
+    if "hydra.run.dir" in chosen:
+        check_free(run_dir)
     for folder in (run_dir, Path(chosen.get("hydra.sweep.dir", "outputs"))):
         existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise UserError(f"{folder} cannot be written: choose another hydra.run.dir")
+    return run_dir if "hydra.run.dir" in chosen else None
 
 
 def _combinations(overrides: list[str], multirun: bool) -> list[list[str]]:

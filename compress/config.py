@@ -17,6 +17,7 @@ from omegaconf.errors import ValidationError
 from compress.errors import UserError
 from compress.export.formats import FORMATS
 from compress.kv_cache.scheme import CacheScheme, StateScheme
+from compress.order import STAGES, check_order
 from compress.quantize.block import Rounding, Transform
 from compress.quantize.inputs import InputScheme
 from compress.quantize.repair import REPAIRS, Kl
@@ -26,9 +27,6 @@ from compress.quantize.search import Search
 from compress.quantize.stage import needs_data
 from compress.quantize.transforms import TRANSFORMS
 from eval.retrieval import MOST_FACTS
-
-# In the order in which a recipe may list them.
-STAGES = ("rotate", "quantize", "repair", "kv_cache")
 
 
 @dataclass
@@ -234,17 +232,15 @@ def _check_rounding(settings: RecipeConfig, scheme: Scheme) -> None:
 
 def _check_stages(settings: RecipeConfig) -> None:
     stages = settings.stages
-    ordered = [stage for stage in STAGES if stage in stages]
-    work = "quantize" in stages or ("kv_cache" in stages and "repair" not in stages)
-    if stages != ordered or not work:
-        raise UserError(
-            f"stages={stages} is not allowed: choose quantize, kv_cache or both in this order, with rotate "
-            "before them and repair after quantize if wanted"
-        )
+    check_order(stages)
     if "quantize" not in stages:
         for key in ("search", "head", "transforms"):
             if getattr(settings, key):
                 raise UserError(f"{key} needs quantize among the stages")
+        if settings.export != "compressed-tensors":
+            raise UserError(
+                f"export={settings.export} holds quantized weights, and these stay in 16 bits: leave it out"
+            )
     if ("repair" in stages) != (len(settings.repair) == 1):
         raise UserError(
             f"the stage repair needs one method of: {', '.join(REPAIRS)}, as in repair=kl; and "
@@ -268,10 +264,6 @@ def _cache_scheme(settings: RecipeConfig) -> CacheScheme:
     rest = {name: v for name, v in values.items() if name not in states}
     scheme = _build("kv_cache", CacheScheme, rest)
     scheme = replace(scheme, **states)
-    if "quantize" not in settings.stages and settings.export != "compressed-tensors":
-        raise UserError(
-            f"export={settings.export} holds quantized weights, and these stay as they are: leave it out"
-        )
     if scheme.static and settings.export != "compressed-tensors":
         raise UserError(
             f"export={settings.export} has no place for the scales of the cache: choose "

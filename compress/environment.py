@@ -20,7 +20,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: version_of(name) for name in PACKAGES},
         "device": device_name(device),
         "threads": torch.get_num_threads(),
     }
@@ -36,7 +36,8 @@ def device_name(device: torch.device) -> str:
     return f"{len(models)} x {models[0]}" if models else platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The installed version of a package; None if there is none."""
     try:
         return version(package)
     except PackageNotFoundError:

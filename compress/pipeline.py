@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
 import logging
-import os
-import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor
 
 from calibration.generated import generated_tokens
 from calibration.texts import load_mix, load_texts
 from calibration.tokens import TokenBlocks, calibration_blocks, interleave
-from compress.config import STAGES, Run
-from compress.environment import environment
+from compress import processes
+from compress.config import Run
+from compress.environment import environment, version_of
 from compress.errors import UserError
 from compress.export.audit import audit, write_manifest
 from compress.export.formats import FORMATS
 from compress.kv_cache.stage import check as check_cache
-from compress.kv_cache.stage import quantize_cache
 from compress.measure import (
     check_context,
     check_tasks,
@@ -38,25 +35,36 @@ from compress.measure import (
     open_windows,
 )
 from compress.model.families import family_of
-from compress.model.folder import ModelFolder, write_json
+from compress.model.folder import ModelFolder, save_tensors, write_json
 from compress.model.sources import open_tokenizer, resolve_model
-from compress.quantize.search import budget, choose
-from compress.quantize.stage import quantize, settle
+from compress.pictures import draw
+from compress.quantize.search import budget
+from compress.quantize.stage import settle
 from compress.report.table import METRICS, table
-from compress.rotate import rotate, rotated_sizes
+from compress.rotate import rotated_sizes
+from compress.run_folder import RUN, Step, check_same, opened, step, whole
 from compress.runtime.load import load_dense
-from eval.memory import give_back, peak_cuda, peak_rss, reset_peak, rss
+from compress.stages import Work, run_stage
+from eval.memory import reset_peak, rss
 
 log = logging.getLogger(__name__)
 
+# Steps of a run beside its stages: text that the original writes, in one file, and the export.
+GENERATE, WRITTEN, CHECKPOINT = "generate", "tokens.safetensors", "checkpoint"
+# With others of these the same recipe may come out otherwise.
+DECISIVE_VERSIONS = ("compress", "torch", "transformers", "safetensors")
 
-def check(run: Run) -> None:
-    """Raises UserError if the recipe does not fit its model, or a text or task does not exist.
 
-    Reads no weights and writes no output: a sweep checks all its runs before the first one starts.
+def check(run: Run, out: Path | None = None) -> None:
+    """Raises UserError if the recipe does not fit its model, a text or task does not exist, or ``out`` holds
+    an unfinished run that is another one.
+
+    Writes no output, and reads no weights but to tell that run by their hash: a sweep checks all its runs
+    before the first one starts.
     """
     settings = run.settings
     model = ModelFolder(resolve_model(settings.model.source, settings.model.revision))
+    _check_processes(run)
     _check_stages(run, model)
     if run.needs_data:
         _calibration(run, model)
@@ -68,6 +76,18 @@ def check(run: Run) -> None:
         check_tasks(settings.eval)
     if settings.context is not None:
         check_context(settings.context, model)
+    if out is not None and (out / RUN).exists():
+        check_same(out, _decisive(run, model))
+
+
+def _check_processes(run: Run) -> None:
+    """Several processes share no GPU, and train where their launcher put them."""
+    wanted = processes.device_type()
+    if processes.count() > 1 and (run.device.type != wanted or run.device.index is not None):
+        raise UserError(
+            f"device={run.settings.device} is not where {processes.count()} processes were started: choose "
+            f"device={wanted}"
+        )
 
 
 def _check_stages(run: Run, model: ModelFolder) -> None:
@@ -94,12 +114,13 @@ def _check_quantize(run: Run, model: ModelFolder) -> None:
         budget(model, run.search, run.schemes)
 
 
-def run_recipe(run: Run, name: str, out: Path) -> dict[str, Any]:
+def run_recipe(run: Run, name: str, out: Path, *, last: bool = True) -> dict[str, Any]:
     """Compress, export, audit, evaluate, measure. Returns what it wrote to metrics.json.
 
-    ``out`` gets a folder for each stage, checkpoint/, metrics.json and table.md; each appears under
-    its name only when it is whole. Raises UserError before any weight is read if the recipe does not
-    fit model or data.
+    ``out`` gets a folder for each stage, checkpoint/, metrics.json and table.md; each appears under its name
+    only when it is whole. What a killed run of the same recipe left whole in ``out`` is taken over. Raises
+    UserError before any weight is computed with if the recipe does not fit model or data, or ``out`` holds
+    something else.
     """
     settings = run.settings
     model = ModelFolder(resolve_model(settings.model.source, settings.model.revision))
@@ -107,34 +128,32 @@ def run_recipe(run: Run, name: str, out: Path) -> dict[str, Any]:
     windows = {}
     if settings.eval is not None:
         windows = open_windows(settings.eval, tokenizer)
-    for leftover in (out / name for name in (*STAGES, "checkpoint")):
-        if leftover.exists():
-            raise UserError(f"{leftover} exists already: choose another hydra.run.dir")
+    with opened(out, _decisive(run, model)):
+        compression = _compress(run, model, tokenizer, out)
+        if last:
+            processes.release(0)
+        checkpoint = ModelFolder(out / CHECKPOINT)
+        rows: dict[str, dict[str, Any]] = {
+            "base": {"size": measure_size(model)},
+            "candidate": {"size": measure_size(checkpoint)},
+        }
+        sections = _measured(run, checkpoint, model, windows, tokenizer, out)
+        compression |= sections.pop("compression", {})
+        for row, found in sections.items():
+            rows[row] |= found
 
-    compression = _compress(run, model, tokenizer, out)
-    checkpoint = ModelFolder(out / "checkpoint")
-
-    rows: dict[str, dict[str, Any]] = {
-        "base": {"size": measure_size(model)},
-        "candidate": {"size": measure_size(checkpoint)},
-    }
-    sections = _measured(run, checkpoint, model, windows, tokenizer, out / "rotate")
-    compression |= sections.pop("compression", {})
-    for row, found in sections.items():
-        rows[row] |= found
-
-    metrics = {
-        "name": name,
-        "model": {"name": settings.model.name, "fingerprint": model.fingerprint},
-        "recipe": asdict(settings),
-        "compression": compression,
-        **rows,
-        "environment": environment(run.device),
-    }
-    with _whole(out / METRICS) as partial:
-        write_json(partial, metrics)
-    _draw(compression, rows, out)
-    (out / "table.md").write_text(table([metrics]), encoding="utf-8")
+        metrics = {
+            "name": name,
+            "model": {"name": settings.model.name, "fingerprint": model.fingerprint},
+            "recipe": asdict(settings),
+            "compression": compression,
+            **rows,
+            "environment": environment(run.device),
+        }
+        with whole(out / METRICS) as partial:
+            write_json(partial, metrics)
+        draw(compression, rows, out)
+        (out / "table.md").write_text(table([metrics]), encoding="utf-8")
     return metrics
 
 
@@ -144,7 +163,7 @@ def _measured(
     model: ModelFolder,
     windows: dict[str, TokenBlocks],
     tokenizer: Any,
-    rotated: Path,
+    out: Path,
 ) -> dict[str, dict[str, Any]]:
     """Sections of metrics.json for the rows ``base`` and ``candidate``, and for ``compression``."""
     settings = run.settings
@@ -156,7 +175,7 @@ def _measured(
         for row, found in accuracy.items():
             rows[row] |= found
         if settings.eval.block_tokens is not None and "quantize" in settings.stages:
-            quantized = ModelFolder(rotated) if "rotate" in settings.stages else model
+            quantized = _quantized(settings.stages, model, out)
             rows["compression"]["block_kl"] = measure_blocks(
                 checkpoint, quantized, windows, settings.eval, run.device
             )
@@ -173,131 +192,81 @@ def _measured(
     return rows
 
 
-def _draw(compression: dict[str, Any], rows: dict[str, dict[str, Any]], out: Path) -> None:
-    """The pictures of a run: bits that were searched, where the loss comes from, outliers of the inputs,
-    errors of the cache."""
-    # Here, not above: the drawing library would be in memory while compressing.
-    from compress.report import bits, blocks, context, outliers
-
-    if "search" in compression:
-        with _whole(out / bits.PICTURE) as partial:
-            bits.draw_bits(compression["search"], partial)
-    if compression["calibration_tokens"] is not None and "blocks" in compression:
-        by_text = compression.get("block_kl")
-        mean = (
-            None if not by_text else [sum(v) / len(v) for v in zip(*by_text.values(), strict=True)]
-        )
-        with _whole(out / blocks.PICTURE) as partial:
-            blocks.draw_blocks(compression["blocks"], mean, partial)
-    if "outliers" in compression:
-        found = compression["outliers"]
-        with _whole(out / outliers.PICTURE) as partial:
-            outliers.draw_outliers(found, partial)
-        with _whole(out / outliers.TABLE) as partial:
-            partial.write_text(outliers.outlier_table(found), encoding="utf-8")
-    if "context" in rows["candidate"]:
-        measured = {row: rows[row]["context"] for row in rows}
-        with _whole(out / context.TABLE) as partial:
-            partial.write_text(context.context_table(measured), encoding="utf-8")
-        if "heads" in measured["candidate"]:
-            with _whole(out / context.PICTURE) as partial:
-                context.draw_heads(measured["candidate"]["heads"], partial)
+def _quantized(stages: list[str], model: ModelFolder, out: Path) -> ModelFolder:
+    """The folder that was quantized: what the stage before left, or the original."""
+    before = stages[: stages.index("quantize")]
+    return ModelFolder(out / before[-1]) if before else model
 
 
 def _compress(run: Run, model: ModelFolder, tokenizer: Any, out: Path) -> dict[str, Any]:
     """Run the stages, each from a folder to a folder; export the last one's record, audit it, write its
-    manifest."""
+    manifest. Returns the section ``compression`` of metrics.json."""
     reset_peak()
     start, start_rss = time.perf_counter(), rss()
     data = _calibration(run, model)
-    current, reports, seconds = model, dict[str, Any](), dict[str, float]()
     tokens, written = None if data is None else data.tokens, None
+    steps: dict[str, Step] = {}
     if tokens is not None and run.settings.data.generated:
-        written = _generated(run, model, tokenizer)
-        seconds["generate"] = time.perf_counter() - start
-        log.info(
-            "the original wrote %d sequences in %.1f s",
-            run.settings.data.generated,
-            seconds["generate"],
+        steps[GENERATE] = step(
+            out, GENERATE, lambda target, _: _generate(run, model, tokenizer, target)
         )
+        written = load_file(out / GENERATE / WRITTEN)["tokens"]
+    current = model
     for stage in run.settings.stages:
-        began = time.perf_counter()
-        with _whole(out / stage) as partial:
-            before_repair = stage != "repair" and "repair" in run.settings.stages
-            most = run.settings.data.generated_before_repair if before_repair else None
-            seen = _seen(tokens, written, most)
-            reports |= _STAGES[stage](run, model, current, partial, seen)
-        give_back()
+        before_repair = stage != "repair" and "repair" in run.settings.stages
+        most = run.settings.data.generated_before_repair if before_repair else None
+        seen = _seen(tokens, written, most)
+        steps[stage] = _stage(stage, run, model, current, out, seen)
         current = ModelFolder(out / stage)
-        seconds[stage] = time.perf_counter() - began
+    reports: dict[str, Any] = {}
+    for found in steps.values():
+        reports |= found.report
     origin = {
         "model": model.fingerprint,
         "data": None if data is None else data.sha256,
         "recipe": _recipe_hash(run, reports.get("scheme")),
     }
-    log.info("writing the checkpoint and comparing it with the record")
-    with _whole(out / "checkpoint") as partial:
-        FORMATS[run.settings.export].write(current, partial)
-        checked = audit(current, ModelFolder(partial))
-        write_manifest(partial, origin)
-    total = time.perf_counter() - start
-    log.info("compressed and audited in %.1f s: %s", total, out / "checkpoint")
+    seconds = {name: found.seconds for name, found in steps.items()}
+    steps[CHECKPOINT] = step(
+        out, CHECKPOINT, lambda target, _: _export(run, current, target, origin)
+    )
+    taken = [name for name, found in steps.items() if found.taken]
+    total = time.perf_counter() - start + sum(steps[name].seconds for name in taken)
+    log.info("compressed and audited in %.1f s: %s", total, out / CHECKPOINT)
+    peaks = [found.peak_cuda for found in steps.values() if found.peak_cuda is not None]
     return {
+        # Of a run that was killed and went on: its finished steps, and this process.
         "seconds": total,
         "stage_seconds": seconds,
+        "resumed": taken,
         # In a sweep the process is not fresh: what was resident before counts in the peak.
         "start_rss": start_rss,
-        "peak_rss": peak_rss(),
-        "peak_cuda": peak_cuda(),
+        "peak_rss": max(found.peak_rss for found in steps.values()),
+        "peak_cuda": max(peaks, default=None),
         "origin": origin,
         "calibration_tokens": None if tokens is None else list(tokens.shape),
         "generated_tokens": None if written is None else list(written.shape),
-        "audit": checked,
+        **steps[CHECKPOINT].report,
         **reports,
     }
 
 
-def _rotate(
-    run: Run, model: ModelFolder, source: ModelFolder, target: Path, tokens: Tensor | None
-) -> dict[str, Any]:
-    return {"rotate": rotate(source, target, seed=run.settings.data.seed)}
-
-
-def _quantize(
-    run: Run, model: ModelFolder, source: ModelFolder, target: Path, tokens: Tensor | None
-) -> dict[str, Any]:
-    schemes, searched = run.schemes, dict[str, Any]()
-    if run.search is not None:
-        assert tokens is not None
-        schemes, found = choose(source, run.search, schemes, tokens, run.device)
-        searched = {"search": found}
-    return searched | quantize(
-        source,
-        target,
-        tokens=tokens,
-        schemes=schemes,
-        transforms=run.transforms,
-        roundings=run.roundings,
-        device=run.device,
+def _stage(
+    name: str, run: Run, model: ModelFolder, source: ModelFolder, out: Path, tokens: Tensor | None
+) -> Step:
+    return step(
+        out,
+        name,
+        lambda target, state: run_stage(name, Work(run, model, source, target, state, tokens)),
     )
 
 
-def _repair(
-    run: Run, model: ModelFolder, source: ModelFolder, target: Path, tokens: Tensor | None
-) -> dict[str, Any]:
-    assert run.repair is not None
-    assert tokens is not None
-    return {"repair": run.repair(source, model, target, tokens, run.device)}
-
-
-def _kv_cache(
-    run: Run, model: ModelFolder, source: ModelFolder, target: Path, tokens: Tensor | None
-) -> dict[str, Any]:
-    assert run.cache is not None
-    return quantize_cache(source, target, run.cache, tokens=tokens, device=run.device)
-
-
-_STAGES = {"rotate": _rotate, "quantize": _quantize, "repair": _repair, "kv_cache": _kv_cache}
+def _export(run: Run, record: ModelFolder, target: Path, origin: dict[str, Any]) -> dict[str, Any]:
+    log.info("writing the checkpoint and comparing it with the record")
+    FORMATS[run.settings.export].write(record, target)
+    checked = audit(record, ModelFolder(target))
+    write_manifest(target, origin)
+    return {"audit": checked}
 
 
 def _calibration(run: Run, model: ModelFolder) -> TokenBlocks | None:
@@ -331,20 +300,24 @@ def _seen(tokens: Tensor | None, written: Tensor | None, most: int | None) -> Te
     return interleave(tokens, written[:most])
 
 
-def _generated(run: Run, model: ModelFolder, tokenizer: Any) -> Tensor:
-    """Calibration sequences that the original writes itself, on the CPU."""
+def _generate(run: Run, model: ModelFolder, tokenizer: Any, target: Path) -> dict[str, Any]:
+    """Write calibration sequences that the original makes itself: they join the tokens of every stage."""
     data = run.settings.data
-    return generated_tokens(
+    tokens = generated_tokens(
         load_dense(model, run.device, model.dtype),
         sequences=data.generated,
         length=data.length,
         tokenizer=tokenizer,
         seed=data.seed,
-    ).cpu()
+    )
+    target.mkdir()
+    save_tensors(target / WRITTEN, {"tokens": tokens.cpu()})
+    log.info("the original wrote %d sequences", data.generated)
+    return {}
 
 
-def _recipe_hash(run: Run, scheme: dict[str, Any] | None) -> str:
-    """Hash of what decides the checkpoint: stages, methods with their knobs, data, format."""
+def _decisive_settings(run: Run) -> dict[str, Any]:
+    """What of a recipe decides the checkpoint: stages, methods with their knobs, data, format."""
     settings = asdict(run.settings)
     keys = (
         "stages",
@@ -357,20 +330,23 @@ def _recipe_hash(run: Run, scheme: dict[str, Any] | None) -> str:
         "data",
         "export",
     )
-    decisive = {key: settings[key] for key in keys}
+    return {key: settings[key] for key in keys}
+
+
+def _decisive(run: Run, model: ModelFolder) -> dict[str, Any]:
+    """All that decides the bytes of a run's folders: two runs that agree in it are the same run."""
+    data = _calibration(run, model)
+    settings = _decisive_settings(run)
+    settings["data"] |= {"sha256": None if data is None else data.sha256}
+    return {
+        "model": {"fingerprint": model.fingerprint},
+        **settings,
+        "scheme": run.settings.scheme,
+        "device": run.device.type,
+        "versions": {name: version_of(name) for name in DECISIVE_VERSIONS},
+    }
+
+
+def _recipe_hash(run: Run, scheme: dict[str, Any] | None) -> str:
+    decisive = _decisive_settings(run)
     return hashlib.sha256(json.dumps([decisive, scheme], sort_keys=True).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """Write beside, rename at the end; on any failure nothing of this process is left."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        partial.rename(path)
-    except BaseException:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        else:
-            partial.unlink(missing_ok=True)
-        raise

@@ -8,6 +8,8 @@ from pathlib import Path
 
 # No test may ask a hub for anything; a test that does fails instead of waiting.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Commands that tests start, in other folders, are those of this tree.
+os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)
 
 import pytest
 import torch

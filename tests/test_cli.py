@@ -155,7 +155,12 @@ MISTAKES = [
         ["recipe=rtn-int4", "stages=[prune]"],
         "stages=prune is not known: known are rotate, quantize, repair",
     ),
-    (["recipe=rtn-int4", "stages=[]"], "stages=[] is not allowed: choose quantize"),
+    (["recipe=rtn-int4", "stages=[]"], "stages=[] is not allowed: choose from rotate, quantize"),
+    (
+        ["recipe=rtn-int4", "stages=[quantize,rotate]"],
+        "choose from rotate, quantize, repair (directly after quantize), kv_cache in this order, each at "
+        "most once, with quantize or kv_cache among them",
+    ),
     (["recipe=rtn-int4", "repair=kl"], "repair=kl needs repair among the stages"),
     (["recipe=rtn-int4", "rounding=[learned,gptq]"], "rounding.gptq starts anew, so it must come"),
     (["recipe=gptq-int4", "rounding.gptq.damping=0"], "rounding.gptq.damping=0.0 is not allowed"),
@@ -285,8 +290,20 @@ def test_a_finished_folder_is_not_touched_by_a_refused_run(
     monkeypatch.setattr(sys, "argv", ["compress", *words])
     with pytest.raises(SystemExit):
         main()
-    assert "is not empty: choose another hydra.run.dir" in capsys.readouterr().err
+    assert "holds a finished run: choose another hydra.run.dir" in capsys.readouterr().err
     assert [f.name for f in (tmp_path / "done").iterdir()] == ["metrics.json"]
+
+
+def started(words: list[str], cwd: Path, until: str) -> subprocess.Popen[str]:
+    """A run in a process of its own that has just said ``until``."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "compress", *words], cwd=cwd, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if until in line:
+            break
+    return process
 
 
 def test_an_interrupt_ends_in_one_line_and_leaves_no_result(
@@ -295,19 +312,50 @@ def test_an_interrupt_ends_in_one_line_and_leaves_no_result(
     words = ["recipe=awq-int4", f"model={tiny.path}", f"data={text_file}", "eval=none"]
     words += ["data.sequences=4", "data.length=64", "scheme.group_size=32"]
     words += ["speed.output_length=2000", "hydra.run.dir=out"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "compress", *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "measuring decode speed" in line:
-            break
+    process = started(words, tmp_path, "measuring decode speed")
     process.send_signal(signal.SIGTERM)
+    assert process.stderr is not None
     rest = process.stderr.read()
     assert process.wait(60) == 143
     assert "Traceback" not in rest
-    assert "compress: stopped" in rest
+    stopped = [line for line in rest.splitlines() if "compress: stopped" in line]
+    assert stopped == [
+        f"compress: stopped; the same recipe with hydra.run.dir={tmp_path / 'out'} goes on from its "
+        "finished stages"
+    ]
     assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    tiny: ModelFolder, text_file: Path, tmp_path: Path
+) -> None:
+    words = ["recipe=awq-int4", f"model={tiny.path}", f"data={text_file}", "eval=none"]
+    words += ["data.sequences=4", "data.length=64", "scheme.group_size=32", "speed=none"]
+    words += ["stages=[rotate,quantize]"]
+    killed, once = tmp_path / "killed", tmp_path / "once"
+    process = started([*words, f"hydra.run.dir={killed}"], tmp_path, "model.layers.0: ")
+    process.kill()
+    process.wait(60)
+    assert [file.name.split(".")[0] for file in killed.glob("*.partial")] == ["quantize"]
+    other = compress(*words, "data.seed=1", f"hydra.run.dir={killed}", cwd=tmp_path)
+    assert (other.returncode, other.stderr) == (
+        2,
+        f"compress: {killed} holds an unfinished run with data.seed=0, this one has 1: choose another "
+        "hydra.run.dir\n",
+    )
+    for out in (killed, once):
+        done = compress(*words, f"hydra.run.dir={out}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert ("rotate: taken over from an earlier start" in done.stderr) == (out == killed)
+    files = {file.name for file in (once / "checkpoint").iterdir()}
+    for name in files | {"manifest.json"}:
+        assert (killed / "checkpoint" / name).read_bytes() == (
+            once / "checkpoint" / name
+        ).read_bytes(), name
+    assert {file.name for file in killed.iterdir()} == {file.name for file in once.iterdir()}
+    metrics = json.loads((killed / "metrics.json").read_text())
+    assert metrics["compression"]["resumed"] == ["rotate"]
+    assert list(metrics["compression"]["stage_seconds"]) == ["rotate", "quantize"]
 
 
 def test_help_explains_groups_and_shows_examples(tmp_path: Path) -> None:

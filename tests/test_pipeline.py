@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from calibration.tokens import calibration_blocks
-from compress import pipeline
+from compress import pipeline, stages
 from compress.compose import compose_settings
 from compress.config import parse
 from compress.errors import UserError
+from compress.export.audit import verify
 from compress.kv_cache.folder import scheme_of
 from compress.model.families import LLAMA
 from compress.model.folder import ModelFolder
@@ -27,7 +29,7 @@ from compress.quantize.scheme import Scheme, Schemes
 from compress.quantize.stage import quantize, settle
 from compress.quantize.transforms import AwqClip, AwqScale, Opt, Smooth
 from compress.runtime.load import load_dense
-from tests.conftest import byte_tokenizer
+from tests.conftest import byte_tokenizer, write_model
 
 PLAIN: dict[str, Any] = {
     "tokens": None,
@@ -81,22 +83,114 @@ def test_a_failed_run_leaves_nothing_that_looks_finished(
     assert not any(name.endswith(".partial") for name in left)
 
 
-def test_what_another_process_left_is_not_touched(
-    tiny: ModelFolder, text_file: Path, tmp_path: Path
-) -> None:
-    foreign = tmp_path / "quantize.1.partial"
-    foreign.mkdir()
-    pipeline.run_recipe(run_of(tiny, text_file), "awq", tmp_path)
-    assert foreign.exists()
-    assert (tmp_path / "metrics.json").exists()
-
-
 def test_a_finished_run_is_not_overwritten(
     tiny: ModelFolder, text_file: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "checkpoint").mkdir()
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="is not empty: choose another"):
         pipeline.run_recipe(run_of(tiny, text_file), "awq", tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint"]
+
+
+ALL_STAGES = [
+    "stages=[rotate,quantize,repair,kv_cache]",
+    "repair=kl",
+    "repair.kl.epochs=1",
+    "kv_cache=fp8",
+    "data.generated=3",
+]
+STEPS = ["generate", "rotate", "quantize", "repair", "kv_cache", "checkpoint"]
+
+
+def checkpoint_bytes(out: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted((out / "checkpoint").iterdir())}
+
+
+def test_a_run_that_is_killed_in_every_step_ends_in_the_same_bytes(
+    tiny: ModelFolder, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(tiny, text_file, *ALL_STAGES)
+    once = pipeline.run_recipe(run, "once", tmp_path / "once")
+    out = tmp_path / "killed"
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for i, name in enumerate(STEPS):
+        with monkeypatch.context() as broken:
+            if name in stages._STAGES:
+                broken.setitem(stages._STAGES, name, fail)  # type: ignore[arg-type]
+            else:
+                broken.setattr(pipeline, {"generate": "_generate"}.get(name, "audit"), fail)
+            with pytest.raises(KeyboardInterrupt):
+                pipeline.run_recipe(run, "killed", out)
+        assert {f.name for f in out.iterdir() if f.is_dir()} == set(STEPS[:i])
+    metrics = pipeline.run_recipe(run, "killed", out)
+    assert checkpoint_bytes(out) == checkpoint_bytes(tmp_path / "once")
+    found, expected = metrics["compression"], once["compression"]
+    assert expected["resumed"] == []
+    assert found["resumed"] == STEPS[:-1]
+    assert list(found["stage_seconds"]) == STEPS[:-1]
+    assert found["seconds"] > sum(found["stage_seconds"].values())
+    for key in ("repair", "rotate", "kv_cache", "scheme", "origin", "generated_tokens", "audit"):
+        assert found[key] == expected[key], key
+
+
+def test_after_compression_only_measuring_is_done_again(
+    tiny: ModelFolder, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What measures may be asked for otherwise: it changes no checkpoint."""
+    measuring = ["eval=standard", f"eval.texts=[{text_file}]", "eval.tasks=[]", "eval.window=64"]
+    with monkeypatch.context() as broken:
+        broken.setattr(pipeline, "measure_size", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            pipeline.run_recipe(run_of(tiny, text_file), "awq", tmp_path)
+    before = checkpoint_bytes(tmp_path)
+    monkeypatch.setattr(stages, "_STAGES", {})
+    run = run_of(tiny, text_file, *measuring, "eval.tokens=256")
+    metrics = pipeline.run_recipe(run, "awq", tmp_path)
+    assert metrics["compression"]["resumed"] == ["quantize", "checkpoint"]
+    assert metrics["candidate"]["texts"][str(text_file)]["perplexity"] > 1
+    assert len(metrics["compression"]["block_kl"][str(text_file)]) == 3
+    assert checkpoint_bytes(tmp_path) == before
+    with pytest.raises(UserError, match="holds a finished run: choose another"):
+        pipeline.run_recipe(run, "awq", tmp_path)
+
+
+def test_another_recipe_does_not_go_on_there(
+    tiny: ModelFolder,
+    make_model: Callable[..., ModelFolder],
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(stages, "_STAGES", {})
+        with pytest.raises(KeyError):
+            pipeline.run_recipe(run_of(tiny, text_file), "awq", tmp_path)
+    left = {file.name for file in tmp_path.iterdir()}
+    other = f"{tmp_path} holds an unfinished run with {{}}: choose another hydra.run.dir"
+    for word, difference in (
+        ("data.seed=1", "data.seed=0, this one has 1"),
+        ("scheme.bits=3", "scheme.bits=4, this one has 3"),
+        (
+            "transforms=[awq_clip,awq_scale]",
+            "transforms=['awq_scale', 'awq_clip'], this one has ['awq_clip', 'awq_scale']",
+        ),
+        (
+            "transforms.awq_scale.grid=3",
+            "transforms.awq_scale.grid=20, this one has 3",
+        ),
+        ("head=int4", "head=None, this one has {"),
+    ):
+        with pytest.raises(UserError) as refused:
+            pipeline.check(run_of(tiny, text_file, word), tmp_path)
+        assert str(refused.value).startswith(other.format(difference).partition("{")[0]), word
+    bigger = make_model(num_hidden_layers=4)
+    with pytest.raises(UserError, match=f"model.fingerprint={tiny.fingerprint}, this one has"):
+        pipeline.run_recipe(run_of(bigger, text_file), "awq", tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == left
+    pipeline.check(run_of(tiny, text_file, "eval=standard", "eval.texts=[]"), tmp_path)
 
 
 def tokens_seen(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
@@ -107,8 +201,8 @@ def tokens_seen(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         seen.append(kwargs["tokens"])
         return stage_quantize(*args, **kwargs)
 
-    stage_quantize = pipeline.quantize
-    monkeypatch.setattr(pipeline, "quantize", quantize)
+    stage_quantize = stages.quantize
+    monkeypatch.setattr(stages, "quantize", quantize)
     return seen
 
 
@@ -429,3 +523,45 @@ def test_a_context_too_long_for_the_model_is_refused(tiny: ModelFolder, text_fil
         key = word.partition("=")[0]
         with pytest.raises(UserError, match=rf"{key}.* needs .* takes 256"):
             pipeline.check(run)
+
+
+def narrowed(work: stages.Work) -> dict[str, Any]:
+    """A stage that leaves a plain folder of another shape."""
+    write_model(work.target, intermediate_size=192, num_key_value_heads=1)
+    return {"narrowed": True}
+
+
+@pytest.mark.parametrize("after", [[], ["quantize"], ["kv_cache"]])
+def test_a_stage_may_leave_a_plain_model_of_another_shape(
+    tiny: ModelFolder,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    after: list[str],
+) -> None:
+    """It is exported, audited, verified and measured, alone or with other stages behind it."""
+    words = ["recipe=rtn-int4", *AT_LENGTH, "context.windows=1", f"context.text={text_file}"]
+    words += [f"eval.texts=[{text_file}]", "eval.tokens=256", "eval.window=128"]
+    words += ["context=standard", "eval.block_tokens=128"]
+    if after:
+        words.append(f"stages=[{','.join(after)}]")
+    if "kv_cache" in after:
+        words.append("kv_cache=int8")
+    run = run_of(tiny, text_file, *words)
+    run = replace(run, settings=replace(run.settings, stages=["narrow", *after]))
+    monkeypatch.setitem(stages._STAGES, "narrow", narrowed)
+    metrics = pipeline.run_recipe(run, "narrow", tmp_path)
+    assert verify(tmp_path / "checkpoint") == []
+    base, candidate = metrics["base"], metrics["candidate"]
+    assert candidate["size"]["parameters"] < base["size"]["parameters"]
+    assert candidate["texts"][str(text_file)]["kl"] > 0
+    assert candidate["context"]["positions"]["kl"] > 0
+    # Only what was quantized can be compared block by block, with what it was.
+    assert ("block_kl" in metrics["compression"]) == ("quantize" in after)
+    if not after:
+        assert candidate["size"]["bits_linears"] == 16
+        assert candidate["size"]["kept"] == ["all weights"]
+        assert metrics["compression"]["audit"]["linears"] == 0
+        config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
+        assert config["intermediate_size"] == 192
+        assert "quantization_config" not in config

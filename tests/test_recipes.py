@@ -180,14 +180,14 @@ def test_repair_is_a_stage_of_its_own() -> None:
         (["rounding=[gptq,gptaq]"], r"rounding.gptaq starts anew"),
         (["rounding=[]"], r"rounding must name a method of: nearest, gptq, gptaq, learned"),
         (["rounding=gptq", "rounding.gptq.damping=2"], r"rounding.gptq.damping=2.0 is not allowed"),
-        (["stages=[]"], r"stages=\[\] is not allowed: choose quantize"),
+        (["stages=[]"], r"stages=\[\] is not allowed: choose from rotate"),
         (["stages=[repair]", "repair=kl"], r"stages=\['repair'\] is not allowed"),
         (
             ["stages=[repair,quantize]", "repair=kl"],
-            r"is not allowed: choose quantize, kv_cache or both",
+            r"is not allowed: choose from rotate",
         ),
-        (["stages=[quantize,rotate]"], r"is not allowed: choose quantize, kv_cache or both"),
-        (["stages=[quantize,quantize]"], r"is not allowed: choose quantize"),
+        (["stages=[quantize,rotate]"], r"is not allowed: choose from rotate"),
+        (["stages=[quantize,quantize]"], r"is not allowed: choose from rotate"),
         (["repair=kl"], r"repair=kl needs repair among the stages"),
         (
             ["stages=[quantize,repair]"],

@@ -144,7 +144,8 @@ def write_manifest(folder: Path, origin: dict[str, Any]) -> None:
 def verify(path: Path) -> list[str]:
     """What is wrong with an exported folder, one sentence each; empty if nothing is.
 
-    Checks every file against the manifest, then that each linear reads back and none is left out.
+    Checks every file against the manifest, then that each tensor reads back and, if the folder says it is
+    quantized, that no linear is left out.
     Raises UserError if there is no manifest.
     """
     if not path.is_dir():
@@ -164,7 +165,8 @@ def verify(path: Path) -> list[str]:
     if problems:
         return problems
     weights = Weights(ModelFolder(path))
-    if weights.linears or scheme_of(weights.folder) is None:
+    # A plain folder is what it says; one with a cache alone says quantized and has no such linears.
+    if weights.linears or (weights.format != "plain" and scheme_of(weights.folder) is None):
         problems += [f"{name} is not quantized" for name in unquantized_linears(weights)]
     for name in weights.names:
         weights.get(name)

@@ -173,6 +173,21 @@ def test_verify_reads_every_linear_back(export: Callable[..., Exported]) -> None
         verify(exported.path)
 
 
+def test_verify_takes_a_plain_folder_at_its_word(tiny: ModelFolder, tmp_path: Path) -> None:
+    """It passes as it is, and not if its config says that it is quantized."""
+    folder = tmp_path / "plain"
+    compressed_tensors.write(tiny, folder)
+    write_manifest(folder, {})
+    assert verify(folder) == []
+    config = json.loads((folder / "config.json").read_text())
+    claim = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": claim}))
+    write_manifest(folder, {})
+    problems = verify(folder)
+    assert len(problems) == 21
+    assert problems[0].endswith("is not quantized")
+
+
 def test_verify_names_what_changed(export: Callable[..., Exported]) -> None:
     _, exported = export(Scheme(4, 32))
     write_manifest(exported.path, {"model": "m"})

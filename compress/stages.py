@@ -1,0 +1,114 @@
+"""The stages of a recipe, each from a model folder to a model folder; ``order`` says in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from compress import processes
+from compress.config import Run
+from compress.kv_cache.stage import quantize_cache
+from compress.model.folder import ModelFolder
+from compress.quantize.search import choose
+from compress.quantize.stage import quantize
+from compress.rotate import rotate
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage is given.
+
+    model: the original; source: what the stage before left, or the original
+    target: the folder to write, which does not exist yet
+    state: a folder to go on from after being killed, which the stage makes if it wants one; it is there if
+        an earlier start of the same stage left it, and is removed once the stage is whole
+    tokens: int64 (sequences, length), or None if nothing looks at data
+    """
+
+    run: Run
+    model: ModelFolder
+    source: ModelFolder
+    target: Path
+    state: Path
+    tokens: Tensor | None
+
+
+# Stages that train with all processes of a run; the others are the main one's alone.
+DISTRIBUTED: frozenset[str] = frozenset()
+
+
+def run_stage(name: str, work: Work) -> dict[str, Any]:
+    """Run a stage, in all processes if it is one that trains with several. Returns its part of metrics.json.
+
+    Called in the main process; the others are in ``join``.
+    """
+    if name not in DISTRIBUTED:
+        return _STAGES[name](work)
+    processes.from_main((name, work))
+    try:
+        report = _STAGES[name](work)
+        processes.wait()
+    except BaseException:
+        # They may be anywhere in the stage: what is said now would not be heard.
+        processes.alone()
+        raise
+    return report
+
+
+def join() -> int:
+    """What a process beside the main one does: its part of the stages that train with several, called with
+    the main one's work, until the main one says with which exit code to end."""
+    task: Any = processes.from_main(None)
+    while not isinstance(task, int):
+        name, work = task
+        _STAGES[name](work)
+        processes.wait()
+        task = processes.from_main(None)
+    return task
+
+
+def _rotate(work: Work) -> dict[str, Any]:
+    return {"rotate": rotate(work.source, work.target, seed=work.run.settings.data.seed)}
+
+
+def _quantize(work: Work) -> dict[str, Any]:
+    run, schemes, searched = work.run, work.run.schemes, dict[str, Any]()
+    if run.search is not None:
+        assert work.tokens is not None
+        schemes, found = choose(work.source, run.search, schemes, work.tokens, run.device)
+        searched = {"search": found}
+    return searched | quantize(
+        work.source,
+        work.target,
+        tokens=work.tokens,
+        schemes=schemes,
+        transforms=run.transforms,
+        roundings=run.roundings,
+        device=run.device,
+    )
+
+
+def _repair(work: Work) -> dict[str, Any]:
+    assert work.run.repair is not None
+    assert work.tokens is not None
+    repaired = work.run.repair(work.source, work.model, work.target, work.tokens, work.run.device)
+    return {"repair": repaired}
+
+
+def _kv_cache(work: Work) -> dict[str, Any]:
+    assert work.run.cache is not None
+    return quantize_cache(
+        work.source, work.target, work.run.cache, tokens=work.tokens, device=work.run.device
+    )
+
+
+_STAGES: dict[str, Callable[[Work], dict[str, Any]]] = {
+    "rotate": _rotate,
+    "quantize": _quantize,
+    "repair": _repair,
+    "kv_cache": _kv_cache,
+}
