@@ -14,10 +14,12 @@ import torch
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ValidationError
 
+from compress.distill.knobs import Distill
 from compress.errors import UserError
 from compress.export.formats import FORMATS
 from compress.kv_cache.scheme import CacheScheme, StateScheme
 from compress.order import STAGES, check_order
+from compress.prune.knobs import Prune
 from compress.quantize.block import Rounding, Transform
 from compress.quantize.inputs import InputScheme
 from compress.quantize.repair import REPAIRS, Kl
@@ -126,6 +128,9 @@ class RecipeConfig:
     # None: every linear has scheme.bits.
     search: dict[str, Any] | None = None
     repair: dict[str, Any] = field(default_factory=dict)
+    # What the stages prune and distill do.
+    prune: dict[str, Any] | None = None
+    distill: dict[str, Any] | None = None
     # None: the cache stays in 16 bits.
     kv_cache: dict[str, Any] | None = None
     export: str = "compressed-tensors"
@@ -146,11 +151,13 @@ class Run:
     search: Search | None
     repair: Kl | None
     cache: CacheScheme | None
+    prune: Prune | None
+    distill: Distill | None
     device: torch.device
 
     @property
     def needs_data(self) -> bool:
-        fitted = self.search is not None or self.repair is not None
+        fitted = self.search is not None or self.repair is not None or self.prune is not None
         if self.cache is not None:
             fitted |= self.cache.static
         if "quantize" not in self.settings.stages:
@@ -192,6 +199,8 @@ def parse(settings: RecipeConfig) -> Run:
         search=None if search is None else _build("search", Search, search),
         repair=repairs[0] if repairs else None,
         cache=None if settings.kv_cache is None else _cache_scheme(settings),
+        prune=None if settings.prune is None else _build("prune", Prune, settings.prune),
+        distill=None if settings.distill is None else _build("distill", Distill, settings.distill),
         device=device_of(settings),
     )
 
@@ -246,6 +255,18 @@ def _check_stages(settings: RecipeConfig) -> None:
             f"the stage repair needs one method of: {', '.join(REPAIRS)}, as in repair=kl; and "
             "repair=kl needs repair among the stages"
         )
+    _check_settings_of_stages(settings)
+
+
+def _check_settings_of_stages(settings: RecipeConfig) -> None:
+    """Raises UserError for a stage without its settings, and settings without their stage."""
+    stages = settings.stages
+    for key in ("prune", "distill"):
+        if (key in stages) != (getattr(settings, key) is not None):
+            raise UserError(
+                f"the stage {key} and its settings go together: add {key} to the stages and choose "
+                f"{key}=OPTION, or leave both out"
+            )
     if "kv_cache" in stages and settings.kv_cache is None:
         raise UserError("the stage kv_cache needs a scheme: add one, as in kv_cache=int4")
     if settings.kv_cache is not None and "kv_cache" not in stages:

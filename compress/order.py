@@ -9,14 +9,17 @@ from compress.errors import UserError
 # Every place a stage may have, in order, and what must come directly before it there; None: whatever stands
 # above it, or nothing. A stage may have several places here, and one of them in a recipe.
 ORDER: tuple[tuple[str, tuple[str, ...] | None], ...] = (
+    ("prune", None),
+    ("distill", ("prune",)),
     ("rotate", None),
     ("quantize", None),
     ("repair", ("quantize",)),
+    ("distill", ("quantize", "repair")),
     ("kv_cache", None),
 )
 STAGES = tuple(dict.fromkeys(name for name, _ in ORDER))
 # What makes a model smaller; without one of these the other stages have nothing to prepare or to mend.
-SHRINKING = ("quantize", "kv_cache")
+SHRINKING = ("prune", "quantize", "kv_cache")
 
 
 def check_order(stages: Sequence[str]) -> None:

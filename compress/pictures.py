@@ -9,11 +9,20 @@ from compress.run_folder import whole
 
 
 def draw(compression: dict[str, Any], rows: dict[str, dict[str, Any]], out: Path) -> None:
-    """The pictures of a run: bits that were searched, where the loss comes from, outliers of the inputs,
-    errors of the cache."""
+    """The pictures of a run: what was pruned and why, losses of a distillation, bits that were searched,
+    where the loss comes from, outliers of the inputs, errors of the cache."""
     # Here, not above: the drawing library would be in memory while compressing.
-    from compress.report import bits, blocks, context, outliers
+    from compress.report import bits, blocks, context, distillation, outliers, pruning
 
+    if "prune" in compression:
+        found = compression["prune"]
+        with whole(out / pruning.PICTURE) as partial:
+            pruning.draw_pruning(found, partial)
+        with whole(out / pruning.TABLE) as partial:
+            partial.write_text(pruning.pruning_table(found), encoding="utf-8")
+    if "distill" in compression:
+        with whole(out / distillation.PICTURE) as partial:
+            distillation.draw_distillation(compression["distill"], partial)
     if "search" in compression:
         with whole(out / bits.PICTURE) as partial:
             bits.draw_bits(compression["search"], partial)

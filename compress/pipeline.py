@@ -19,6 +19,7 @@ from calibration.texts import load_mix, load_texts
 from calibration.tokens import TokenBlocks, calibration_blocks, interleave
 from compress import processes
 from compress.config import Run
+from compress.distill.knobs import check_schemes
 from compress.environment import environment, version_of
 from compress.errors import UserError
 from compress.export.audit import audit, write_manifest
@@ -35,16 +36,18 @@ from compress.measure import (
     open_windows,
 )
 from compress.model.families import family_of
-from compress.model.folder import ModelFolder, save_tensors, write_json
+from compress.model.folder import ModelFolder, Shapes, save_tensors, write_json
 from compress.model.sources import open_tokenizer, resolve_model
 from compress.pictures import draw
+from compress.prune.preview import previews
+from compress.prune.stage import check as check_prune
 from compress.quantize.search import budget
 from compress.quantize.stage import settle
 from compress.report.table import METRICS, table
 from compress.rotate import rotated_sizes
 from compress.run_folder import RUN, Step, check_same, opened, step, whole
 from compress.runtime.load import load_dense
-from compress.stages import Work, run_stage
+from compress.stages import Work, run_stage, training_text
 from eval.memory import reset_peak, rss
 
 log = logging.getLogger(__name__)
@@ -91,27 +94,38 @@ def _check_processes(run: Run) -> None:
 
 
 def _check_stages(run: Run, model: ModelFolder) -> None:
-    stages = run.settings.stages
+    sequences = run.settings.data.sequences
+    shapes: list[Shapes] = [model]
+    if run.prune is not None:
+        check_prune(model, run.prune, sequences)
+        shapes = list(previews(model, run.prune))
+    if run.distill is not None:
+        blocks = training_text(run, model).tokens
+        run.distill.check(model.dtype, run.device, len(blocks), processes.count())
+    if run.repair is not None:
+        run.repair.check(model, sequences)
+    for shape in shapes:
+        _check_shape(run, shape)
+
+
+def _check_shape(run: Run, model: Shapes) -> None:
+    """Raises UserError if the stages do not fit a model of this shape."""
+    stages, export = run.settings.stages, run.settings.export
     if "quantize" in stages:
-        _check_quantize(run, model)
+        if FORMATS[export].half and model.dtype.itemsize != 2:
+            raise UserError(
+                f"export={export} holds models of bfloat16 or float16 exactly, {model.path} is "
+                f"{str(model.dtype).removeprefix('torch.')}: choose export=compressed-tensors"
+            )
+        settle(model, family_of(model.config), run.schemes)
+        if run.search is not None:
+            budget(model, run.search, run.schemes)
+        if run.distill is not None and "distill" in stages[stages.index("quantize") :]:
+            check_schemes(run.schemes)
     if "rotate" in stages:
         rotated_sizes(model, family_of(model.config))
-    if run.repair is not None:
-        run.repair.check(model, run.settings.data.sequences)
     if run.cache is not None:
         check_cache(model, run.cache)
-
-
-def _check_quantize(run: Run, model: ModelFolder) -> None:
-    export = run.settings.export
-    if FORMATS[export].half and model.dtype.itemsize != 2:
-        raise UserError(
-            f"export={export} holds models of bfloat16 or float16 exactly, {model.path} is "
-            f"{str(model.dtype).removeprefix('torch.')}: choose export=compressed-tensors"
-        )
-    settle(model, family_of(model.config), run.schemes)
-    if run.search is not None:
-        budget(model, run.search, run.schemes)
 
 
 def run_recipe(run: Run, name: str, out: Path, *, last: bool = True) -> dict[str, Any]:
@@ -326,6 +340,8 @@ def _decisive_settings(run: Run) -> dict[str, Any]:
         "transforms",
         "rounding",
         "repair",
+        "prune",
+        "distill",
         "kv_cache",
         "data",
         "export",
@@ -338,6 +354,8 @@ def _decisive(run: Run, model: ModelFolder) -> dict[str, Any]:
     data = _calibration(run, model)
     settings = _decisive_settings(run)
     settings["data"] |= {"sha256": None if data is None else data.sha256}
+    if run.distill is not None:
+        settings["distill"] |= {"sha256": training_text(run, model).sha256}
     return {
         "model": {"fingerprint": model.fingerprint},
         **settings,

@@ -24,7 +24,7 @@ from compress.errors import UserError
 from compress.export.shards import ShardWriter
 from compress.hadamard import core_order, hadamard
 from compress.model.families import Family, family_of
-from compress.model.folder import ModelFolder, write_json
+from compress.model.folder import ModelFolder, Shapes, write_json
 from compress.model.walk import Walk
 from compress.progress import track
 from compress.quantize.record import KEY
@@ -72,7 +72,7 @@ def rotate(source: ModelFolder, target: Path, *, seed: int = 0) -> dict[str, Any
     return {"seed": seed, "hidden_size": hidden_size, "head_size": head_size}
 
 
-def rotated_sizes(source: ModelFolder, family: Family) -> tuple[int, int]:
+def rotated_sizes(source: Shapes, family: Family) -> tuple[int, int]:
     """The sizes of R1 and R2, hidden size and head size, from file headers.
 
     Raises UserError if the model is quantized already, or no Hadamard matrix of a size is known.

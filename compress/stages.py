@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
+from calibration.texts import load_mix
+from calibration.tokens import TokenBlocks, training_blocks
 from compress import processes
 from compress.config import Run
+from compress.distill.stage import distill
 from compress.kv_cache.stage import quantize_cache
 from compress.model.folder import ModelFolder
+from compress.model.sources import open_tokenizer
+from compress.prune.stage import prune
 from compress.quantize.search import choose
 from compress.quantize.stage import quantize
 from compress.rotate import rotate
@@ -38,7 +44,7 @@ class Work:
 
 
 # Stages that train with all processes of a run; the others are the main one's alone.
-DISTRIBUTED: frozenset[str] = frozenset()
+DISTRIBUTED = frozenset({"distill"})
 
 
 def run_stage(name: str, work: Work) -> dict[str, Any]:
@@ -69,6 +75,39 @@ def join() -> int:
         processes.wait()
         task = processes.from_main(None)
     return task
+
+
+def training_text(run: Run, model: ModelFolder) -> TokenBlocks:
+    """All of the recipe's text in blocks, for distillation. Raises UserError if it is too short."""
+    assert run.distill is not None
+    data = run.settings.data
+    text = (data.source, data.field, data.split)
+    return _packed(text, model.path, run.distill.length, data.seed)
+
+
+@functools.lru_cache(maxsize=1)
+def _packed(text: tuple[str, str, str], model: Path, length: int, seed: int) -> TokenBlocks:
+    """Kept from the check to the run, and from run to run of a sweep."""
+    tokenizer = open_tokenizer(ModelFolder(model))
+    return training_blocks(load_mix(*text), tokenizer, length=length, seed=seed)
+
+
+def _prune(work: Work) -> dict[str, Any]:
+    assert work.run.prune is not None
+    assert work.tokens is not None
+    return prune(
+        work.source, work.target, work.run.prune, tokens=work.tokens, device=work.run.device
+    )
+
+
+def _distill(work: Work) -> dict[str, Any]:
+    run = work.run
+    assert run.distill is not None
+    blocks = training_text(run, work.model).tokens
+    report = distill(
+        work.source, work.model, work.target, work.state, blocks, run.distill, run.device
+    )
+    return {"distill": report}
 
 
 def _rotate(work: Work) -> dict[str, Any]:
@@ -107,6 +146,8 @@ def _kv_cache(work: Work) -> dict[str, Any]:
 
 
 _STAGES: dict[str, Callable[[Work], dict[str, Any]]] = {
+    "prune": _prune,
+    "distill": _distill,
     "rotate": _rotate,
     "quantize": _quantize,
     "repair": _repair,

@@ -152,14 +152,13 @@ MISTAKES = [
     (["recipe=rtn-int4", "export=nope"], "export=nope is not known: known are compressed-tensors"),
     (["recipe=rtn-int4", "device=tpu"], "device=tpu is not known: choose auto, cpu, or cuda"),
     (
-        ["recipe=rtn-int4", "stages=[prune]"],
-        "stages=prune is not known: known are rotate, quantize, repair",
+        ["recipe=rtn-int4", "stages=[shrink]"],
+        "stages=shrink is not known: known are prune, distill, rotate, quantize, repair",
     ),
-    (["recipe=rtn-int4", "stages=[]"], "stages=[] is not allowed: choose from rotate, quantize"),
+    (["recipe=rtn-int4", "stages=[]"], "stages=[] is not allowed: choose from prune, distill"),
     (
         ["recipe=rtn-int4", "stages=[quantize,rotate]"],
-        "choose from rotate, quantize, repair (directly after quantize), kv_cache in this order, each at "
-        "most once, with quantize or kv_cache among them",
+        "stages=['quantize', 'rotate'] is not allowed: choose from prune, distill (directly after prune)",
     ),
     (["recipe=rtn-int4", "repair=kl"], "repair=kl needs repair among the stages"),
     (["recipe=rtn-int4", "rounding=[learned,gptq]"], "rounding.gptq starts anew, so it must come"),
@@ -232,6 +231,21 @@ MISTAKES = [
     ),
     (["recipe=w8a8-int8", "transforms.smooth.alpha=2"], "choose 0 to 1, or null"),
     (["recipe=fp8-block"], "which do not divide the"),
+    (["recipe=prune-width", "prune.mlp=64"], "prune.mlp is set and among prune.axes too"),
+    (["recipe=prune-width", "prune=sizes", "prune.mlp=100"], "prune.mlp=100 is no multiple of 32"),
+    (["recipe=prune-width", "data.sequences=16"], "raise data.sequences from 16"),
+    (
+        ["recipe=prune-width", "stages=[prune,quantize]", "scheme.group_size=64"],
+        "scheme.group_size=64 does not divide the 1120 inputs of model.layers.0.mlp.down_proj",
+    ),
+    (
+        ["recipe=prune-width-distill", "distill.optimizer=adamw8bit", "device=cpu"],
+        "needs a CUDA device",
+    ),
+    (
+        ["recipe=minitron-awq", "distill.batch=0"],
+        "distill.batch=0 is not allowed: choose more than 0",
+    ),
     (["recipe=rtn-int4,rtn-int3"], "add -m"),
     (["-m", "recipe=awq-int4", "data.source=gone.txt"], "text file gone.txt does not exist"),
     (["recipe=rtn-int4", "eval.texts=[gone.txt]"], "text file gone.txt does not exist"),

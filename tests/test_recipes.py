@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import yaml
 
 from compress.compose import RECIPES, compose_settings, expand_shorthand, options
 from compress.config import parse
+from compress.distill.knobs import Distill
 from compress.errors import UserError
+from compress.prune.knobs import Prune
 
 FILES = sorted(RECIPES.rglob("*.yaml"))
 
@@ -20,6 +23,10 @@ def test_every_file_composes(file: Path) -> None:
     overrides = ["recipe=rtn-int4"]
     if group == "repair":
         overrides.append("stages=[quantize,repair]")
+    if group == "prune":
+        overrides += ["stages=[prune]", "export=compressed-tensors"]
+    if group == "distill":
+        overrides.append("stages=[quantize,distill]")
     if group == "kv_cache":
         overrides.append("stages=[quantize,kv_cache]")
     if group == "recipe":
@@ -33,6 +40,7 @@ def test_every_file_composes(file: Path) -> None:
         "data/text.yaml": "data.source=x.txt",
         "head/int8.yaml": "scheme.symmetric=true",
         "scheme/llm-int8.yaml": "export=bitsandbytes",
+        "prune/sizes.yaml": "prune.mlp=64",
     }
     if needed := missing.get(file.relative_to(RECIPES).as_posix()):
         overrides.append(needed)
@@ -148,8 +156,54 @@ def test_mixed_and_rotated_recipes() -> None:
     assert rotated.schemes.linears.name == "int4-channel-asym"
 
 
+# What pruning recipes cut, and what comes after it.
+PRUNING = {
+    "prune-depth": (["prune"], {"share": 0.2, "axes": ["layers"], "depth": "contiguous"}),
+    "prune-width": (["prune"], {"share": 0.2, "axes": ["heads", "mlp"]}),
+    "prune-heads": (["prune"], {"share": 0.05, "axes": ["heads"]}),
+    "prune-kv-heads": (["prune"], {"cache": 0.5, "axes": ["kv_heads"], "kv": "principal"}),
+    "prune-width-distill": (["prune", "distill"], {"share": 0.2, "axes": ["heads", "mlp"]}),
+    "prune-depth-distill": (["prune", "distill"], {"share": 0.2, "axes": ["layers"]}),
+    "minitron-awq": (["prune", "distill", "quantize"], {"share": 0.2, "axes": ["heads", "mlp"]}),
+}
+
+
+@pytest.mark.parametrize("name", PRUNING)
+def test_recipes_of_pruning(name: str) -> None:
+    stages, knobs = PRUNING[name]
+    run = parse(compose_settings([f"recipe={name}"]))
+    assert run.settings.stages == stages
+    assert run.prune is not None
+    assert {key: getattr(run.prune, key) for key in knobs} == knobs
+    assert run.settings.data.sequences == 1024
+    assert run.needs_data
+    assert (run.distill is not None) == ("distill" in stages)
+    if run.distill is not None:
+        assert (run.distill.kl, run.distill.ce, run.distill.temperature) == (1.0, 0.0, 1.0)
+        assert run.distill.minutes == 20
+    if "quantize" in stages:
+        awq = parse(compose_settings(["recipe=awq-int4"]))
+        assert (run.schemes, run.transforms, run.roundings) == (
+            awq.schemes,
+            awq.transforms,
+            awq.roundings,
+        )
+
+
+def test_the_keys_of_pruning_and_distillation_are_all_in_their_files() -> None:
+    """So that each can be set, and is shown by --cfg job; with the values of the dataclasses."""
+    for file, schema in (("prune/sizes", Prune(mlp=1)), ("distill/kl", Distill(minutes=20))):
+        listed = yaml.safe_load((RECIPES / f"{file}.yaml").read_text())
+        assert listed == {**asdict(schema), **({"mlp": None} if "prune" in file else {})}
+
+
+def test_tokens_and_steps_come_before_minutes() -> None:
+    words = ["recipe=prune-width-distill", "distill.tokens=1000"]
+    assert parse(compose_settings(words)).distill.budget == "tokens"  # type: ignore[union-attr]
+
+
 def test_no_recipe_is_left_out() -> None:
-    known = set(NAMES) | set(EIGHT) | set(CACHES)
+    known = set(NAMES) | set(EIGHT) | set(CACHES) | set(PRUNING)
     assert set(options("recipe")) == known | set(OTHERS)
 
 
@@ -180,20 +234,32 @@ def test_repair_is_a_stage_of_its_own() -> None:
         (["rounding=[gptq,gptaq]"], r"rounding.gptaq starts anew"),
         (["rounding=[]"], r"rounding must name a method of: nearest, gptq, gptaq, learned"),
         (["rounding=gptq", "rounding.gptq.damping=2"], r"rounding.gptq.damping=2.0 is not allowed"),
-        (["stages=[]"], r"stages=\[\] is not allowed: choose from rotate"),
+        (["stages=[]"], r"stages=\[\] is not allowed: choose from prune"),
         (["stages=[repair]", "repair=kl"], r"stages=\['repair'\] is not allowed"),
         (
             ["stages=[repair,quantize]", "repair=kl"],
-            r"is not allowed: choose from rotate",
+            r"is not allowed: choose from prune",
         ),
-        (["stages=[quantize,rotate]"], r"is not allowed: choose from rotate"),
-        (["stages=[quantize,quantize]"], r"is not allowed: choose from rotate"),
+        (["stages=[quantize,rotate]"], r"is not allowed: choose from prune"),
+        (["stages=[quantize,quantize]"], r"is not allowed: choose from prune"),
         (["repair=kl"], r"repair=kl needs repair among the stages"),
         (
             ["stages=[quantize,repair]"],
             r"the stage repair needs one method of: kl, as in repair=kl",
         ),
         (["stages=[quantize,repair]", "repair=kl", "repair.kl.epochs=0"], r"repair.kl.epochs=0"),
+        (["prune=width"], r"the stage prune and its settings go together"),
+        (["stages=[prune]"], r"the stage prune and its settings go together"),
+        (["distill=kl"], r"the stage distill and its settings go together"),
+        (["stages=[distill]", "distill=kl"], r"is not allowed: choose from prune"),
+        (
+            ["stages=[quantize,distill]", "distill=kl", "distill.tokens=1", "distill.steps=1"],
+            r"distill.tokens and distill.steps are two budgets: choose one",
+        ),
+        (
+            ["stages=[quantize,distill]", "distill=kl", "distill.minutes=0"],
+            r"distill.minutes=0.0 is not allowed: choose more than 0",
+        ),
         (["scheme.bits=1"], r"scheme.bits=1 is not allowed"),
         (["stages=[repair,kv_cache]", "repair=kl", "kv_cache=int4"], r"is not allowed: choose"),
         (

@@ -14,6 +14,7 @@ OPTIMIZERS = ("adamw", "adamw8bit")
 TEACHERS = ("live", "cached")
 BUDGETS = ("tokens", "steps", "minutes")
 POSITIVE = (
+    "length",
     "temperature",
     "batch",
     "micro_batch",
@@ -34,11 +35,12 @@ FREE = ("minutes", "save_every", "log_every")
 class Distill:
     """AdamW on all weights, or on all that a quantized model may change, against the original's logits.
 
-    tokens, steps, minutes: the budget, exactly one of them. Minutes are settled to a number of steps by the
-        speed of the first few
+    tokens, steps, minutes: the budget. Minutes count where the other two are not given, and are settled to a
+        number of steps by the speed of the first few
     kl, ce, hidden: weights of the losses: KL of the logits, cross-entropy of the text, relative squared error
         of the states after the blocks
     temperature: of the KL
+    length: tokens of a sequence
     batch: sequences an optimizer step, over all processes
     micro_batch: sequences that run at once in a process
     rate: the largest; it rises over the share ``warmup`` of the steps and falls as a cosine to the share
@@ -61,9 +63,10 @@ class Distill:
     ce: float = 0.0
     hidden: float = 0.0
     temperature: float = 1.0
-    batch: int = 8
+    length: int = 512
+    batch: int = 4
     micro_batch: int = 4
-    rate: float = 1e-4
+    rate: float = 2e-4
     warmup: float = 0.05
     final_rate: float = 0.1
     weight_decay: float = 0.0
@@ -78,13 +81,11 @@ class Distill:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        budgets = [name for name in BUDGETS if getattr(self, name) is not None]
-        if len(budgets) != 1:
-            named = " and ".join(f"distill.{name}" for name in budgets) or "none"
-            raise UserError(
-                f"distill needs one budget, {named} given: choose one of {', '.join(BUDGETS)}"
-            )
-        for name in (*budgets, *POSITIVE):
+        if self.tokens is not None and self.steps is not None:
+            raise UserError("distill.tokens and distill.steps are two budgets: choose one")
+        if self.budget is None:
+            raise UserError(f"distill needs a budget: choose one of {', '.join(BUDGETS)}")
+        for name in (self.budget, *POSITIVE):
             self._refuse(name, getattr(self, name) > 0, "more than 0")
         for name in NOT_NEGATIVE:
             self._refuse(name, getattr(self, name) >= 0, "0 or more")
@@ -100,6 +101,11 @@ class Distill:
             raise UserError(
                 "distill.hidden needs the original's states, which are not cached: set distill.teacher=live"
             )
+
+    @property
+    def budget(self) -> str | None:
+        """Which of tokens, steps, minutes counts."""
+        return next((name for name in BUDGETS if getattr(self, name) is not None), None)
 
     def _refuse(self, name: str, allowed: bool, choices: str) -> None:
         if not allowed:

@@ -16,7 +16,7 @@ from compress.errors import UserError
 from compress.kv_cache.cache import Scales
 from compress.kv_cache.scheme import CacheScheme, StateScheme
 from compress.model.families import family_of
-from compress.model.folder import KV_CACHE, ModelFolder, read_json
+from compress.model.folder import KV_CACHE, ModelFolder, Shapes, read_json
 
 VERSION = 1
 SCALES = ("k_scale", "v_scale")
@@ -24,7 +24,7 @@ _SCALE = re.compile(r"\.([kv])_scale$")
 FLOATS = {"tensor": "tensor", "attn_head": "head"}
 
 
-def scheme_of(folder: ModelFolder) -> CacheScheme | None:
+def scheme_of(folder: Shapes) -> CacheScheme | None:
     """The scheme of a folder's cache, None if it stays in 16 bits.
 
     Read from kv_cache.json, or from the ``kv_cache_scheme`` of a checkpoint that another tool wrote. Raises

@@ -23,7 +23,7 @@ from compress.kv_cache.folder import SCALES, description, scheme_of
 from compress.kv_cache.scheme import CacheScheme, StateScheme
 from compress.kv_cache.states import static_scale
 from compress.model.families import family_of
-from compress.model.folder import INDEX, KV_CACHE, ModelFolder, save_tensors, write_json
+from compress.model.folder import INDEX, KV_CACHE, ModelFolder, Shapes, save_tensors, write_json
 from compress.model.walk import Walk
 from compress.progress import track
 from compress.quantize.qtensor import QTensor
@@ -67,7 +67,7 @@ def quantize_cache(
     return {"kv_cache": {"name": scheme.name, "scheme": scheme.as_config(), "scales": found}}
 
 
-def check(source: ModelFolder, scheme: CacheScheme) -> None:
+def check(source: Shapes, scheme: CacheScheme) -> None:
     """Raises UserError if the scheme does not fit the model; reads no weights."""
     family = family_of(source.config)
     if scheme_of(source) is not None:

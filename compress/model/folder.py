@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -50,6 +50,23 @@ BYTES = {
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class Shapes(Protocol):
+    """What is known of a folder without its weights: of one on disk, or of one that will be."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def names(self) -> list[str]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def tied_head(self) -> bool: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def __contains__(self, name: str) -> bool: ...
 
 
 class ModelFolder:

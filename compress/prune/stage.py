@@ -27,8 +27,8 @@ from compress.prune.knobs import Prune
 from compress.prune.shape import Anatomy, Shape, anatomy, twin_of
 from compress.prune.survey import Survey, survey
 from compress.quantize.record import KEY
-from compress.quantize.repair import divergence
 from compress.runtime.load import load_dense
+from eval.text import evaluate_text
 
 log = logging.getLogger(__name__)
 
@@ -97,26 +97,21 @@ def _judged(
     """The best plan: each is tried on few sequences and compared with the original on others."""
     if len(plans) == 1:
         return plans[0], []
-    judged, seen = tokens[-JUDGED:], tokens[: plans[0].knobs.trial_sequences]
-    states, head = _final_states(source, judged, device)
+    judged, seen = tokens[-JUDGED:].to(device), tokens[: plans[0].knobs.trial_sequences]
+    original = load_dense(source, device, source.dtype)
     trials = []
     for plan in track(plans, "try shapes"):
         with tempfile.TemporaryDirectory() as scratch:
             trial = Path(scratch) / "trial"
             cut(source, trial, plan, seen, device)
-            ours, our_head = _final_states(ModelFolder(trial), judged, device)
-        kl, _ = divergence(ours, our_head, states, head)
+            model = load_dense(ModelFolder(trial), device, source.dtype)
+        kl = _divergence(model, original, judged)
         parameters = plan.found.block_parameters(plan.shape)
         trials.append({**vars(plan.shape), "block_parameters": parameters, "kl": kl})
         log.info("%s: KL %.4f on %d sequences", plan.shape, kl, len(judged))
     return plans[min(range(len(trials)), key=lambda i: trials[i]["kl"])], trials
 
 
-@torch.no_grad()
-def _final_states(
-    folder: ModelFolder, tokens: Tensor, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Hidden states behind the final norm (sequences, length, hidden), and the head."""
-    model = load_dense(folder, device, folder.dtype)
-    rows = [model.model(row.unsqueeze(0).to(device), use_cache=False)[0] for row in tokens]
-    return torch.cat(rows), model.get_output_embeddings().weight.detach()
+def _divergence(model: Any, original: Any, tokens: Tensor) -> float:
+    found = evaluate_text(lambda t: model(t).logits, tokens, lambda t: original(t).logits)
+    return float(found["candidate"]["kl"])

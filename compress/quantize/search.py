@@ -22,7 +22,7 @@ from torch import Tensor
 from compress.errors import UserError
 from compress.export.packing import packed_width
 from compress.model.families import Family, Input, family_of
-from compress.model.folder import ModelFolder
+from compress.model.folder import ModelFolder, Shapes
 from compress.quantize.scheme import Scheme, Schemes
 from compress.quantize.sensitivity import ANCHOR, sensitivities
 from compress.quantize.stage import linear_names, settle
@@ -120,7 +120,7 @@ class Budget:
     limit: float
 
 
-def budget(source: ModelFolder, search: Search, schemes: Schemes) -> Budget:
+def budget(source: Shapes, search: Search, schemes: Schemes) -> Budget:
     """The groups of a model and what each choice costs there, from file headers alone.
 
     Raises UserError if the model or a scheme does not fit, or no choice of bits fits the budget or
@@ -142,7 +142,7 @@ def budget(source: ModelFolder, search: Search, schemes: Schemes) -> Budget:
     return Budget(groups, sizes, search.megabytes * 1e6)
 
 
-def fused_groups(source: ModelFolder, family: Family, schemes: Schemes) -> list[Group]:
+def fused_groups(source: Shapes, family: Family, schemes: Schemes) -> list[Group]:
     """The fused groups of every block in the order in which they run. ``schemes`` are settled."""
     present, found = set(linear_names(source, family)), []
     for index in range(int(source.config["num_hidden_layers"])):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from compress.errors import UserError
 from compress.model.families import Family, family_of
-from compress.model.folder import ModelFolder
+from compress.model.folder import ModelFolder, Shapes
 from compress.model.walk import Walk
 from compress.progress import track
 from compress.quantize.block import Block, Rounding, Transform, output_error
@@ -145,7 +145,7 @@ def _with_inputs(block: Block, name: str, q: QTensor) -> QTensor:
     return replace(q, inputs=inputs, input_scale=scale, columns=columns, kept=kept)
 
 
-def settle(source: ModelFolder, family: Family, schemes: Schemes) -> Schemes:
+def settle(source: Shapes, family: Family, schemes: Schemes) -> Schemes:
     """The schemes with group sizes settled on the shapes of the model, read from file headers.
 
     Raises UserError if the model is quantized already, or a scheme does not fit it.
@@ -175,7 +175,7 @@ def _resolve_head(
     return head.resolve(linears | heads if head.group_size == "auto" else heads)
 
 
-def linear_names(source: ModelFolder, family: Family) -> list[str]:
+def linear_names(source: Shapes, family: Family) -> list[str]:
     """Full names of the linears of the decoder blocks, without suffix, in file order."""
     suffixes = tuple(f".{name}.weight" for name in family.linears)
     return [
@@ -185,7 +185,7 @@ def linear_names(source: ModelFolder, family: Family) -> list[str]:
     ]
 
 
-def _head_shapes(source: ModelFolder, family: Family) -> dict[str, tuple[int, int]]:
+def _head_shapes(source: Shapes, family: Family) -> dict[str, tuple[int, int]]:
     """Shapes of the embedding and, unless it is the same matrix, of the head."""
     names = (family.embedding,) if source.tied_head else (family.embedding, family.head)
     shapes = {name: source.shape(f"{name}.weight") for name in names}
