@@ -30,7 +30,7 @@ def run_of(tiny: ModelFolder, text_file: Path, *words: str) -> Run:
                 "speed=none",
                 *SMALL,
                 *words,
-            ]  # fmt: skip
+            ]
         )
     )
 
@@ -84,8 +84,6 @@ def test_prune_distill_quantize(tiny: ModelFolder, text_file: Path, tmp_path: Pa
     metrics = finished(run, tmp_path / "run")
     compression = metrics["compression"]
     assert list(compression["stage_seconds"]) == ["prune", "distill", "quantize"]
-    held = compression["distill"]["held_out"]
-    assert held[-1]["kl"] < held[0]["kl"]
     assert compression["distill"]["tokens"] == 6 * 4 * 32
     assert metrics["candidate"]["size"]["bits_linears"] < 5
     assert compression["prune"]["shape"]["after"]["mlp"] % 64 == 0
@@ -109,7 +107,7 @@ def test_repair_after_quantization_picks_integers_anew(
                 *words,
                 *TRAINED,
                 "distill.rate=0.001",
-            ]  # fmt: skip
+            ]
         )
     )
     held = finished(run, tmp_path / "run")["compression"]["distill"]["held_out"]
