@@ -120,6 +120,24 @@ class Top:
         return self.text_nll[labels != NONE].mean()
 
 
+@torch.no_grad()
+def top_of(goal: States, labels: Tensor, k: int, temperature: float) -> Top:
+    """The k most likely tokens of the original at each position. labels: int64 (n,), as for ``losses``"""
+    states, head = goal.states, goal.head
+    exact, rows = torch.promote_types(states.dtype, torch.float32), ROWS[states.device.type]
+    parts: list[tuple[Tensor, ...]] = []
+    for part, following in zip(states.split(rows), labels.split(rows), strict=True):
+        y = torch.empty(len(part), len(head), dtype=exact, device=part.device)
+        product(part, head.T, y)
+        nll = nn.functional.cross_entropy(y, following, ignore_index=NONE, reduction="none")
+        torch.log_softmax(_scaled(y, temperature), -1, out=y)
+        log_p, tokens = y.topk(k)
+        probabilities(y, y)
+        tail = y.scatter_(1, tokens, 0.0).sum(-1).log()
+        parts.append((tokens.int(), log_p, tail, nll))
+    return Top(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
 def losses(
     H: Tensor, E: Tensor, labels: Tensor, goal: Goal, weights: Weights
 ) -> tuple[Tensor, Tensor, Tensor]:
