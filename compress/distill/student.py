@@ -48,7 +48,7 @@ class Student(nn.Module):
     def __init__(self, model: Any, family: Family, knobs: Distill, dtype: torch.dtype):
         super().__init__()
         self.model = model
-        self.weights = Weights(knobs.kl, knobs.ce, knobs.temperature)
+        self.weights = Weights(knobs.kl, knobs.ce, knobs.temperature, knobs.compile)
         self.hidden, self.dtype = knobs.hidden, dtype
         # What a wrapper asks a transformers model for, and which buffers it need not keep the same.
         self._no_split_modules = model._no_split_modules
