@@ -1,17 +1,21 @@
 """One training in a process of its own, or in several that ``accelerate launch`` starts.
 
-    python -m tests.distill_run SOURCE ORIGINAL FOLDER BLOCKS.pt '{"steps": 8}' [--kill-at STEP] [--fsdp]
+    python -m tests.distill_run SOURCE ORIGINAL FOLDER BLOCKS.pt '{"steps": 8}'
+        [--kill-at STEP] [--stop-at STEP] [--fsdp]
 
-FOLDER gets target/, state/ and report-RANK.json. --kill-at: the process kills itself in that step; --fsdp:
-parameters are sharded by FSDP2, which accelerate itself offers on GPUs alone.
+FOLDER gets target/, state/ and report-RANK.json. --kill-at: the process kills itself in that step;
+--stop-at: the training ends there with an exception, and another one follows; --fsdp: parameters are sharded
+by FSDP2, which accelerate itself offers on GPUs alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +30,29 @@ from compress.distill.training import Training
 from compress.model.folder import ModelFolder
 
 
-def kill_at(step: int) -> None:
+class Stopped(Exception):
+    pass
+
+
+def end_at(step: int, end: Callable[[], None]) -> None:
+    """Call this in a step, once."""
     update = Training.update
 
     def deadly(self: Training, rate: float) -> None:
         if self.progress.step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
+            Training.update = update  # type: ignore[method-assign]
+            end()
         update(self, rate)
 
     Training.update = deadly  # type: ignore[method-assign]
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop() -> None:
+    raise Stopped
 
 
 def shard() -> None:
@@ -65,14 +83,18 @@ def main() -> None:
         parser.add_argument(name, type=Path)
     parser.add_argument("knobs", type=json.loads)
     parser.add_argument("--kill-at", type=int)
+    parser.add_argument("--stop-at", type=int)
     parser.add_argument("--fsdp", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     if asked.kill_at is not None:
-        kill_at(asked.kill_at)
+        end_at(asked.kill_at, kill)
+    if asked.stop_at is not None:
+        end_at(asked.stop_at, stop)
     if asked.fsdp:
         shard()
-    report: dict[str, Any] = distill(
+    run = functools.partial(
+        distill,
         ModelFolder(asked.source),
         ModelFolder(asked.original),
         asked.folder / "target",
@@ -81,6 +103,10 @@ def main() -> None:
         Distill(**asked.knobs),
         torch.device("cpu"),
     )
+    try:
+        report: dict[str, Any] = run()
+    except Stopped:
+        report = run()
     file = asked.folder / f"report-{PartialState().process_index}.json"
     file.write_text(json.dumps(report))
 

@@ -49,8 +49,8 @@ def kept_of(source: ModelFolder, original: ModelFolder, device: torch.device) ->
     sizes = (len(layers), theirs[1] if hidden is None else len(hidden))
     if sizes != ours:
         raise UserError(
-            f"{source.path / FILE} keeps {sizes[0]} blocks and {sizes[1]} channels, the model has {ours[0]} "
-            f"and {ours[1]}"
+            f"{source.path / FILE} keeps {sizes[0]} x {sizes[1]} blocks and channels, the model has "
+            f"{ours[0]} x {ours[1]}"
         )
     channels = None if hidden is None else torch.tensor(hidden, device=device)
     return Kept(tuple(layers), channels, theirs[0])

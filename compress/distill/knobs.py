@@ -49,7 +49,7 @@ class Distill:
     clip: largest norm of the gradient
     optimizer: adamw, or adamw8bit (bitsandbytes, CUDA alone), whose two moments take a quarter of the memory
     teacher: live runs the original beside the student; cached runs it once before, and keeps its ``top_k``
-        most likely tokens and the mass of the others on disk: for several epochs
+        most likely tokens and the mass of the others on disk, 8 * top_k bytes a token: for several epochs
     checkpointing: compute activations of a block again in the backward pass instead of keeping them
     compile: blocks and losses through torch.compile
     save_every, log_every: steps

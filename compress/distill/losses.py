@@ -10,6 +10,7 @@ x (rows, V) the student's logits; q its distribution, p the original's, at tempe
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -27,11 +28,12 @@ NONE = -100
 
 @dataclass(frozen=True)
 class Weights:
-    """How much the losses count, and the temperature of the KL."""
+    """How much the losses count, the temperature of the KL, and whether what is no matmul is compiled."""
 
     kl: float = 1.0
     ce: float = 0.0
     temperature: float = 1.0
+    compile: bool = False
 
 
 @dataclass
@@ -49,11 +51,19 @@ class Room:
 class Goal(Protocol):
     """What the original says at n positions."""
 
-    def diverge(self, part: slice, log_q: Tensor, temperature: float, room: Room) -> Tensor:
-        """KL of these positions, (rows,).
+    def part(self, rows: slice) -> Goal:
+        """The same of some of the positions."""
+        ...
 
-        log_q: the student's log-probabilities, (rows, V), in ``room.x``; it becomes the gradient of KL by the
-        student's logits over the temperature.
+    def prepare(self, y: Tensor) -> None:
+        """Do the matmuls. y: (n, V), for logits if they are needed"""
+        ...
+
+    def diverge(self, room: Room, temperature: float) -> Tensor:
+        """KL of each position, (n,).
+
+        room: x holds the student's log-probabilities, which become the gradient of KL by the student's logits
+        over the temperature; y as ``prepare`` left it; p is free
         """
         ...
 
@@ -69,9 +79,14 @@ class States:
     states: Tensor
     head: Tensor
 
-    def diverge(self, part: slice, log_q: Tensor, temperature: float, room: Room) -> Tensor:
-        log_p, p = room.y, room.p
-        product(self.states[part], self.head.T, log_p)
+    def part(self, rows: slice) -> States:
+        return States(self.states[rows], self.head)
+
+    def prepare(self, y: Tensor) -> None:
+        product(self.states, self.head.T, y)
+
+    def diverge(self, room: Room, temperature: float) -> Tensor:
+        log_q, log_p, p = room.x, room.y, room.p
         torch.log_softmax(_scaled(log_p, temperature), -1, out=log_p)
         probabilities(log_p, p)
         kl = dot(p, log_p.sub_(log_q))
@@ -99,18 +114,23 @@ class Top:
     log_tail: Tensor
     text_nll: Tensor
 
-    def diverge(self, part: slice, log_q: Tensor, temperature: float, room: Room) -> Tensor:
-        tokens, log_p, log_tail = self.tokens[part].long(), self.log_p[part], self.log_tail[part]
-        p, p_tail = log_p.exp(), log_tail.exp()
-        log_q_kept = log_q.gather(1, tokens)
-        q = log_q
-        probabilities(log_q, q)
+    def part(self, rows: slice) -> Top:
+        return Top(self.tokens[rows], self.log_p[rows], self.log_tail[rows], self.text_nll[rows])
+
+    def prepare(self, y: Tensor) -> None:
+        pass
+
+    def diverge(self, room: Room, temperature: float) -> Tensor:
+        tokens, q = self.tokens.long(), room.x
+        p, p_tail = self.log_p.exp(), self.log_tail.exp()
+        log_q_kept = q.gather(1, tokens)
+        probabilities(q, q)
         q_kept = q.gather(1, tokens)
         q.scatter_(1, tokens, 0.0)
         # Summed, not 1 - the others: the tail may be tiny.
         q_tail = q.sum(-1).clamp_(min=torch.finfo(q.dtype).tiny)
-        own = torch.where(p_tail > 0, p_tail * (log_tail - q_tail.log()), 0.0)
-        kl = (p * (log_p - log_q_kept)).sum(-1) + own
+        own = torch.where(p_tail > 0, p_tail * (self.log_tail - q_tail.log()), 0.0)
+        kl = (p * (self.log_p - log_q_kept)).sum(-1) + own
         # By the logits: q - p for the kept; what the tail has too much or too little, spread as q is there.
         q.mul_((1 - p_tail / q_tail).unsqueeze(-1))
         q.scatter_(1, tokens, q_kept - p)
@@ -118,6 +138,24 @@ class Top:
 
     def nll(self, labels: Tensor) -> Tensor:
         return self.text_nll[labels != NONE].mean()
+
+
+@torch.no_grad()
+def top_of(goal: States, labels: Tensor, k: int, temperature: float) -> Top:
+    """The k most likely tokens of the original at each position. labels: int64 (n,), as for ``losses``"""
+    states, head = goal.states, goal.head
+    exact, rows = torch.promote_types(states.dtype, torch.float32), ROWS[states.device.type]
+    parts: list[tuple[Tensor, ...]] = []
+    for part, following in zip(states.split(rows), labels.split(rows), strict=True):
+        y = torch.empty(len(part), len(head), dtype=exact, device=part.device)
+        product(part, head.T, y)
+        nll = nn.functional.cross_entropy(y, following, ignore_index=NONE, reduction="none")
+        torch.log_softmax(_scaled(y, temperature), -1, out=y)
+        log_p, tokens = y.topk(k)
+        probabilities(y, y)
+        tail = y.scatter_(1, tokens, 0.0).sum(-1).log()
+        parts.append((tokens.int(), log_p, tail, nll))
+    return Top(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def losses(
@@ -156,14 +194,17 @@ class _Losses(torch.autograd.Function):
         dH = torch.empty_like(H, dtype=exact) if learn else None
         dE = torch.zeros_like(E, dtype=exact) if learn and ctx.needs_input_grad[1] else None
         kl, ce = torch.zeros(2, dtype=exact, device=H.device)
-        # A mean over the labelled, counted on the device: the host does not wait.
-        share = (labels != NONE).to(exact)
-        share = share / share.sum().clamp(min=1)
+        # How much a position counts among the n in the mean over those with a label; counted on the device,
+        # so that the host does not wait.
+        counts = (labels != NONE).to(exact)
+        counts *= len(H) / counts.sum().clamp(min=1)
+        chunk = _compiled_chunk() if weights.compile else _chunk
         for start in range(0, len(H), rows):
             part = slice(start, min(start + rows, len(H)))
-            own = room.first(part.stop - start)
+            own, said = room.first(part.stop - start), goal.part(part)
             product(H_low[part], E_low.T, own.x)
-            kl_rows, ce_rows = _chunk(own, part, labels[part], share[part], goal, weights, len(H))
+            said.prepare(own.y)
+            kl_rows, ce_rows = chunk(own, labels[part], counts[part], said, weights)
             kl += kl_rows.sum()
             ce += ce_rows.sum()
             if dH is not None:
@@ -171,7 +212,8 @@ class _Losses(torch.autograd.Function):
                 product(g, E_low, dH[part])
                 if dE is not None:
                     accumulate(dE, g.T, H_low[part])
-        kl /= len(H)
+        kl, ce = kl / len(H), ce / len(H)
+        ctx.n = len(H)
         ctx.gradients = (
             None if dH is None else dH.to(H.dtype),
             None if dE is None else dE.to(E.dtype),
@@ -182,35 +224,35 @@ class _Losses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [None if g is None else g * by_loss for g in ctx.gradients]
+        scaled = [None if g is None else g * (by_loss / ctx.n) for g in ctx.gradients]
         return (*scaled, None, None, None, None, None)
 
 
 def _chunk(
-    room: Room,
-    part: slice,
-    labels: Tensor,
-    share: Tensor,
-    goal: Goal,
-    weights: Weights,
-    n: int,
+    room: Room, labels: Tensor, counts: Tensor, goal: Goal, weights: Weights
 ) -> tuple[Tensor, Tensor]:
-    """KL of each position, and cross-entropy times its share of the mean; the logits in ``room.x`` become
-    the gradient of the loss. share: (rows,), 0 without a label"""
+    """KL and cross-entropy of each position, (rows,), the latter times ``counts`` (rows,), which is 0 without
+    a label; the logits in ``room.x`` become the gradient of the weighted sum of both over all positions."""
     x, T = room.x, weights.temperature
     at = labels.clamp(min=0).unsqueeze(-1)
     log_q_text = x if T == 1 else x.log_softmax(-1)
     torch.log_softmax(_scaled(x, T), -1, out=x)
     nll = -log_q_text.gather(1, at).squeeze(-1)
     q_text = log_q_text.softmax(-1) if weights.ce else None
-    kl = goal.diverge(part, x, T, room)
+    kl = goal.diverge(room, T)
     # T^2 of the loss, 1 / T of the logits' scale.
-    x.mul_(weights.kl * T / n)
+    if (factor := weights.kl * T) != 1:
+        x.mul_(factor)
     if q_text is not None:
-        by_row = (weights.ce * share).unsqueeze(-1)
+        by_row = (weights.ce * counts).unsqueeze(-1)
         x.addcmul_(q_text, by_row)
         x.scatter_add_(1, at, -by_row)
-    return kl * T**2, nll * share
+    return kl * T**2, nll * counts
+
+
+@functools.cache
+def _compiled_chunk() -> Any:
+    return torch.compile(_chunk, dynamic=False)
 
 
 def _scaled(x: Tensor, temperature: float) -> Tensor:
@@ -224,6 +266,8 @@ def probabilities(log_q: Tensor, out: Tensor) -> None:
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """The product of each row with its like, (rows,), without a product in memory."""
+    if torch.compiler.is_compiling():
+        return (a * b).sum(-1)
     return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).flatten()
 
 

@@ -7,7 +7,6 @@ record the integers are picked anew on the grids it has (see ``latent``).
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 from importlib.metadata import version
@@ -21,9 +20,10 @@ from calibration.tokens import held_out
 from compress.distill import latent, training
 from compress.distill.kept import FILE, kept_of
 from compress.distill.knobs import Distill, check_schemes
-from compress.distill.plan import steps_of
-from compress.distill.state import Progress, State
-from compress.distill.student import LiveTeacher, Student, Teacher, open_student
+from compress.distill.plan import seen, steps_of
+from compress.distill.state import Progress, State, sha256
+from compress.distill.student import Student, open_student
+from compress.distill.teacher import CachedTeacher, LiveTeacher, Teacher, fill_cache
 from compress.distill.training import SEQUENCES, Text, Training
 from compress.errors import UserError
 from compress.export.shards import ShardWriter
@@ -66,10 +66,17 @@ def distill(
     text = Text(blocks, trained, held[:SEQUENCES])
     fingerprint = _fingerprint(source, original, blocks, knobs, accelerator)
 
+    steps = steps_of(knobs, blocks.shape[1])
+    if knobs.teacher == "cached":
+        rows = torch.cat([seen(steps, knobs, trained), text.held])
+        fill_cache(state / "teacher", original, blocks, rows, knobs, accelerator, device)
+        teacher: Teacher = CachedTeacher(state / "teacher", rows, device)
+    else:
+        kept = kept_of(source, original, device) if knobs.hidden else None
+        teacher = LiveTeacher(original, kept, knobs, device)
     student = open_student(source, knobs, device)
     trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    run = Training(student, _teacher(source, original, knobs, device), text, knobs, accelerator)
-    steps = steps_of(knobs, blocks.shape[1])
+    run = Training(student, teacher, text, knobs, accelerator)
     progress = run.run(State(state, fingerprint, accelerator), began, steps)
 
     weights = accelerator.get_state_dict(run.model)
@@ -107,11 +114,15 @@ def _check_folders(source: ModelFolder, original: ModelFolder, knobs: Distill) -
     for folder in (original, source):
         if "quantization_config" in folder.config:
             raise UserError(f"{folder.path} is an exported checkpoint: distill reads its record")
-    sizes = [folder.config.get("vocab_size") for folder in (source, original)]
+    sizes = [int(folder.config["vocab_size"]) for folder in (source, original)]
     if sizes[0] != sizes[1]:
         raise UserError(
             f"{source.path} has a vocabulary of {sizes[0]}, the original one of {sizes[1]}: distill compares "
             "distributions over the same tokens"
+        )
+    if knobs.teacher == "cached" and knobs.top_k > sizes[0]:
+        raise UserError(
+            f"distill.top_k={knobs.top_k} is not allowed: choose at most the {sizes[0]} of the vocabulary"
         )
     if knobs.hidden:
         kept_of(source, original, torch.device("cpu"))
@@ -124,19 +135,12 @@ def _fingerprint(
     return {
         "source": source.fingerprint,
         "original": original.fingerprint,
-        "blocks": hashlib.sha256(blocks.numpy().tobytes()).hexdigest(),
+        "blocks": sha256(blocks),
         "knobs": knobs.decisive,
         "processes": accelerator.num_processes,
         "device": accelerator.device.type,
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
-
-
-def _teacher(
-    source: ModelFolder, original: ModelFolder, knobs: Distill, device: torch.device
-) -> Teacher:
-    kept = kept_of(source, original, device) if knobs.hidden else None
-    return LiveTeacher(original, kept, knobs, device)
 
 
 def _write(source: ModelFolder, target: Path, student: Student, weights: dict[str, Tensor]) -> None:

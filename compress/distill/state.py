@@ -6,11 +6,14 @@ whole one.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from compress.model.folder import read_json, write_json
 
@@ -18,6 +21,11 @@ log = logging.getLogger(__name__)
 
 PROGRESS = "progress.json"
 PREFIX, PARTIAL = "step-", ".partial"
+
+
+def sha256(tensor: Tensor) -> str:
+    """Of the bytes of a tensor on the CPU."""
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
 
 
 @dataclass

@@ -1,19 +1,18 @@
-"""The model that is trained, its losses included, as one module; and the original that it follows."""
+"""The model that is trained, its losses included, as one module."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from compress.distill.kept import Kept
 from compress.distill.knobs import Distill
 from compress.distill.latent import attach_latents
-from compress.distill.losses import Goal, States, Weights, losses, next_tokens, relative_error
+from compress.distill.losses import Goal, Weights, losses, next_tokens, relative_error
 from compress.model.families import Family, family_of
 from compress.model.folder import ModelFolder
 from compress.quantize.record import KEY
@@ -49,7 +48,7 @@ class Student(nn.Module):
     def __init__(self, model: Any, family: Family, knobs: Distill, dtype: torch.dtype):
         super().__init__()
         self.model = model
-        self.weights = Weights(knobs.kl, knobs.ce, knobs.temperature)
+        self.weights = Weights(knobs.kl, knobs.ce, knobs.temperature, knobs.compile)
         self.hidden, self.dtype = knobs.hidden, dtype
         # What a wrapper asks a transformers model for, and which buffers it need not keep the same.
         self._no_split_modules = model._no_split_modules
@@ -116,37 +115,3 @@ class BlockOutputs:
     def take(self) -> list[Tensor]:
         found, self.found = self.found, {}
         return [found[index] for index in range(self.count)]
-
-
-class Teacher(Protocol):
-    """Gives what the original makes of sequences."""
-
-    def __call__(self, rows: Tensor, tokens: Tensor) -> Wanted:
-        """rows: numbers of the sequences; tokens: int64 (sequences, length) of them, on the device"""
-        ...
-
-
-class LiveTeacher:
-    """The original itself, in the type of its folder."""
-
-    def __init__(
-        self, original: ModelFolder, kept: Kept | None, knobs: Distill, device: torch.device
-    ):
-        """kept: what the student has of it, where states are compared"""
-        self.model = load_dense(original, device, original.dtype)
-        self.kept, self.outputs = kept, None
-        blocks = list(self.model.get_submodule(family_of(original.config).blocks))
-        if kept is not None:
-            self.outputs = BlockOutputs([blocks[index] for index in kept.compared])
-        if knobs.compile:
-            for block in blocks:
-                block.forward = torch.compile(block.forward, dynamic=False)
-
-    @torch.no_grad()
-    def __call__(self, rows: Tensor, tokens: Tensor) -> Wanted:
-        H = self.model.model(input_ids=tokens, use_cache=False).last_hidden_state
-        head = self.model.get_output_embeddings().weight
-        states: list[Tensor] = []
-        if self.kept is not None and self.outputs is not None:
-            states = [self.kept.of_channels(state) for state in self.outputs.take()]
-        return Wanted(States(H.flatten(0, 1), head), states)

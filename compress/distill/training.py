@@ -20,7 +20,8 @@ from compress.distill.knobs import Distill
 from compress.distill.losses import next_tokens
 from compress.distill.plan import Costs, affordable, batch_rows, rate_at, share_of
 from compress.distill.state import Progress, State
-from compress.distill.student import Student, Teacher, Wanted
+from compress.distill.student import Student, Wanted
+from compress.distill.teacher import Teacher
 from compress.errors import UserError
 
 log = logging.getLogger(__name__)

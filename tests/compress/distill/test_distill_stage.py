@@ -15,7 +15,8 @@ from calibration.tokens import held_out
 from compress.distill import training
 from compress.distill.knobs import Distill
 from compress.distill.stage import _accelerator, distill
-from compress.distill.student import LiveTeacher, open_student
+from compress.distill.student import open_student
+from compress.distill.teacher import LiveTeacher
 from compress.distill.training import Text, Training
 from compress.errors import UserError
 from compress.model.folder import ModelFolder

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from compress.distill import losses as module
-from compress.distill.losses import NONE, States, Top, Weights, losses, next_tokens, relative_error
+from compress.distill.losses import (
+    NONE,
+    States,
+    Top,
+    Weights,
+    losses,
+    next_tokens,
+    relative_error,
+    top_of,
+)
 
 N, HIDDEN, VOCABULARY = 23, 12, 40
 
@@ -55,12 +64,7 @@ def oracle(found: dict[str, Tensor], weights: Weights, top_k: int | None = None)
 
 def top(found: dict[str, Tensor], k: int, T: float) -> Top:
     """What a cache would hold of the original."""
-    log_p = (found["states"] @ found["head"].T / T).log_softmax(-1)
-    kept, tokens = log_p.topk(k)
-    tail = log_p.exp().scatter(1, tokens, 0.0).sum(-1).log()
-    plain = (found["states"] @ found["head"].T).log_softmax(-1)
-    nll = -plain.gather(1, found["labels"].clamp(min=0).unsqueeze(1)).squeeze(1)
-    return Top(tokens.int(), kept, tail, nll)
+    return top_of(States(found["states"], found["head"]), found["labels"], k, T)
 
 
 def run(found: dict[str, Tensor], goal: module.Goal, weights: Weights) -> list[Tensor]:
