@@ -57,7 +57,7 @@ def stop() -> None:
 
 def shard() -> None:
     """Let accelerate do on CPUs what its FSDP2 does on GPUs."""
-    make = stage._accelerator
+    make = stage.open_accelerator
 
     def sharded(device: torch.device) -> Any:
         accelerator = make(device)
@@ -74,7 +74,7 @@ def shard() -> None:
         assert accelerator.is_fsdp2
         return accelerator
 
-    stage._accelerator = sharded
+    stage.open_accelerator = sharded
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 
@@ -34,7 +35,9 @@ def seen(steps: int | None, knobs: Distill, rows: Tensor) -> Tensor:
 
 
 def _order(epoch: int, seed: int, count: int) -> Tensor:
-    generator = torch.Generator().manual_seed((seed << 32) + epoch)
+    # Of a generator's seed on the CPU only 32 bits count.
+    mixed = hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:4]
+    generator = torch.Generator().manual_seed(int.from_bytes(mixed))
     return torch.randperm(count, generator=generator)
 
 

@@ -23,7 +23,7 @@ from compress.distill.knobs import Distill, check_schemes
 from compress.distill.plan import seen, steps_of
 from compress.distill.state import Progress, State, sha256
 from compress.distill.student import Student, open_student
-from compress.distill.teacher import CachedTeacher, LiveTeacher, Teacher, fill_cache
+from compress.distill.teacher import CachedTeacher, Teacher, fill_cache, open_teacher
 from compress.distill.training import SEQUENCES, Text, Training
 from compress.errors import UserError
 from compress.export.shards import ShardWriter
@@ -46,8 +46,8 @@ def distill(
 
     source: a plain folder, which is trained whole, or a record of integers in groups or rows
     original: a plain folder of any shape with the same vocabulary
-    state: where the training is kept while it runs; a killed one goes on from there to the same weights,
-        bit for bit. Whoever calls removes it
+    state: where the training is kept while it runs; a killed one goes on from there to the same weights, bit
+        for bit on a CPU; a GPU's kernels sum in any order. Whoever calls removes it
     blocks: int64 (n, length), on the CPU
     device: ignored where several processes run, each of which has its own
 
@@ -57,14 +57,17 @@ def distill(
     for a loss that is not finite.
     """
     began = training.now()
-    accelerator = _accelerator(device)
+    accelerator = open_accelerator(device)
     if accelerator.num_processes > 1:
         device = accelerator.device
     knobs.check(source.dtype, device, len(blocks), accelerator.num_processes)
     _check_folders(source, original, knobs)
     trained, held = held_out(len(blocks))
     text = Text(blocks, trained, held[:SEQUENCES])
-    fingerprint = _fingerprint(source, original, blocks, knobs, accelerator)
+    fingerprint = _fingerprint(source, original, blocks, knobs) | {
+        "processes": accelerator.num_processes,
+        "device": device.type,
+    }
 
     steps = steps_of(knobs, blocks.shape[1])
     if knobs.teacher == "cached":
@@ -73,7 +76,7 @@ def distill(
         teacher: Teacher = CachedTeacher(state / "teacher", rows, device)
     else:
         kept = kept_of(source, original, device) if knobs.hidden else None
-        teacher = LiveTeacher(original, kept, knobs, device)
+        teacher = open_teacher(original, kept, knobs, device)
     student = open_student(source, knobs, device)
     trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
     run = Training(student, teacher, text, knobs, accelerator)
@@ -83,14 +86,15 @@ def distill(
     if accelerator.is_main_process:
         _write(source, target, student, weights)
     accelerator.wait_for_everyone()
-    progress.seconds = run.elapsed()
     return _report(progress, text, knobs) | {
+        "seconds": run.elapsed(),
         "parameters": trainable,
         "processes": accelerator.num_processes,
     }
 
 
-def _accelerator(device: torch.device) -> Any:
+def open_accelerator(device: torch.device) -> Any:
+    """What runs the processes that were launched, or the only one. device: of the only one"""
     # Here, not above: it takes seconds, and most runs do not train.
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
@@ -129,7 +133,7 @@ def _check_folders(source: ModelFolder, original: ModelFolder, knobs: Distill) -
 
 
 def _fingerprint(
-    source: ModelFolder, original: ModelFolder, blocks: Tensor, knobs: Distill, accelerator: Any
+    source: ModelFolder, original: ModelFolder, blocks: Tensor, knobs: Distill
 ) -> dict[str, Any]:
     """What decides the weights a training ends with, as JSON."""
     return {
@@ -137,8 +141,6 @@ def _fingerprint(
         "original": original.fingerprint,
         "blocks": sha256(blocks),
         "knobs": knobs.decisive,
-        "processes": accelerator.num_processes,
-        "device": accelerator.device.type,
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
 
@@ -182,7 +184,6 @@ def _report(progress: Progress, text: Text, knobs: Distill) -> dict[str, Any]:
         "steps": progress.step,
         "tokens": tokens,
         "epochs": progress.step * knobs.batch / len(text.trained),
-        "seconds": progress.seconds,
         "tokens_per_s": tokens / (progress.seconds - progress.aside),
         "curve": progress.curve,
         "held_out": progress.held_out,

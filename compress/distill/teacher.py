@@ -17,7 +17,7 @@ from compress.distill.knobs import Distill
 from compress.distill.losses import States, Top, next_tokens, top_of
 from compress.distill.state import sha256
 from compress.distill.student import BlockOutputs, Wanted
-from compress.model.families import family_of
+from compress.model.families import Family, family_of
 from compress.model.folder import ModelFolder, read_json, save_tensors, write_json
 from compress.progress import track
 from compress.runtime.load import load_dense
@@ -39,15 +39,12 @@ class Teacher(Protocol):
 
 
 class LiveTeacher:
-    """The original itself, in the type of its folder."""
+    """The original itself."""
 
-    def __init__(
-        self, original: ModelFolder, kept: Kept | None, knobs: Distill, device: torch.device
-    ):
+    def __init__(self, model: Any, family: Family, kept: Kept | None, knobs: Distill):
         """kept: what the student has of it, where states are compared"""
-        self.model = load_dense(original, device, original.dtype)
-        self.kept, self.outputs = kept, None
-        blocks = list(self.model.get_submodule(family_of(original.config).blocks))
+        self.model, self.kept, self.outputs = model, kept, None
+        blocks = list(model.get_submodule(family.blocks))
         if kept is not None:
             self.outputs = BlockOutputs([blocks[index] for index in kept.compared])
         if knobs.compile:
@@ -64,6 +61,14 @@ class LiveTeacher:
     def states(self, tokens: Tensor) -> States:
         H = self.model.model(input_ids=tokens, use_cache=False).last_hidden_state
         return States(H.flatten(0, 1), self.model.get_output_embeddings().weight)
+
+
+def open_teacher(
+    original: ModelFolder, kept: Kept | None, knobs: Distill, device: torch.device
+) -> LiveTeacher:
+    """The original of a folder, in its type, on the device. kept: as LiveTeacher has it"""
+    model = load_dense(original, device, original.dtype)
+    return LiveTeacher(model, family_of(original.config), kept, knobs)
 
 
 class CachedTeacher:
@@ -117,7 +122,7 @@ def fill_cache(
     groups = groups[accelerator.process_index :: accelerator.num_processes]
     groups = [(g, part) for g, part in groups if not _file(folder, g).exists()]
     if groups:
-        teacher = LiveTeacher(original, None, knobs, device)
+        teacher = open_teacher(original, None, knobs, device)
         for group, part in track(groups, "the original's most likely tokens"):
             _write_group(_file(folder, group), teacher, text[part].to(device), knobs)
     accelerator.wait_for_everyone()

@@ -78,6 +78,7 @@ class Training:
             if progress.steps is None:
                 self._settle(state)
             self._note(rate, state)
+        progress.seconds = self.elapsed()
         return progress
 
     def _step(self) -> float:
@@ -220,12 +221,16 @@ class Training:
     def _settle(self, state: State) -> None:
         """After the first steps fix how many there will be, by what a step, a look and a save take."""
         progress = self.progress
-        if progress.step < TIMED and self._affordable(progress.step, 0.0):
+        left = self._affordable(progress.step, 0.0)
+        if left and progress.step < TIMED:
             return
-        start = now()
-        self._save(state)
-        progress.steps = progress.step + self._affordable(progress.step, now() - start)
-        state.note(progress)
+        if left:
+            start = now()
+            self._save(state)
+            left = max(1, self._affordable(progress.step, now() - start))
+        progress.steps = progress.step + left
+        if left:
+            state.note(progress)
         log.info("distill settles to %d steps", progress.steps)
 
     def _affordable(self, done: int, saving: float) -> int:

@@ -14,8 +14,8 @@ from torch import Tensor
 from compress.distill import teacher as module
 from compress.distill.knobs import Distill
 from compress.distill.losses import States, Top
-from compress.distill.stage import _accelerator, distill
-from compress.distill.teacher import CachedTeacher, LiveTeacher, fill_cache
+from compress.distill.stage import distill, open_accelerator
+from compress.distill.teacher import CachedTeacher, fill_cache, open_teacher
 from compress.errors import UserError
 from compress.model.folder import ModelFolder
 from tests.distill import CPU, narrowed, same_weights
@@ -46,12 +46,12 @@ def test_what_is_read_is_what_it_said(
     original, _ = pair
     knobs = replace(KNOBS, temperature=2.0)
     rows = torch.tensor([16, 3, 9, 0, 12, 5, 7])
-    fill_cache(tmp_path / "c", original, blocks, rows, knobs, _accelerator(CPU), CPU)
+    fill_cache(tmp_path / "c", original, blocks, rows, knobs, open_accelerator(CPU), CPU)
     assert len(list((tmp_path / "c").glob("group-*.safetensors"))) == 3
     asked = torch.tensor([7, 16, 0])
     goal = CachedTeacher(tmp_path / "c", rows, CPU)(asked, blocks[asked]).goal
     assert isinstance(goal, Top)
-    live = LiveTeacher(original, None, knobs, CPU)(asked, blocks[asked]).goal
+    live = open_teacher(original, None, knobs, CPU)(asked, blocks[asked]).goal
     assert isinstance(live, States)
     logits = live.states @ live.head.T
     log_p, tokens = (logits / 2).log_softmax(-1).topk(20)
@@ -98,7 +98,7 @@ def test_the_cache_is_made_once(
     state = tmp_path / "s"
     distill(student, original, tmp_path / "a", state, blocks, KNOBS, CPU)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "LiveTeacher", None)
+        patch.setattr(module, "open_teacher", None)
         distill(student, original, tmp_path / "b", state, blocks, KNOBS, CPU)
     assert same_weights(tmp_path / "a", tmp_path / "b")
     # What a killed process left out is filled in.

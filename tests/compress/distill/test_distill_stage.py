@@ -14,9 +14,9 @@ from torch import Tensor
 from calibration.tokens import held_out
 from compress.distill import training
 from compress.distill.knobs import Distill
-from compress.distill.stage import _accelerator, distill
+from compress.distill.stage import distill, open_accelerator
 from compress.distill.student import open_student
-from compress.distill.teacher import LiveTeacher
+from compress.distill.teacher import open_teacher
 from compress.distill.training import Text, Training
 from compress.errors import UserError
 from compress.model.folder import ModelFolder
@@ -144,8 +144,8 @@ def test_each_loss_is_lowered_by_its_weight(
 
 def training_of(original: ModelFolder, student: ModelFolder, text: Tensor, knobs: Distill) -> Any:
     model = open_student(student, knobs, CPU)
-    teacher = LiveTeacher(original, None, knobs, CPU)
-    return Training(model, teacher, Text(text, *held_out(len(text))), knobs, _accelerator(CPU))
+    teacher = open_teacher(original, None, knobs, CPU)
+    return Training(model, teacher, Text(text, *held_out(len(text))), knobs, open_accelerator(CPU))
 
 
 def gradient_of(run: Any, rows: Tensor) -> Tensor:

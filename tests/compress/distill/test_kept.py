@@ -15,7 +15,7 @@ from compress.distill.kept import FILE, kept_of
 from compress.distill.knobs import Distill
 from compress.distill.stage import distill
 from compress.distill.student import open_student
-from compress.distill.teacher import LiveTeacher
+from compress.distill.teacher import open_teacher
 from compress.errors import UserError
 from compress.model.folder import ModelFolder
 from compress.runtime.load import load_dense
@@ -81,7 +81,7 @@ def test_states_are_compared_with_those_they_stand_for(
         errors.append(((S - T) ** 2).sum(-1) / (T**2).sum(-1))
     expected = torch.stack(errors).mean()
 
-    teacher = LiveTeacher(original, kept_of(source, original, CPU), KNOBS, CPU)
+    teacher = open_teacher(original, kept_of(source, original, CPU), KNOBS, CPU)
     student = open_student(source, KNOBS, CPU)
     found = student(tokens, teacher(torch.arange(6), tokens))
     assert float(found.hidden) == pytest.approx(float(expected), rel=1e-4)
