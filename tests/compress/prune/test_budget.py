@@ -142,7 +142,7 @@ def test_knobs_that_do_not_fit_together(knobs: dict[str, Any], sentence: str) ->
         ({"parameters": 1000, "axes": ["mlp"]}, "no shape on the axes mlp is small enough"),
         ({"parameters": 10**9, "axes": ["mlp"]}, "prune.parameters asks for no less than layers 3"),
         (
-            {"share": 0.4, "axes": ["hidden", "mlp"]},
+            {"share": 0.3, "axes": ["heads", "mlp"], "multiple": 8},
             "raise data.sequences from 6, or set prune.cand",
         ),
     ],
