@@ -97,12 +97,16 @@ def open_accelerator(device: torch.device) -> Any:
     """What runs the processes that were launched, or the only one. device: of the only one"""
     # Here, not above: it takes seconds, and most runs do not train.
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedDataParallelKwargs
 
     # A line for every file of a state is too much, and a warning for every tied head, which loads as it
     # should.
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
+    if not torch.distributed.is_initialized():
+        # accelerate remembers the first device of a process, and the runs of a sweep may have several.
+        AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(
         cpu=device.type == "cpu",
         # The student enters autocast itself.
