@@ -3,9 +3,9 @@
     python -m tests.distill_run SOURCE ORIGINAL FOLDER BLOCKS.pt '{"steps": 8}'
         [--kill-at STEP] [--stop-at STEP] [--fsdp]
 
-FOLDER gets target/, state/ and report-RANK.json. --kill-at: the process kills itself in that step;
---stop-at: the training ends there with an exception, and another one follows; --fsdp: parameters are sharded
-by FSDP2, which accelerate itself offers on GPUs alone.
+FOLDER gets target/, state/ and report-RANK.json, the latter with the norms of the gradients. --kill-at: the
+process kills itself in that step; --stop-at: the training ends there with an exception, and another one
+follows; --fsdp: parameters are sharded by FSDP2, which accelerate itself offers on GPUs alone.
 """
 
 from __future__ import annotations
@@ -45,6 +45,19 @@ def end_at(step: int, end: Callable[[], None]) -> None:
         update(self, rate)
 
     Training.update = deadly  # type: ignore[method-assign]
+
+
+def note_norms() -> list[float]:
+    """The norm of every step's gradient from now on, before it is clipped."""
+    update, norms = Training.update, list[float]()
+
+    def noting(self: Training, rate: float) -> None:
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), 1e9)
+        norms.append(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
+        update(self, rate)
+
+    Training.update = noting  # type: ignore[method-assign]
+    return norms
 
 
 def kill() -> None:
@@ -87,6 +100,7 @@ def main() -> None:
     parser.add_argument("--fsdp", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    norms = note_norms()
     if asked.kill_at is not None:
         end_at(asked.kill_at, kill)
     if asked.stop_at is not None:
@@ -108,7 +122,7 @@ def main() -> None:
     except Stopped:
         report = run()
     file = asked.folder / f"report-{PartialState().process_index}.json"
-    file.write_text(json.dumps(report))
+    file.write_text(json.dumps(report | {"norms": norms}))
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def attach_latents(model: Any, source: ModelFolder) -> None:
         q = record.read_linear(source, name)
         device = linear.weight.device
         zero = None if q.zero is None else q.zero.to(device)
-        # Not the weight of the dense model: that was rounded to 16 bits, which may move an 8-bit code.
+        # Not the weight of the dense model: rounded to 16 bits it may be half a step off its 8-bit code.
         weight = q.dequantize(torch.float32).to(device)
         grid = Grid(q.scale.to(device), zero)
         bias = None if linear.bias is None else linear.bias.detach()

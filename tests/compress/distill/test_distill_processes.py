@@ -13,8 +13,10 @@ import torch
 
 from compress.distill.knobs import Distill
 from compress.distill.stage import distill
+from compress.distill.training import Training
 from compress.model.folder import ModelFolder
 from tests.distill import CPU, narrowed
+from tests.distill_run import note_norms
 
 # Float32: in 16 bits sums in another order would hide what matters.
 KNOBS = {"steps": 6, "batch": 6, "micro_batch": 2, "rate": 1e-3, "log_every": 2, "save_every": 4}
@@ -36,9 +38,12 @@ def test_two_processes_are_one(make_model: Any, tmp_path: Path, sharded: bool) -
     student = narrowed(original, tmp_path / "student")
     blocks = torch.randint(256, (17, 16), generator=torch.Generator().manual_seed(2))
     torch.save(blocks, tmp_path / "blocks.pt")
-    one = distill(
-        student, original, tmp_path / "one", tmp_path / "s", blocks, Distill(**KNOBS), CPU
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "update", Training.update)
+        norms = note_norms()
+        one = distill(
+            student, original, tmp_path / "one", tmp_path / "s", blocks, Distill(**KNOBS), CPU
+        )
     folders = [student.path, original.path, tmp_path, tmp_path / "blocks.pt"]
     how = ["--fsdp"] if sharded else []
     assert launch(folders, KNOBS, "--stop-at", "5", *how) == 0
@@ -47,6 +52,8 @@ def test_two_processes_are_one(make_model: Any, tmp_path: Path, sharded: bool) -
     for report in reports:
         assert report["processes"] == 2
         assert report["parameters"] == one["parameters"]
+        # Where the two went on from a state they did a step again.
+        assert report["norms"][:5] == pytest.approx(norms[:5], rel=1e-3)
         for ours, theirs in zip(report["curve"], one["curve"], strict=True):
             for name in ("step", "tokens", "loss", "kl", "ce", "rate"):
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-4)

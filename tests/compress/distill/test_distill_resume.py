@@ -164,6 +164,24 @@ def test_what_decides_nothing_may_change(
     assert same_weights(tmp_path / "t", whole[0])
 
 
+def test_a_point_is_the_mean_of_its_steps(
+    tiny: ModelFolder,
+    student: ModelFolder,
+    blocks: Tensor,
+    whole: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    """Whatever is saved in between."""
+    knobs = replace(KNOBS, log_every=1)
+    steps = distill(student, tiny, tmp_path / "t", tmp_path / "s", blocks, knobs, CPU)["curve"]
+    for point in whole[1]["curve"]:
+        last = int(point["step"])
+        of_it = steps[(last - 1) // 3 * 3 : last]
+        for name in ("loss", "kl", "ce"):
+            mean = sum(step[name] for step in of_it) / len(of_it)
+            assert point[name] == pytest.approx(mean, rel=1e-5)
+
+
 def test_minutes_stay_settled(
     tiny: ModelFolder,
     student: ModelFolder,

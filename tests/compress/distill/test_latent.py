@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from compress.model.folder import ModelFolder
 from compress.quantize import record
 from compress.quantize.inputs import InputScheme
 from compress.quantize.rounding import Nearest
-from compress.quantize.scheme import Scheme, Schemes, fake_quantize, make_grid, to_codes
+from compress.quantize.scheme import Grid, Scheme, Schemes, fake_quantize, make_grid, to_codes
 from compress.quantize.stage import quantize
 from compress.runtime.load import load_dense
 from tests.distill import CPU, measured
@@ -82,7 +81,7 @@ def test_rounding_and_its_gradient(symmetric: bool) -> None:
 def test_the_student_starts_as_the_record(
     decided: Callable[..., tuple[ModelFolder, ModelFolder]], scheme: Scheme
 ) -> None:
-    """Every latent weight lies on its code, at 8 bits too, where 16-bit floats would miss it."""
+    """Every latent weight lies on its code, exactly."""
     _, source = decided("qwen2", scheme)
     student = open_student(source, KNOBS, CPU)
     latents = {n: m for n, m in student.model.named_modules() if isinstance(m, LatentLinear)}
@@ -90,20 +89,14 @@ def test_the_student_starts_as_the_record(
     for name, module in latents.items():
         q = record.read_linear(source, name)
         weight = module.weight.detach()
-        assert torch.equal(to_codes(weight, record_grid(q), scheme).codes, q.codes)
-        assert torch.equal(
-            rounded(weight, module.scale, module.zero, q.bits), q.dequantize(torch.float32)
-        )
+        assert torch.equal(to_codes(weight, Grid(q.scale, q.zero), scheme).codes, q.codes)
+        exact = q.dequantize(torch.float32)
+        assert torch.equal(weight, exact)
+        assert torch.equal(rounded(weight, module.scale, module.zero, q.bits), exact)
     trained = {n for n, p in student.model.named_parameters() if p.requires_grad}
     frozen = {n for n, p in student.model.named_parameters() if not p.requires_grad}
     assert frozen == {"model.embed_tokens.weight"}
     assert {n for n in trained if n.endswith("bias")} >= {"model.layers.0.self_attn.q_proj.bias"}
-
-
-def record_grid(q: Any) -> Any:
-    from compress.quantize.scheme import Grid
-
-    return Grid(q.scale, q.zero)
 
 
 @pytest.mark.parametrize(
