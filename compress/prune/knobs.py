@@ -53,7 +53,7 @@ class Prune:
     refit: str = "outputs"
     damping: float = 0.01
     candidates: int = 4
-    trial_sequences: int = 64
+    trial_sequences: int = 32
     seed: int = 0
 
     def __post_init__(self) -> None:
