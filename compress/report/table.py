@@ -46,7 +46,11 @@ def table(runs: list[dict[str, Any]]) -> str:
         rows += [(run["name"], run["candidate"], run["base"]) for run in of_model]
     texts = _keys(rows, "texts")
     tasks = _keys(rows, "tasks")
-    header = ["", "MB", "bits/weight linears", "whole file"]
+    # Quantizing leaves as many weights as there were.
+    pruned = any(
+        base and row["size"]["parameters"] != base["size"]["parameters"] for _, row, base in rows
+    )
+    header = ["", *(["M weights"] if pruned else []), "MB", "bits/weight linears", "whole file"]
     header += [f"perplexity {text}" for text in texts] + [f"KL {text}" for text in texts]
     header += [f"top-1 {text}" for text in texts] + [_short(task) for task in tasks]
     at_length = any("context" in row for _, row, _ in rows)
@@ -55,7 +59,8 @@ def table(runs: list[dict[str, Any]]) -> str:
     lines = []
     for name, row, base in rows:
         beside = base or {}
-        cells = [name, *_cells(row, texts, tasks)]
+        weights = [f"{row['size']['parameters'] / 1e6:.1f}"] if pruned else []
+        cells = [name, *weights, *_cells(row, texts, tasks)]
         cells += _context(row.get("context"), beside.get("context")) if at_length else []
         lines.append(cells + _speed(row.get("speed"), beside.get("speed")))
     return markdown([header, *lines]) + "\n" + _legend(runs)

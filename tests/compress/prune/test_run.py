@@ -14,6 +14,7 @@ from compress.compose import compose_settings
 from compress.config import Run, parse
 from compress.export.audit import verify
 from compress.model.folder import ModelFolder, file_sha256
+from compress.report.table import table
 
 SMALL = ["data.sequences=24", "data.length=64", "prune.trial_sequences=8"]
 TRAINED = ["distill.steps=6", "distill.length=32", "distill.save_every=2", "distill.log_every=2"]
@@ -147,3 +148,27 @@ def test_a_distillation_that_was_killed_goes_on_to_the_same_bytes(
     for name in ("model.safetensors", "config.json", "manifest.json"):
         files = [tmp_path / where / "checkpoint" / name for where in ("whole", "killed")]
         assert file_sha256(files[0]) == file_sha256(files[1]), name
+
+
+def test_the_table_counts_weights_where_they_differ() -> None:
+    size = {
+        "parameters": 100_000_000,
+        "bytes": 2e8,
+        "bits_linears": 16.0,
+        "bits_file": 16.0,
+        "kept": [],
+    }
+    smaller = {**size, "parameters": 80_000_000}
+    run = {
+        "name": "prune-width",
+        "model": {"name": "m", "fingerprint": "f"},
+        "recipe": {},
+        "base": {"size": size},
+        "candidate": {"size": smaller},
+        "environment": {"device": "cpu", "versions": {"torch": "2"}, "date": "2026"},
+    }
+    header, _, original, candidate, *_ = table([run]).splitlines()
+    assert header.split("|")[2].strip() == "M weights"
+    assert original.split("|")[2].strip() == "100.0"
+    assert candidate.split("|")[2].strip() == "80.0"
+    assert "M weights" not in table([{**run, "candidate": {"size": size}}])
