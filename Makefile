@@ -8,7 +8,7 @@ VLLM := .venv-vllm
 PEER := .venv-llmcompressor
 KV_PEERS := .venv-kv-peers
 
-.PHONY: help setup demo test check test-gpu golden serve-check bench-peers bench-int8 bench-kv bench-kv-speed clean
+.PHONY: help setup demo test check test-gpu golden serve-check bench-peers bench-int8 bench-kv bench-kv-speed bench-pruning bench-distill clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -55,6 +55,12 @@ serve-check: setup $(VLLM)/.ready  ## compress the demo model and let vLLM's CPU
 bench-int8: setup  ## LLM.int8 with fixed columns beside bitsandbytes and 16 bits, on the GPU if there is one
 	$(BIN)/python -m eval.benchmarks.int8_speed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.benchmarks.outlier_model --keep outputs/outlier-model
+
+bench-pruning: setup  ## who chooses best, depth or width, repair at an equal budget: an hour and more on 2 cores
+	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.benchmarks.pruning
+
+bench-distill: setup  ## speed of the distillation step on a 1B shape: needs a GPU
+	$(BIN)/python -m eval.benchmarks.distill_speed
 
 $(KV_PEERS)/.ready:
 	# Their dependencies are in .venv already, but for two small ones.

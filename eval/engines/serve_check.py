@@ -92,6 +92,9 @@ CASES = {
     "nvfp4": Case(("recipe=nvfp4",), vllm=False),
     "mxfp4": Case(("recipe=mxfp4",), vllm=False),
     "llm-int8": Case(("recipe=llm-int8",), vllm=False),
+    "prune-width": Case(("recipe=prune-width", "prune.candidates=1")),
+    "prune-depth": Case(("recipe=prune-depth",)),
+    "prune-kv-heads": Case(("recipe=prune-kv-heads",)),
     "kv-fp8": Case(("recipe=kv-fp8", "context=none")),
     "awq-int4-kv-fp8": Case(("recipe=awq-int4-kv-fp8", "context=none")),
     "awq-int4-kv-fp8 symmetric": Case(
