@@ -138,7 +138,9 @@ class BlockCut:
         for batch in self.passage.observe(*names.values()):
             for key, name in names.items():
                 x = batch[name].flatten(0, -2).float()
-                sums[key] = sums.get(key, 0) + x.T @ x
+                # Of the queries the size alone counts.
+                found = x.square().sum(0) if key == "queries" else x.T @ x
+                sums[key] = sums.get(key, 0) + found
             count += x.shape[0]
         linears = {key: self.passage.part(name) for key, name in names.items()}
         assert family.attention_output is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 from compress.errors import UserError
@@ -24,6 +24,8 @@ def wanted(found: Anatomy, knobs: Prune) -> list[Shape]:
     base = found.shape
     fixed = _fixed(found, knobs)
     if not knobs.targets:
+        if fixed == base:
+            raise UserError(f"prune cuts nothing of {base}: choose a smaller size")
         return [fixed]
     cost, limit = _cost(found, knobs)
     chosen = _search(
@@ -85,7 +87,7 @@ def _fixed(found: Anatomy, knobs: Prune) -> Shape:
             f"most {base.per_group * groups}"
         )
     rest = {axis: size for axis, size in asked.items() if axis != "heads"}
-    return _with_sizes(base, rest | {"heads": heads // groups}, knobs.merges)
+    return _with_sizes(base, base, rest | {"heads": heads // groups}, knobs.merges)
 
 
 def _multiple_of(axis: str, size: int) -> int:
@@ -117,8 +119,8 @@ def _search(
     multiple: int | None = None,
     merge: bool = False,
 ) -> list[Shape]:
-    """At most ``count`` shapes whose cost is at most ``limit``, and near it; those that cut most evenly
-    first.
+    """At most ``count`` shapes whose cost is at most ``limit``, and near it: the one that cuts most evenly,
+    then those least like the ones before. Neighbours would differ by a step and lose the same.
 
     fixed: sizes of the axes that are not searched. Raises UserError if even the smallest shape costs more.
     """
@@ -130,8 +132,9 @@ def _search(
         chosen = dict(zip(others, combination, strict=True))
         fitting = (
             shape
-            for shape in _along(fixed, chosen, slack, choices[slack], merge)
-            if cost(shape) <= limit
+            for size in choices[slack]
+            if cost(shape := _with_sizes(anatomy.shape, fixed, chosen | {slack: size}, merge))
+            <= limit
         )
         if (best := next(fitting, None)) is not None:
             found.append(best)
@@ -141,26 +144,38 @@ def _search(
         )
     near = [shape for shape in found if cost(shape) >= (1 - NEAR) * limit]
     near = near or [max(found, key=cost)]
-    return sorted(near, key=lambda shape: _unevenness(anatomy.shape, shape))[:count]
+    return _spread(anatomy.shape, near)[:count]
 
 
-def _along(
-    fixed: Shape, chosen: dict[str, int], slack: str, choices: list[int], merge: bool
-) -> Iterator[Shape]:
-    for size in choices:
-        yield _with_sizes(fixed, chosen | {slack: size}, merge)
-
-
-def _with_sizes(fixed: Shape, chosen: dict[str, int], merge: bool) -> Shape:
-    """chosen: sizes by axis, query heads counted in a group. Merging heads of keys and values leaves as
-    many query heads as there were, dropping them takes their query heads along."""
-    per_group = chosen.get("heads", fixed.per_group)
+def _with_sizes(base: Shape, fixed: Shape, chosen: dict[str, int], merge: bool) -> Shape:
+    """fixed: sizes of the axes that are not chosen; chosen: sizes by axis, query heads counted in one of the
+    groups that base has. Merging heads of keys and values leaves as many query heads as there were, dropping
+    them takes their query heads along."""
     rest = {axis: size for axis, size in chosen.items() if axis != "heads"}
     kv_heads = rest.get("kv_heads", fixed.kv_heads)
-    groups = fixed.kv_heads if merge else kv_heads
+    groups = base.kv_heads if merge else kv_heads
+    fixed_groups = base.kv_heads if merge else fixed.kv_heads
+    per_group = chosen.get("heads", fixed.heads // fixed_groups)
     return replace(fixed, **rest, heads=per_group * groups)
 
 
-def _unevenness(base: Shape, shape: Shape) -> float:
-    """The largest share that any axis loses."""
-    return max(1 - getattr(shape, axis) / getattr(base, axis) for axis in SLACK)
+def _spread(base: Shape, shapes: list[Shape]) -> list[Shape]:
+    """The most even shape first, then always the one farthest from all before it, by the shares that the axes
+    lose."""
+    lost = {
+        shape: [1 - getattr(shape, axis) / getattr(base, axis) for axis in SLACK]
+        for shape in shapes
+    }
+    left = sorted(lost, key=lambda shape: max(lost[shape]))
+    found = [left.pop(0)]
+    while left:
+
+        def apart(shape: Shape) -> float:
+            return min(
+                max(abs(a - b) for a, b in zip(lost[shape], lost[other], strict=True))
+                for other in found
+            )
+
+        found.append(max(left, key=apart))
+        left.remove(found[-1])
+    return found

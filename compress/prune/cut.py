@@ -23,7 +23,7 @@ from compress.model.walk import Walk
 from compress.progress import track
 from compress.prune.block import BlockCut, Goal
 from compress.prune.knobs import Prune
-from compress.prune.shape import KEYS, Anatomy, Shape, config_of, twin_of
+from compress.prune.shape import KEYS, Anatomy, Shape, config_of
 from compress.prune.streams import Passage
 from eval.memory import trim
 
@@ -53,7 +53,8 @@ def cut(
     source: ModelFolder, target: Path, plan: Plan, tokens: Tensor, device: torch.device
 ) -> list[dict[str, Any]]:
     """Write the model cut to its plan; returns for every block that is left its number in the original, the
-    relative errors of attention and MLP, the drift of its stream from the original's, and seconds."""
+    heads that stayed, the relative errors of attention and MLP, the drift of its stream from the
+    original's, and seconds."""
     target.mkdir(parents=True)
     source.copy_companions(target)
     shards = ShardWriter(target, SHARD_BYTES)
@@ -64,20 +65,22 @@ def cut(
         with walk.block(place) as block:
             _cut_block(block, walk.module, plan)
             walk.leave(block)
-            for name, tensor in _tensors(source, plan, block).items():
+            for name, tensor in _tensors(plan, block).items():
                 shards.add(f"{walk.walk.prefix(place)}.{name}", tensor.cpu())
         report = {
             "block": index,
+            "heads": block.heads,
+            "kv_heads": block.kv_heads,
             "errors": block.errors,
             "drift": walk.drift(),
             "seconds": time.perf_counter() - start,
         }
         log.info(
-            "block %d: %.1f s, errors %s, drift %.2e",
+            "block %d: %.1f s, relative errors %s, drift %.2e",
             index,
             report["seconds"],
-            block.errors,
-            walk.drift(),
+            ", ".join(f"{name} {error:.2e}" for name, error in block.errors.items()),
+            report["drift"],
         )
         reports.append(report)
         kept.append(block)
@@ -196,14 +199,14 @@ class _BothWalks:
             own.to("meta")
 
 
-def _tensors(source: ModelFolder, plan: Plan, block: BlockCut) -> dict[str, Tensor]:
+def _tensors(plan: Plan, block: BlockCut) -> dict[str, Tensor]:
     """The block's tensors as they are written, by local name."""
     kept = block.kept()
     tensors = {
         name: plan.found.cut(name, parameter.data, kept)
         for name, parameter in block.passage.module.named_parameters()
     }
-    twin = twin_of(source.config, plan.found, plan.shape)
+    twin = plan.found.twin_for(plan.shape)
     for name in () if twin is None else twin.zeros:
         W = tensors[f"{name}.weight"]
         tensors[f"{name}.bias"] = torch.zeros(len(W), dtype=W.dtype)

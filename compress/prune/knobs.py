@@ -24,12 +24,12 @@ class Prune:
     axes: what the search may cut, of layers, heads (query heads in every group), kv_heads, mlp, hidden
     layers, heads, kv_heads, mlp, hidden: sizes that are wanted as they are
     multiple: of mlp and hidden (null = 32; 128 from 2048 on, 256 from 8192 on)
-    importance: of heads, groups, and neurons, see importance.py
+    importance: of heads, groups, and neurons, see importance.py; ``error`` counts on the refit
     depth: how layers are chosen: influence, contiguous, or perplexity (of the model without each)
     kv: what becomes of heads of keys and values: drop (with their query heads), or merge as principal
         components or by their mean, see merge.py
-    refit: which linears: none, outputs (the last of attention and MLP), or all; hidden=... needs their
-        readers refitted too, and does so unless it is none
+    refit: which linears of the blocks: none, outputs (the last of attention and MLP), or all; with fewer
+        channels their readers are refitted too, unless it is none
     damping: of the least squares, as a share of the mean second moment
     candidates: shapes of the search that are cut on trial_sequences and judged by their divergence; 1 tries
         none

@@ -113,7 +113,8 @@ def merge_heads(
 
     weights: "queries", "keys", "values" (heads * head size, in), a bias as a last column; "output"
         (out, heads * head size)
-    moments: second moments of "queries", "keys", "values" over calibration tokens, before positions
+    moments: second moments of "keys" and "values" over calibration tokens, before positions; of "queries" the
+        diagonal alone
     method: principal, or mean, which pools heads as they are
     """
     size = weights["keys"].shape[0] // kv_heads
@@ -122,7 +123,7 @@ def merge_heads(
     q, k, v = q.clone(), k.clone(), v.clone()
     per_group = len(q) // kv_heads
     half = size // 2
-    Q = moments["queries"].double().diagonal().unflatten(0, (kv_heads, per_group, 2, half))
+    Q = moments["queries"].double().unflatten(0, (kv_heads, per_group, 2, half))
     heard = Q.sum((1, 2))
     per_head = torch.einsum("ohi,ohj->hij", out, out)
     costs = per_head.unflatten(0, (kv_heads, per_group)).sum(1)

@@ -32,10 +32,12 @@ class Preview:
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         found, shape = self._found, self._shape
         prefix = found.family.blocks
+        twin = found.twin_for(shape)
+        zeros = {} if twin is None else {f"{name}.bias": ("hidden",) for name in twin.zeros}
         tensors = {
             f"{prefix}.{index}.{name}": axes
             for index in range(shape.layers)
-            for name, axes in found.block.items()
+            for name, axes in {**found.block, **zeros}.items()
         }
         return {
             name: tuple(found.size(axis, shape) for axis in axes)

@@ -26,6 +26,8 @@ KEYS = {
     "hidden": "hidden_size",
 }
 AXES = tuple(KEYS)
+# Keys of config.json with an entry a layer.
+PER_LAYER = ("layer_types",)
 # Tokens in the cache of a step whose bytes predict decode speed.
 CONTEXT = 1024
 
@@ -53,14 +55,17 @@ class Shape:
 class Anatomy:
     """Which of its dimensions every tensor of a model has.
 
+    twin: the model type to write where heads x head size is not the hidden size, if this one's readers need
+        that
     block: tensors of a decoder block by local name, rest: those outside the blocks; each with its
-    dimensions, an axis of Shape or a number
+        dimensions, an axis of Shape or a number
     """
 
     family: Family
     shape: Shape
     head_dim: int
     bytes_per_weight: int
+    twin: Twin | None
     block: Mapping[str, tuple[str | int, ...]]
     rest: Mapping[str, tuple[str | int, ...]]
 
@@ -72,7 +77,14 @@ class Anatomy:
 
     def block_parameters(self, shape: Shape) -> int:
         """Parameters of all decoder blocks: everything but embedding, head and final norm."""
-        return shape.layers * self._count(self.block, shape)
+        twin = self.twin_for(shape)
+        zeros = 0 if twin is None else len(twin.zeros) * shape.hidden
+        return shape.layers * (self._count(self.block, shape) + zeros)
+
+    def twin_for(self, shape: Shape) -> Twin | None:
+        """The model type that a model of this shape is written as, if not its own."""
+        own = shape == self.shape or shape.heads * self.head_dim == shape.hidden
+        return None if own else self.twin
 
     def parameters(self, shape: Shape) -> int:
         return self.block_parameters(shape) + self._count(self.rest, shape)
@@ -129,7 +141,8 @@ def anatomy(source: ModelFolder, family: Family) -> Anatomy:
     prefix = f"{family.blocks}.0."
     queries = source.shape(f"{prefix}{family.queries}.weight")[0]
     block, rest = dict[str, tuple[str | int, ...]](), dict[str, tuple[str | int, ...]]()
-    found = Anatomy(family, shape, queries // heads, source.dtype.itemsize, block, rest)
+    twin = family.twins.get(config["model_type"])
+    found = Anatomy(family, shape, queries // heads, source.dtype.itemsize, twin, block, rest)
     for name in source.names:
         if name.startswith(prefix):
             local = name.removeprefix(prefix)
@@ -172,16 +185,17 @@ def config_of(
 ) -> dict[str, Any]:
     """The config.json of the pruned model: sizes, head size, and lists with an entry a layer.
 
-    layers: which stay
+    layers: which stay. Raises UserError for sliding windows that the new model could not have.
     """
+    check_windows(config, anatomy, shape)
     changed = dict(config)
     for axis, key in KEYS.items():
         changed[key] = getattr(shape, axis)
     changed["head_dim"] = anatomy.head_dim
-    for key, value in config.items():
-        if isinstance(value, list) and len(value) == anatomy.shape.layers:
+    for key in PER_LAYER:
+        if isinstance(value := config.get(key), list):
             changed[key] = [value[i] for i in layers]
-    if (twin := twin_of(config, anatomy, shape)) is not None:
+    if (twin := anatomy.twin_for(shape)) is not None:
         changed |= {
             "model_type": twin.model_type,
             "architectures": [twin.architecture],
@@ -192,20 +206,19 @@ def config_of(
     return changed
 
 
-def twin_of(config: Mapping[str, Any], anatomy: Anatomy, shape: Shape) -> Twin | None:
-    """The model type to write instead, if readers of this one would divide hidden size by heads.
-
-    Raises UserError if the model has what the other type has not: sliding windows.
-    """
-    twin = anatomy.family.twins.get(config["model_type"])
-    if twin is None or shape.heads * anatomy.head_dim == shape.hidden:
-        return None
-    if config.get("use_sliding_window"):
+def check_windows(config: Mapping[str, Any], anatomy: Anatomy, shape: Shape) -> None:
+    """Raises UserError for a model with sliding windows whose layers would lose or exchange them."""
+    if not config.get("use_sliding_window"):
+        return
+    if anatomy.twin_for(shape) is not None:
         raise UserError(
             f"{config['model_type']} with sliding windows must keep heads x {anatomy.head_dim} = hidden "
             f"size, not {shape.heads} x {anatomy.head_dim} = {shape.hidden}: choose prune.heads and hidden so"
         )
-    return twin
+    if shape.layers < anatomy.shape.layers and "layer_types" not in config:
+        raise UserError(
+            "config.json does not say which layers have sliding windows (layer_types): leave all layers in"
+        )
 
 
 def elements(heads: list[int], head_dim: int) -> Tensor:

@@ -24,7 +24,7 @@ from compress.progress import track
 from compress.prune.budget import wanted
 from compress.prune.cut import Plan, cut
 from compress.prune.knobs import Prune
-from compress.prune.shape import Anatomy, Shape, anatomy, twin_of
+from compress.prune.shape import Anatomy, Shape, anatomy, check_windows
 from compress.prune.survey import Survey, survey
 from compress.quantize.record import KEY
 from compress.runtime.load import load_dense
@@ -43,7 +43,7 @@ def check(source: ModelFolder, knobs: Prune, sequences: int) -> None:
     found = anatomy(source, family_of(source.config))
     shape = wanted(found, knobs)
     for candidate in shape:
-        twin_of(source.config, found, candidate)
+        check_windows(source.config, found, candidate)
     if len(shape) > 1 and sequences < knobs.trial_sequences + JUDGED:
         raise UserError(
             f"prune.candidates={knobs.candidates} needs {knobs.trial_sequences + JUDGED} sequences to tell "
@@ -69,7 +69,7 @@ def prune(
     surveyed = survey(source, found, tokens, device, drop_one=knobs.depth == "perplexity")
     log.info("surveyed %d blocks in %.1f s", found.shape.layers, time.perf_counter() - start)
     plans = [_plan(found, shape, surveyed, knobs) for shape in candidates]
-    plan, trials = _judged(source, plans, tokens, device)
+    plan, trials = _judged(source, plans, tokens, device, target.parent)
     blocks = cut(source, target, plan, tokens, device)
     shape = plan.shape
     old = found.shape
@@ -78,6 +78,7 @@ def prune(
             "shape": {"before": vars(old), "after": vars(shape)},
             "parameters": [found.parameters(s) for s in (old, shape)],
             "block_parameters": [found.block_parameters(s) for s in (old, shape)],
+            "refit": knobs.refit,
             "predicted_speedup": found.step_bytes(old) / found.step_bytes(shape),
             "candidates": trials,
             "survey": surveyed.report(),
@@ -92,20 +93,23 @@ def _plan(found: Anatomy, shape: Shape, surveyed: Survey, knobs: Prune) -> Plan:
 
 
 def _judged(
-    source: ModelFolder, plans: list[Plan], tokens: Tensor, device: torch.device
+    source: ModelFolder, plans: list[Plan], tokens: Tensor, device: torch.device, beside: Path
 ) -> tuple[Plan, list[dict[str, Any]]]:
-    """The best plan: each is tried on few sequences and compared with the original on others."""
+    """The best plan: each is tried on few sequences, in a folder of ``beside``, and compared with the
+    original on others."""
     if len(plans) == 1:
         return plans[0], []
     judged, seen = tokens[-JUDGED:].to(device), tokens[: plans[0].knobs.trial_sequences]
     original = load_dense(source, device, source.dtype)
     trials = []
     for plan in track(plans, "try shapes"):
-        with tempfile.TemporaryDirectory() as scratch:
+        # Where the result goes, not in a /tmp that may be memory; a killed run's is cleared by its name.
+        with tempfile.TemporaryDirectory(dir=beside, suffix=".partial") as scratch:
             trial = Path(scratch) / "trial"
             cut(source, trial, plan, seen, device)
             model = load_dense(ModelFolder(trial), device, source.dtype)
         kl = _divergence(model, original, judged)
+        del model
         parameters = plan.found.block_parameters(plan.shape)
         trials.append({**vars(plan.shape), "block_parameters": parameters, "kl": kl})
         log.info("%s: KL %.4f on %d sequences", plan.shape, kl, len(judged))

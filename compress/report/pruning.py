@@ -28,10 +28,10 @@ def draw_pruning(report: Mapping[str, Any], target: Path) -> None:
     axes = figure.subplots(2, 3)
     survey = report["survey"]
     _draw_layers(axes[0, 0], report)
-    _draw_heads(axes[0, 1], figure, survey["heads"])
+    _draw_heads(axes[0, 1], figure, report)
     _draw_neurons(axes[0, 2], figure, survey["neurons"], report["shape"])
     _draw_channels(axes[1, 0], survey["channels"], report["shape"]["after"]["hidden"])
-    _draw_errors(axes[1, 1], report["blocks"])
+    _draw_errors(axes[1, 1], report["blocks"], report["refit"])
     _draw_candidates(axes[1, 2], report["candidates"], report["shape"]["after"])
     figure.savefig(target, format="png")
 
@@ -45,8 +45,17 @@ def _draw_layers(axes: Axes, report: Mapping[str, Any]) -> None:
     _label(axes, "Blocks (orange: gone)", "block", "influence, 1 - cos(in, out)")
 
 
-def _draw_heads(axes: Axes, figure: Figure, heads: list[list[float]]) -> None:
-    sizes = np.array(heads)
+def _draw_heads(axes: Axes, figure: Figure, report: Mapping[str, Any]) -> None:
+    sizes = np.array(report["survey"]["heads"])
+    gone = [
+        (head, block["block"])
+        for block in report["blocks"]
+        for head in range(sizes.shape[1])
+        if head not in block["heads"]
+    ]
+    if gone:
+        axes.scatter(*zip(*gone, strict=True), color=GOES, marker="x", s=20, label="gone")
+        axes.legend(loc="upper right")
     image = axes.imshow(sizes / sizes.max(1, keepdims=True), aspect="auto", cmap="viridis")
     figure.colorbar(image, ax=axes, label="share of the block's largest")
     _label(axes, "Outputs of attention heads", "query head", "block")
@@ -78,14 +87,14 @@ def _draw_channels(axes: Axes, channels: list[float], kept: int) -> None:
     _label(axes, "Channels of the residual stream, sorted", "channel", "size behind the norms")
 
 
-def _draw_errors(axes: Axes, blocks: list[Mapping[str, Any]]) -> None:
+def _draw_errors(axes: Axes, blocks: list[Mapping[str, Any]], refit: str) -> None:
     places = [block["block"] for block in blocks]
     for name, marker in (("attention", "o"), ("mlp", "s")):
         axes.plot(places, [b["errors"][name] for b in blocks], marker=marker, ms=3, label=name)
     axes.plot(places, [b["drift"] for b in blocks], marker="^", ms=3, label="stream")
     axes.set_yscale("log")
     axes.legend()
-    _label(axes, "Errors against the original, refitted", "block", "relative squared error")
+    _label(axes, f"Errors against the original (refit: {refit})", "block", "relative squared error")
 
 
 def _draw_candidates(axes: Axes, trials: list[Mapping[str, Any]], after: Mapping[str, int]) -> None:

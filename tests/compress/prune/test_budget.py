@@ -56,7 +56,7 @@ def test_large_models_get_sizes_that_kernels_tile(large: Anatomy) -> None:
         assert shape.heads % shape.kv_heads == 0
 
 
-def test_the_most_even_shapes_come_first(large: Anatomy) -> None:
+def test_the_most_even_shape_comes_first_then_those_unlike_it(large: Anatomy) -> None:
     knobs = Prune(share=0.3, axes=["heads", "mlp", "hidden"], candidates=3)
     first = wanted(large, knobs)
     every = wanted(large, replace(knobs, candidates=1000))
@@ -69,6 +69,11 @@ def test_the_most_even_shapes_come_first(large: Anatomy) -> None:
         )
 
     assert largest(first[0]) == min(map(largest, every))
+    assert len(set(every)) == len(every)
+    # Not neighbours of the first: what cuts one axis alone is among the first few.
+    few = wanted(large, replace(knobs, candidates=4))
+    cut = [{k for k, v in vars(shape).items() if v != getattr(LARGE, k)} for shape in few]
+    assert {"mlp"} in cut or {"hidden"} in cut
 
 
 @pytest.mark.parametrize(
@@ -100,6 +105,12 @@ def test_sizes_by_name_and_a_search_on_the_rest(large: Anatomy) -> None:
     assert wanted(large, Prune(layers=24, heads=16)) == [replace(LARGE, layers=24, heads=16)]
     assert wanted(large, Prune(kv_heads=4)) == [replace(LARGE, kv_heads=4, heads=16)]
     assert wanted(large, Prune(kv_heads=4, kv="mean")) == [replace(LARGE, kv_heads=4)]
+    # Merged heads of keys and values by name leave the search all query heads.
+    for axes in (["heads", "mlp"], ["mlp"]):
+        knobs = Prune(share=0.2, kv="principal", kv_heads=4, axes=axes, candidates=50)
+        shapes = wanted(large, knobs)
+        assert {shape.kv_heads for shape in shapes} == {4}
+        assert max(shape.heads for shape in shapes) == 32
     for shape in wanted(large, Prune(share=0.4, layers=24, axes=["mlp"])):
         assert shape.layers == 24
         assert shape.mlp < 14336
@@ -132,6 +143,7 @@ def test_knobs_that_do_not_fit_together(knobs: dict[str, Any], sentence: str) ->
 @pytest.mark.parametrize(
     ("knobs", "sentence"),
     [
+        ({"mlp": 256}, "prune cuts nothing of layers 3, heads 4"),
         ({"mlp": 512}, r"prune.mlp=512 is more than the model's 256 \(intermediate_size\)"),
         ({"mlp": 100}, "prune.mlp=100 is no multiple of 32: choose one, or set prune.multiple"),
         (

@@ -36,7 +36,8 @@ def attention(weights: dict[str, Tensor], X: Tensor) -> Tensor:
 
 def moments(weights: dict[str, Tensor], X: Tensor) -> dict[str, Tensor]:
     made = {name: X @ weights[name].T for name in ("queries", "keys", "values")}
-    return {name: Y.T @ Y / len(Y) for name, Y in made.items()}
+    found = {name: Y.T @ Y / len(Y) for name, Y in made.items()}
+    return {**found, "queries": found["queries"].diagonal()}
 
 
 def random_weights(noise: float) -> tuple[dict[str, Tensor], Tensor]:

@@ -51,12 +51,8 @@ def test_parameters_are_those_of_transformers(
         Shape(1, 2, 1, 64, 64),
     ]
     for shape in smaller:
-        # Another model type may be written: its zero biases are not the old type's.
-        config = config_of(
-            {**model.config, "model_type": "llama"}, found, shape, [0] * shape.layers
-        )
-        config["model_type"] = model_type
-        expected = counted(config)
+        # As it will be written: Qwen2 with fewer heads is a Llama with zero biases then.
+        expected = counted(config_of(model.config, found, shape, [0] * shape.layers))
         assert (found.parameters(shape), found.block_parameters(shape)) == expected, shape
         assert found.nbytes(shape) == 2 * expected[0]
 
@@ -83,9 +79,29 @@ def test_the_config_of_a_cut_model(make_model: Callable[..., ModelFolder]) -> No
     fewer = config_of(model.config, found, replace(found.shape, heads=2, kv_heads=2), [0, 1, 2])
     assert (fewer["model_type"], fewer["architectures"]) == ("llama", ["LlamaForCausalLM"])
     assert fewer["attention_bias"] is True
+    # A list that happens to be as long as there are layers is none of theirs.
+    other = config_of({**model.config, "eos_token_id": [1, 2, 3]}, found, found.shape, [0, 2])
+    assert other["eos_token_id"] == [1, 2, 3]
     sliding = {**model.config, "use_sliding_window": True}
     with pytest.raises(UserError, match="with sliding windows must keep heads x 32 = hidden size"):
         config_of(sliding, found, replace(found.shape, heads=2), [0, 1, 2])
+    del sliding["layer_types"]
+    with pytest.raises(UserError, match="does not say which layers have sliding windows"):
+        config_of(sliding, found, replace(found.shape, layers=2), [0, 2])
+
+
+def test_a_config_without_head_size_and_groups(
+    make_model: Callable[..., ModelFolder], tmp_path: Path
+) -> None:
+    """As old Llama folders have it: then every query head has keys and values of its own."""
+    model = make_model("llama", num_key_value_heads=4)
+    shutil.copytree(model.path, tmp_path / "old")
+    left_out = ("head_dim", "num_key_value_heads")
+    config = {key: value for key, value in model.config.items() if key not in left_out}
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    found = anatomy(ModelFolder(tmp_path / "old"), family_of(config))
+    assert (found.shape.kv_heads, found.head_dim) == (4, 32)
+    assert config_of(config, found, found.shape, [0, 1, 2])["num_key_value_heads"] == 4
 
 
 def test_a_config_that_contradicts_its_tensors_is_refused(
