@@ -8,7 +8,6 @@ record the integers are picked anew on the grids it has (see ``latent``).
 from __future__ import annotations
 
 import logging
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from calibration.tokens import held_out
 from compress.distill import latent, training
-from compress.distill.kept import FILE, kept_of
+from compress.distill.kept import kept_of
 from compress.distill.knobs import Distill, check_schemes
 from compress.distill.plan import seen, steps_of
 from compress.distill.state import Progress, State, sha256
@@ -158,8 +157,6 @@ def _write(source: ModelFolder, target: Path, student: Student, weights: dict[st
         record.rewrite(source, target, latent.stored(source, {n: weights[n] for n in trained}))
     else:
         _write_plain(source, target, weights)
-    if (source.path / FILE).exists():
-        shutil.copyfile(source.path / FILE, target / FILE)
 
 
 def _write_plain(source: ModelFolder, target: Path, weights: dict[str, Tensor]) -> None:
