@@ -19,11 +19,11 @@ from calibration.tokens import held_out
 from compress.distill import latent, training
 from compress.distill.kept import kept_of
 from compress.distill.knobs import Distill, check_schemes
-from compress.distill.plan import seen, steps_of
+from compress.distill.plan import SEQUENCES, seen, steps_of
 from compress.distill.state import Progress, State, sha256
 from compress.distill.student import Student, open_student
 from compress.distill.teacher import CachedTeacher, Teacher, fill_cache, open_teacher
-from compress.distill.training import SEQUENCES, Text, Training
+from compress.distill.training import Text, Training
 from compress.errors import UserError
 from compress.export.shards import ShardWriter
 from compress.model.folder import ModelFolder, write_json
