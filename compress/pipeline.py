@@ -333,6 +333,10 @@ def _generate(run: Run, model: ModelFolder, tokenizer: Any, target: Path) -> dic
 def _decisive_settings(run: Run) -> dict[str, Any]:
     """What of a recipe decides the checkpoint: stages, methods with their knobs, data, format."""
     settings = asdict(run.settings)
+    if run.distill is not None:
+        knobs = run.distill
+        minutes = knobs.minutes if knobs.budget == "minutes" else None
+        settings["distill"] = knobs.decisive | {"minutes": minutes}
     keys = (
         "stages",
         "head",
