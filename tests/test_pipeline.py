@@ -226,6 +226,31 @@ def test_what_may_change_in_a_distillation_that_goes_on(
                 pipeline.check(other, out)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["distill.teacher=cached", "distill.top_k=321"], r"top_k=321 .* at most the 320 of the"),
+        (["distill.length=257"], r"length=257 is not allowed: .* takes 256"),
+        (
+            ["stages=[rotate,quantize,distill]", "distill.hidden=1"],
+            r"leave out rotate or distill\.hidden",
+        ),
+    ],
+)
+def test_distillations_that_are_refused_before_anything_runs(
+    tiny: ModelFolder, text_file: Path, words: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        pipeline.check(run_of(tiny, text_file, *DISTILLED, "distill.steps=4", *words))
+
+
+def test_states_are_compared_before_they_are_rotated(tiny: ModelFolder, text_file: Path) -> None:
+    """A rotation after distillation does not matter to it."""
+    words = ["recipe=minitron-awq", "prune=sizes", "prune.mlp=192", "distill=kl", "distill.steps=4"]
+    words += ["stages=[prune,distill,rotate,quantize]", "distill.length=32", "distill.hidden=1"]
+    pipeline.check(run_of(tiny, text_file, *words))
+
+
 def test_a_distillation_is_given_the_text_it_may_see(tiny: ModelFolder, text_file: Path) -> None:
     """What a few steps see and 16 sequences held out; all of it where nobody knows the steps."""
 

@@ -59,7 +59,8 @@ def distill(
     accelerator = open_accelerator(device)
     if accelerator.num_processes > 1:
         device = accelerator.device
-    knobs.check(source.dtype, device, len(blocks), accelerator.num_processes)
+    check_launch(accelerator, knobs)
+    knobs.check(source, device, blocks, accelerator.num_processes)
     _check_folders(source, original, knobs)
     trained, held = held_out(len(blocks))
     text = Text(blocks, trained, held[:SEQUENCES])
@@ -76,7 +77,8 @@ def distill(
     else:
         kept = kept_of(source, original, device) if knobs.hidden else None
         teacher = open_teacher(original, kept, knobs, device)
-    student = open_student(source, knobs, device)
+    # What is sharded goes to the devices shard by shard.
+    student = open_student(source, knobs, torch.device("cpu") if accelerator.is_fsdp2 else device)
     trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
     run = Training(student, teacher, text, knobs, accelerator)
     progress = run.run(State(state, fingerprint, accelerator), began, steps)
@@ -115,6 +117,20 @@ def open_accelerator(device: torch.device) -> Any:
     )
 
 
+def check_launch(accelerator: Any, knobs: Distill) -> None:
+    """Raises UserError for processes that were launched to share the work in a way that this does not."""
+    kind = accelerator.distributed_type.value
+    if not (kind == "NO" or kind.startswith("MULTI_") or accelerator.is_fsdp2):
+        raise UserError(
+            f"distill was launched under {kind}: choose one process, several (--multi_gpu), or FSDP of "
+            "version 2 (--use_fsdp --fsdp_version 2)"
+        )
+    if accelerator.is_fsdp2 and knobs.optimizer == "adamw8bit":
+        raise UserError(
+            "distill.optimizer=adamw8bit cannot be sharded by FSDP: choose adamw, or launch with --multi_gpu"
+        )
+
+
 def _check_folders(source: ModelFolder, original: ModelFolder, knobs: Distill) -> None:
     if record.KEY in source.config:
         check_schemes(record.schemes_of(source))
@@ -126,10 +142,6 @@ def _check_folders(source: ModelFolder, original: ModelFolder, knobs: Distill) -
         raise UserError(
             f"{source.path} has a vocabulary of {sizes[0]}, the original one of {sizes[1]}: distill compares "
             "distributions over the same tokens"
-        )
-    if knobs.teacher == "cached" and knobs.top_k > sizes[0]:
-        raise UserError(
-            f"distill.top_k={knobs.top_k} is not allowed: choose at most the {sizes[0]} of the vocabulary"
         )
     if knobs.hidden:
         kept_of(source, original, torch.device("cpu"))

@@ -50,8 +50,9 @@ class Training:
         self, student: Student, teacher: Teacher, text: Text, knobs: Distill, accelerator: Any
     ):
         self.teacher, self.text, self.knobs, self.accelerator = teacher, text, knobs, accelerator
-        self.device = next(student.parameters()).device
         self.model, self.optimizer = accelerator.prepare(student, _optimizer(student, knobs))
+        # Where FSDP put what was opened on the CPU.
+        self.device = next(self.model.parameters()).device
         self.progress = Progress()
         self.began = now()
         self.sums = torch.zeros(4, device=self.device)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import DistributedType
 from torch import Tensor
 
 from calibration.tokens import held_out
 from compress.distill import stage, training
 from compress.distill.knobs import Distill
-from compress.distill.stage import distill, open_accelerator
+from compress.distill.stage import check_launch, distill, open_accelerator
 from compress.distill.student import open_student
 from compress.distill.teacher import open_teacher
 from compress.distill.training import Text, Training
@@ -277,13 +280,32 @@ def test_what_is_refused(
         (student, blocks[:1], SHORT, "out of 1: choose a longer text"),
         (student, blocks, replace(SHORT, optimizer="adamw8bit"), "needs a CUDA device"),
         (exported, blocks, SHORT, "exported checkpoint"),
+        (student, torch.zeros(4, 257, dtype=torch.int64), SHORT, r"length=257 .* takes 256"),
         (fewer, blocks, replace(SHORT, hidden=1.0), r"has 2 x 128, the original 3 x 128"),
     ):
         with pytest.raises(UserError, match=message):
             distill(folder, original, tmp_path / "t", tmp_path / "s", text, knobs, CPU)
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match=r"batch=4 cannot be shared by 3 processes"):
-        SHORT.check(torch.bfloat16, CPU, 33, processes=3)
+        SHORT.check(original, CPU, blocks, processes=3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fsdp2", "knobs", "message"),
+    [
+        (DistributedType.FSDP, False, SHORT, r"launched under FSDP: choose one process, several"),
+        (DistributedType.DEEPSPEED, False, SHORT, r"launched under DEEPSPEED: choose one process"),
+        (DistributedType.FSDP, True, replace(SHORT, optimizer="adamw8bit"), "cannot be sharded"),
+        (DistributedType.FSDP, True, SHORT, None),
+        (DistributedType.MULTI_GPU, False, replace(SHORT, optimizer="adamw8bit"), None),
+        (DistributedType.MULTI_CPU, False, SHORT, None),
+        (DistributedType.NO, False, SHORT, None),
+    ],
+)
+def test_ways_to_be_launched(kind: Any, fsdp2: bool, knobs: Distill, message: str | None) -> None:
+    launched = SimpleNamespace(distributed_type=kind, is_fsdp2=fsdp2)
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        check_launch(launched, knobs)
 
 
 @pytest.mark.parametrize(
@@ -294,6 +316,7 @@ def test_what_is_refused(
         ({"steps": 0}, r"distill.steps=0 is not allowed: choose more than 0"),
         ({"minutes": -1.0}, r"distill.minutes=-1.0 is not allowed"),
         ({"steps": 1, "batch": 0}, "distill.batch=0"),
+        ({"steps": 1, "length": 1}, "distill.length=1 is not allowed: choose 2 or more"),
         ({"steps": 1, "rate": 0.0}, "distill.rate=0.0"),
         ({"steps": 1, "ce": -1.0}, "distill.ce=-1.0 is not allowed: choose 0 or more"),
         ({"steps": 1, "warmup": 1.5}, "distill.warmup=1.5 is not allowed: choose 0 to 1"),
@@ -301,6 +324,7 @@ def test_what_is_refused(
         ({"steps": 1, "teacher": "dead"}, "choose live, cached"),
         ({"steps": 1, "kl": 0.0}, "distill has no loss"),
         ({"steps": 1, "hidden": 1.0, "teacher": "cached"}, "set distill.teacher=live"),
+        ({"minutes": 1.0, "teacher": "cached"}, r"set distill.tokens or distill.steps"),
     ],
 )
 def test_wrong_knobs(knobs: dict[str, Any], message: str) -> None:
