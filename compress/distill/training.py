@@ -175,10 +175,9 @@ class Training:
 
     def _look(self) -> None:
         """Note divergence and next-token loss of the held-out sequences."""
-        start, progress = now(), self.progress
+        progress = self.progress
         with self._aside():
             kl, nll = self._held_out()
-        self.look_seconds = now() - start
         progress.held_out.append({"step": progress.step, "kl": kl, "nll": nll})
         log.info("distill, step %d, held out: KL %.4f, nll %.4f", progress.step, kl, nll)
 
@@ -201,10 +200,16 @@ class Training:
         return kl, nll
 
     def _warm_up(self) -> None:
-        """Let what happens at a first time happen, and throw its gradient away."""
+        """Let what happens at a first time happen, and throw its gradient away; time a look that is not the
+        first."""
         once = self.knobs.micro_batch * self.accelerator.num_processes
         self.gradients(batch_rows(0, self.knobs, self.text.trained)[:once])
         self.optimizer.zero_grad()
+        self._synchronize()
+        start = now()
+        self._held_out()
+        self._synchronize()
+        self.look_seconds = now() - start
 
     def _save(self, state: State) -> None:
         with self._aside():

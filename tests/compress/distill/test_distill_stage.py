@@ -385,3 +385,26 @@ def test_minutes(
         # Too short for more than the first steps.
         assert report["steps"] <= 3
     assert report["curve"][-1]["step"] == report["held_out"][-1]["step"] == report["steps"]
+
+
+def test_what_happens_once_is_no_cost_of_a_look(
+    pair: Callable[..., tuple[ModelFolder, ModelFolder]],
+    blocks: Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first one takes a minute more than the others: the original's pass, what is compiled."""
+    clock = Clock()
+    monkeypatch.setattr(training, "now", clock)
+    clock.let(monkeypatch, Training, "gradients", 4.0)
+    look = Training._held_out
+
+    def first_slow(self: Training) -> tuple[float, float]:
+        clock.time += 3.0 if self._held else 63.0
+        return look(self)
+
+    monkeypatch.setattr(Training, "_held_out", first_slow)
+    original, student = pair()
+    knobs, start = replace(SHORT, steps=None, minutes=5.0, save_every=1000), clock()
+    distill(student, original, tmp_path / "t", tmp_path / "s", blocks, knobs, CPU)
+    assert 0.85 * 300 < clock() - start <= 300
