@@ -30,9 +30,9 @@ def batch_rows(step: int, knobs: Distill, rows: Tensor) -> Tensor:
     return rows[torch.stack(picked)]
 
 
-def seen(steps: int | None, knobs: Distill, rows: Tensor) -> Tensor:
-    """The sequences of so many steps; None: all. rows: as for ``batch_rows``"""
-    if steps is None or steps * knobs.batch >= len(rows):
+def seen(steps: int, knobs: Distill, rows: Tensor) -> Tensor:
+    """The sequences of so many steps. rows: as for ``batch_rows``"""
+    if steps * knobs.batch >= len(rows):
         return rows
     return torch.cat([batch_rows(step, knobs, rows) for step in range(steps)])
 

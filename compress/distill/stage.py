@@ -22,7 +22,7 @@ from compress.distill.knobs import Distill, check_schemes
 from compress.distill.plan import SEQUENCES, seen, steps_of
 from compress.distill.state import Progress, State, sha256
 from compress.distill.student import Student, open_student
-from compress.distill.teacher import CachedTeacher, Teacher, fill_cache, open_teacher
+from compress.distill.teacher import CachedTeacher, Rows, Teacher, fill_cache, open_teacher
 from compress.distill.training import Text, Training
 from compress.errors import UserError
 from compress.export.shards import ShardWriter
@@ -50,10 +50,12 @@ def distill(
     blocks: int64 (n, length), on the CPU
     device: ignored where several processes run, each of which has its own
 
-    Returns the curve, divergence and next-token loss of the held-out sequences at the start, in between and
-    at the end, that loss for the original, and what it took; nats per token. Every process returns the
-    same. Raises UserError, before anything is written, for a source that cannot be trained so, and later
-    for a loss that is not finite.
+    Returns the curve of the losses, as they are trained; divergence at temperature 1 and next-token loss of
+    the held-out sequences at the start, in between and at the end, that loss for the original, and what it
+    took; nats per token. Where only the original's ``held_out_top_k`` most likely tokens are kept, the
+    divergence is that with all others as one, a lower bound. Every process returns the same. Raises
+    UserError, before anything is written, for a source or a launch that cannot be trained so, and later for
+    a loss that is not finite.
     """
     began = training.now()
     accelerator = open_accelerator(device)
@@ -71,7 +73,8 @@ def distill(
 
     steps = steps_of(knobs, blocks.shape[1])
     if knobs.teacher == "cached":
-        rows = torch.cat([seen(steps, knobs, trained), text.held])
+        assert steps is not None
+        rows = Rows(seen(steps, knobs, trained), text.held)
         fill_cache(state / "teacher", original, blocks, rows, knobs, accelerator, device)
         teacher: Teacher = CachedTeacher(state / "teacher", rows, device)
     else:
@@ -201,5 +204,6 @@ def _report(progress: Progress, text: Text, knobs: Distill) -> dict[str, Any]:
         "curve": progress.curve,
         "held_out": progress.held_out,
         "held_out_sequences": len(text.held),
+        "held_out_top_k": knobs.top_k if knobs.teacher == "cached" else None,
         "original_nll": progress.original_nll,
     }

@@ -183,7 +183,8 @@ class Training:
 
     @torch.no_grad()
     def _held_out(self) -> tuple[float, float]:
-        """Every process looks at all sequences: they are few, and none waits for another."""
+        """KL at temperature 1 and next-token loss, from logits in float32. Every process looks at all
+        sequences: they are few, and none waits for another."""
         if not self._held:
             for rows in self.text.held.split(self.knobs.micro_batch):
                 tokens = self._tokens(rows)
@@ -191,11 +192,13 @@ class Training:
                 self._held.append((tokens, Wanted(self.teacher(rows, tokens).goal, [])))
         count = len(self.text.held)
         if self.progress.original_nll is None:
-            nlls = [len(t) * wanted.goal.nll(next_tokens(t)) for t, wanted in self._held]
+            nlls = [len(t) * wanted.goal.exact().nll(next_tokens(t)) for t, wanted in self._held]
             self.progress.original_nll = float(sum(nlls)) / count
         total = torch.zeros(4, device=self.device)
         for tokens, wanted in self._held:
-            total += len(tokens) * torch.stack(self.model(tokens, wanted))
+            # Not kept like that: every piece would hold a wide head of its own.
+            exact = Wanted(wanted.goal.exact(), [])
+            total += len(tokens) * torch.stack(self.model(tokens, exact, look=True))
         _, kl, nll, _ = (total / count).tolist()
         return kl, nll
 

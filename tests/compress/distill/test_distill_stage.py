@@ -92,6 +92,19 @@ def test_the_student_comes_nearer(
     assert report["original_nll"] == pytest.approx(own, rel=tolerance)
 
 
+def test_held_out_text_is_told_of_at_temperature_1(
+    pair: Callable[..., tuple[ModelFolder, ModelFolder]], blocks: Tensor, tmp_path: Path
+) -> None:
+    """Whatever is trained."""
+    original, student = pair(dtype="float32")
+    knobs = replace(SHORT, steps=1, temperature=3.0, ce=0.5)
+    report = distill(student, original, tmp_path / "t", tmp_path / "s", blocks, knobs, CPU)
+    kl, nll = measured(student, original, blocks[[15, 31]])
+    assert report["held_out"][0]["kl"] == pytest.approx(kl, rel=1e-3)
+    assert report["held_out"][0]["nll"] == pytest.approx(nll, rel=1e-3)
+    assert report["held_out_top_k"] is None
+
+
 def test_the_report(
     pair: Callable[..., tuple[ModelFolder, ModelFolder]], blocks: Tensor, tmp_path: Path
 ) -> None:
@@ -211,6 +224,23 @@ def test_steps_are_those_of_a_plain_loop(
         moved = (expected - start.get_parameter(name)).norm()
         assert moved > 0
         assert (found - expected).norm() < 0.02 * moved, name
+
+
+@torch.no_grad()
+def test_a_look_has_logits_in_float32(
+    pair: Callable[..., tuple[ModelFolder, ModelFolder]], blocks: Tensor
+) -> None:
+    """The states are those of a training in 16 bits, their distributions are not rounded again."""
+    original, student = pair()
+    run = training_of(original, student, blocks, SHORT)
+    tokens = blocks[run.text.held]
+    with torch.autocast("cpu", torch.bfloat16):
+        H = run.model.model.model(input_ids=tokens).last_hidden_state
+    theirs = run.teacher.states(tokens)
+    log_q = (H.double() @ run.model.model.lm_head.weight.double().T).log_softmax(-1).flatten(0, 1)
+    log_p = (theirs.states.double() @ theirs.head.double().T).log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    assert run._held_out()[0] == pytest.approx(float(kl), rel=1e-5)
 
 
 def test_checkpointing_changes_nothing(
