@@ -6,6 +6,7 @@ tokens: int64 (sequences, length)
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -60,19 +61,33 @@ def calibration_blocks(
 
 
 def training_blocks(
-    mix: Mapping[str, list[str]], tokenizer: Any, *, length: int, seed: int
+    mix: Mapping[str, list[str]],
+    tokenizer: Any,
+    *,
+    length: int,
+    seed: int,
+    most: int | None = None,
 ) -> TokenBlocks:
     """All text of a mix, for training: the documents of each part in random order, joined with the
     end-of-text token; the tail of a part is dropped. The parts' blocks are spread evenly among each other.
 
-    mix: documents of each part by name. Raises UserError if there are fewer than 2 blocks, of which one is
-    held out.
+    mix: documents of each part by name; most: blocks that are enough, so that no more text is tokenized
+    than gives them; the parts then share them by their characters
+    Raises UserError if there are fewer than 2 blocks, of which one is held out.
     """
     prefix = bos_prefix(tokenizer)
+    all_characters = sum(len(text) for texts in mix.values() for text in texts)
     parts = []
     for texts in mix.values():
-        generator = torch.Generator().manual_seed(seed)
-        parts.append(_shuffled(texts, tokenizer, length - len(prefix), None, generator))
+        generator, share = torch.Generator().manual_seed(seed), None
+        if most is not None:
+            share = math.ceil(most * sum(map(len, texts)) / all_characters)
+        blocks = _shuffled(texts, tokenizer, length - len(prefix), share, generator)
+        if share is not None:
+            # A long document gives more: of all of it then, not of its start alone.
+            picked = torch.randperm(len(blocks), generator=generator)[:share]
+            blocks = blocks[picked.sort().values]
+        parts.append(blocks)
     rows = interleave(*parts)
     if len(rows) < 2:
         raise UserError(
@@ -132,12 +147,15 @@ def bos_prefix(tokenizer: Any) -> list[int]:
 def _stream(texts: Iterable[str], tokenizer: Any, at_least: int | None) -> Tensor:
     """Tokens of the texts, each ended by EOS, until there are enough; None: of all."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids: list[int] = []
+    # A list of Python's integers would take several times the memory of a large text.
+    found, count = [torch.empty(0, dtype=torch.int32)], 0
     for text in texts:
-        ids += tokenizer(text, add_special_tokens=False, verbose=False).input_ids + end
-        if at_least is not None and len(ids) >= at_least:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids + end
+        found.append(torch.tensor(ids, dtype=torch.int32))
+        count += len(ids)
+        if at_least is not None and count >= at_least:
             break
-    return torch.tensor(ids, dtype=torch.int64)
+    return torch.cat(found).long()
 
 
 def _with_prefix(rows: Tensor, prefix: list[int]) -> Tensor:

@@ -71,7 +71,9 @@ def _code(words: list[str]) -> int:
             return int(verb.main(words[1:]))
         run_recipes(words or ["--help"])
     except UserError as error:
-        print(f"compress: {error}", file=sys.stderr)
+        # All processes of a stage stumble over the same mistake.
+        if processes.is_main():
+            print(f"compress: {error}", file=sys.stderr)
         return USER_ERROR
     except SystemExit as stop:
         # Of argparse, or of Hydra after its traceback.

@@ -20,6 +20,7 @@ from calibration.tokens import TokenBlocks, calibration_blocks, interleave
 from compress import processes
 from compress.config import Run
 from compress.distill.knobs import check_schemes
+from compress.distill.stage import check_launch, open_accelerator
 from compress.environment import environment, version_of
 from compress.errors import UserError
 from compress.export.audit import audit, write_manifest
@@ -91,6 +92,8 @@ def _check_processes(run: Run) -> None:
             f"device={run.settings.device} is not where {processes.count()} processes were started: choose "
             f"device={wanted}"
         )
+    if processes.count() > 1 and run.distill is not None:
+        check_launch(open_accelerator(run.device), run.distill)
 
 
 def _check_stages(run: Run, model: ModelFolder) -> None:
@@ -100,8 +103,14 @@ def _check_stages(run: Run, model: ModelFolder) -> None:
         check_prune(model, run.prune, sequences)
         shapes = list(previews(model, run.prune))
     if run.distill is not None:
+        stages = run.settings.stages
+        if run.distill.hidden and "rotate" in stages[: stages.index("distill")]:
+            raise UserError(
+                "distill.hidden compares states of the original with those of a rotated model, which point "
+                "elsewhere: leave out rotate or distill.hidden"
+            )
         blocks = training_text(run, model).tokens
-        run.distill.check(model.dtype, run.device, len(blocks), processes.count())
+        run.distill.check(model, run.device, blocks, processes.count())
     if run.repair is not None:
         run.repair.check(model, sequences)
     for shape in shapes:
@@ -333,6 +342,10 @@ def _generate(run: Run, model: ModelFolder, tokenizer: Any, target: Path) -> dic
 def _decisive_settings(run: Run) -> dict[str, Any]:
     """What of a recipe decides the checkpoint: stages, methods with their knobs, data, format."""
     settings = asdict(run.settings)
+    if run.distill is not None:
+        knobs = run.distill
+        minutes = knobs.minutes if knobs.budget == "minutes" else None
+        settings["distill"] = knobs.decisive | {"minutes": minutes}
     keys = (
         "stages",
         "head",

@@ -14,6 +14,7 @@ from calibration.texts import load_mix
 from calibration.tokens import TokenBlocks, training_blocks
 from compress import processes
 from compress.config import Run
+from compress.distill.plan import enough
 from compress.distill.stage import distill
 from compress.kv_cache.stage import quantize_cache
 from compress.model.folder import ModelFolder
@@ -78,18 +79,20 @@ def join() -> int:
 
 
 def training_text(run: Run, model: ModelFolder) -> TokenBlocks:
-    """All of the recipe's text in blocks, for distillation. Raises UserError if it is too short."""
+    """The recipe's text in blocks, as much as distillation may see. Raises UserError if it is too short."""
     assert run.distill is not None
     data = run.settings.data
     text = (data.source, data.field, data.split)
-    return _packed(text, model.path, run.distill.length, data.seed)
+    return _packed(text, model.path, run.distill.length, data.seed, enough(run.distill))
 
 
 @functools.lru_cache(maxsize=1)
-def _packed(text: tuple[str, str, str], model: Path, length: int, seed: int) -> TokenBlocks:
+def _packed(
+    text: tuple[str, str, str], model: Path, length: int, seed: int, most: int | None
+) -> TokenBlocks:
     """Kept from the check to the run, and from run to run of a sweep."""
     tokenizer = open_tokenizer(ModelFolder(model))
-    return training_blocks(load_mix(*text), tokenizer, length=length, seed=seed)
+    return training_blocks(load_mix(*text), tokenizer, length=length, seed=seed, most=most)
 
 
 def _prune(work: Work) -> dict[str, Any]:

@@ -195,6 +195,74 @@ def test_another_recipe_does_not_go_on_there(
     pipeline.check(run_of(tiny, text_file, "eval=standard", "eval.texts=[]"), tmp_path)
 
 
+DISTILLED = ["stages=[quantize,distill]", "distill=kl", "distill.length=32"]
+
+
+def test_what_may_change_in_a_distillation_that_goes_on(
+    tiny: ModelFolder, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How often it saves and logs; the minutes only where they are the budget."""
+
+    def asked(*words: str) -> pipeline.Run:
+        return run_of(tiny, text_file, *DISTILLED, *words)
+
+    free = ["distill.save_every=3", "distill.log_every=7"]
+    monkeypatch.setattr(stages, "_STAGES", {})
+    for budget, may_change in (("distill.steps=4", True), ("distill.minutes=30", False)):
+        out = tmp_path / budget
+        with pytest.raises(KeyError):
+            pipeline.run_recipe(asked(budget), "run", out)
+        pipeline.check(asked(budget, *free), out)
+        assert pipeline._recipe_hash(asked(budget, *free), None) == pipeline._recipe_hash(
+            asked(budget), None
+        )
+        with pytest.raises(UserError, match=r"with distill\.rate=0\.0002, this one has 0\.1"):
+            pipeline.check(asked(budget, "distill.rate=0.1"), out)
+        other = asked(budget, "distill.minutes=10")
+        if may_change:
+            pipeline.check(other, out)
+        else:
+            with pytest.raises(UserError, match=r"with distill\.minutes=30\.0, this one has 10"):
+                pipeline.check(other, out)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["distill.teacher=cached", "distill.top_k=321"], r"top_k=321 .* at most the 320 of the"),
+        (["distill.length=257"], r"length=257 is not allowed: .* takes 256"),
+        (
+            ["stages=[rotate,quantize,distill]", "distill.hidden=1"],
+            r"leave out rotate or distill\.hidden",
+        ),
+    ],
+)
+def test_distillations_that_are_refused_before_anything_runs(
+    tiny: ModelFolder, text_file: Path, words: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        pipeline.check(run_of(tiny, text_file, *DISTILLED, "distill.steps=4", *words))
+
+
+def test_states_are_compared_before_they_are_rotated(tiny: ModelFolder, text_file: Path) -> None:
+    """A rotation after distillation does not matter to it."""
+    words = ["recipe=minitron-awq", "prune=sizes", "prune.mlp=192", "distill=kl", "distill.steps=4"]
+    words += ["stages=[prune,distill,rotate,quantize]", "distill.length=32", "distill.hidden=1"]
+    pipeline.check(run_of(tiny, text_file, *words))
+
+
+def test_a_distillation_is_given_the_text_it_may_see(tiny: ModelFolder, text_file: Path) -> None:
+    """What a few steps see and 16 sequences held out; all of it where nobody knows the steps."""
+
+    def blocks(*words: str) -> int:
+        run = run_of(tiny, text_file, *DISTILLED, *words)
+        return len(stages.training_text(run, tiny).tokens)
+
+    few, whole = blocks("distill.steps=4"), blocks("distill.minutes=1")
+    assert few == 256 < whole
+    assert blocks("distill.steps=70") == 280 + 280 // 15 + 1
+
+
 def tokens_seen(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Filled with the tokens that the quantize stage is given."""
     seen: list[Tensor] = []

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from compress.errors import UserError
-from compress.model.folder import ModelFolder, read_json
-
-# Written by pruning: {"layers": numbers of the original's blocks that were kept, "hidden": channels of
-# the residual stream that were kept, or null for all}.
-FILE = "prune.json"
+from compress.model.folder import PRUNED, ModelFolder, read_json
 
 
 @dataclass(frozen=True)
@@ -37,23 +34,32 @@ class Kept:
 def kept_of(source: ModelFolder, original: ModelFolder, device: torch.device) -> Kept:
     """Raises UserError where nothing tells which blocks and channels belong together."""
     ours, theirs = _sizes(source), _sizes(original)
-    if not (source.path / FILE).exists():
-        if ours != theirs:
-            raise UserError(
-                f"distill.hidden compares states by block and channel: {source.path} has {ours[0]} x "
-                f"{ours[1]}, the original {theirs[0]} x {theirs[1]}, and no {FILE} tells which were kept"
-            )
+    if ours == theirs:
+        # Whatever a note says: the original may be a pruned model itself, whose note travels along.
         return Kept(tuple(range(ours[0])), None, theirs[0])
-    found = read_json(source.path / FILE)
+    note = source.path / PRUNED
+    if not note.exists():
+        raise UserError(
+            f"distill.hidden compares states by block and channel: {source.path} has {ours[0]} x "
+            f"{ours[1]}, the original {theirs[0]} x {theirs[1]}, and no {PRUNED} tells which were kept"
+        )
+    found = read_json(note)
     layers, hidden = found.get("layers") or [], found.get("hidden")
     sizes = (len(layers), theirs[1] if hidden is None else len(hidden))
     if sizes != ours:
         raise UserError(
-            f"{source.path / FILE} keeps {sizes[0]} x {sizes[1]} blocks and channels, the model has "
-            f"{ours[0]} x {ours[1]}"
+            f"{note} keeps {sizes[0]} x {sizes[1]} blocks and channels, the model has {ours[0]} x {ours[1]}"
         )
+    _check_numbers(note, "block", layers, theirs[0])
+    _check_numbers(note, "channel", hidden or [], theirs[1])
     channels = None if hidden is None else torch.tensor(hidden, device=device)
     return Kept(tuple(layers), channels, theirs[0])
+
+
+def _check_numbers(note: Path, part: str, numbers: list[int], count: int) -> None:
+    for number in numbers:
+        if not 0 <= number < count:
+            raise UserError(f"{note} keeps {part} {number} of an original that has {count}")
 
 
 def _sizes(folder: ModelFolder) -> tuple[int, int]:

@@ -6,15 +6,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from compress.errors import UserError
+from compress.model.folder import Shapes
 from compress.quantize.scheme import Schemes
 
 OPTIMIZERS = ("adamw", "adamw8bit")
 TEACHERS = ("live", "cached")
 BUDGETS = ("tokens", "steps", "minutes")
 POSITIVE = (
-    "length",
     "temperature",
     "batch",
     "micro_batch",
@@ -40,7 +41,7 @@ class Distill:
     kl, ce, hidden: weights of the losses: KL of the logits, cross-entropy of the text, relative squared error
         of the states after the blocks
     temperature: of the KL
-    length: tokens of a sequence
+    length: tokens of a sequence, 2 or more
     batch: sequences an optimizer step, over all processes
     micro_batch: sequences that run at once in a process
     rate: the largest; it rises over the share ``warmup`` of the steps and falls as a cosine to the share
@@ -49,7 +50,8 @@ class Distill:
     clip: largest norm of the gradient
     optimizer: adamw, or adamw8bit (bitsandbytes, CUDA alone), whose two moments take a quarter of the memory
     teacher: live runs the original beside the student; cached runs it once before, and keeps its ``top_k``
-        most likely tokens and the mass of the others on disk, 8 * top_k bytes a token: for several epochs
+        most likely tokens and the mass of the others on disk, 8 * top_k bytes a token: for several epochs of
+        a budget of tokens or steps
     checkpointing: compute activations of a block again in the backward pass instead of keeping them
     compile: blocks and losses through torch.compile
     save_every, log_every: steps
@@ -87,6 +89,7 @@ class Distill:
             raise UserError(f"distill needs a budget: choose one of {', '.join(BUDGETS)}")
         for name in (self.budget, *POSITIVE):
             self._refuse(name, getattr(self, name) > 0, "more than 0")
+        self._refuse("length", self.length >= 2, "2 or more")
         for name in NOT_NEGATIVE:
             self._refuse(name, getattr(self, name) >= 0, "0 or more")
         for name in SHARES:
@@ -97,9 +100,18 @@ class Distill:
             raise UserError(
                 "distill has no loss: set distill.kl, distill.ce or distill.hidden above 0"
             )
-        if self.hidden and self.teacher == "cached":
+        if self.teacher == "cached":
+            self._check_cached()
+
+    def _check_cached(self) -> None:
+        if self.hidden:
             raise UserError(
                 "distill.hidden needs the original's states, which are not cached: set distill.teacher=live"
+            )
+        if self.budget == "minutes":
+            raise UserError(
+                "distill.teacher=cached must know beforehand which text will be seen: set distill.tokens or "
+                "distill.steps"
             )
 
     @property
@@ -114,18 +126,28 @@ class Distill:
             )
 
     def check(
-        self, dtype: torch.dtype, device: torch.device, sequences: int, processes: int = 1
+        self, model: Shapes, device: torch.device, blocks: Tensor, processes: int = 1
     ) -> None:
         """Raises UserError for a model of float16, whose gradients would need loss scaling, fewer than 2
-        sequences, of which one is held out, an optimizer that the device lacks, and a batch that the
-        processes cannot share.
+        sequences, of which one is held out, sequences longer than the model takes, more kept tokens than its
+        vocabulary has, an optimizer that the device lacks, and a batch that the processes cannot share.
 
-        dtype: of the source; sequences: blocks of text; processes: that train together
+        model: the source, or the original; blocks: int64 (sequences, length); processes: that train together
         """
-        if dtype == torch.float16:
+        if model.dtype == torch.float16:
             raise UserError("distill trains in bfloat16 or float32: set the model's dtype to one")
+        sequences, length = blocks.shape
         if sequences < 2:
             raise UserError(f"distill holds a sequence out of {sequences}: choose a longer text")
+        limit = model.config.get("max_position_embeddings")
+        if limit is not None and length > limit:
+            raise UserError(f"distill.length={length} is not allowed: {model.path} takes {limit}")
+        vocabulary = int(model.config["vocab_size"])
+        if self.teacher == "cached" and self.top_k > vocabulary:
+            raise UserError(
+                f"distill.top_k={self.top_k} is not allowed: choose at most the {vocabulary} of the "
+                "vocabulary"
+            )
         if self.optimizer == "adamw8bit" and device.type != "cuda":
             raise UserError("distill.optimizer=adamw8bit needs a CUDA device: choose adamw")
         if self.batch % processes:

@@ -11,6 +11,7 @@ x (rows, V) the student's logits; q its distribution, p the original's, at tempe
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -67,6 +68,10 @@ class Goal(Protocol):
         """
         ...
 
+    def exact(self) -> Goal:
+        """The same from logits in float32, which a CPU's matmul would round to the type of the states."""
+        ...
+
     def nll(self, labels: Tensor) -> Tensor:
         """The original's own cross-entropy of the labelled positions at temperature 1, ()."""
         ...
@@ -94,9 +99,22 @@ class States:
         log_q.sub_(p)
         return kl
 
+    def exact(self) -> States:
+        return self if self.states.is_cuda else States(self.states.float(), self.head.float())
+
     @torch.no_grad()
     def nll(self, labels: Tensor) -> Tensor:
-        return losses(self.states, self.head, labels, self, Weights())[2]
+        nlls = torch.cat([text_nll(*chunk) for chunk in self.logits(labels)])
+        return nlls[labels != NONE].mean()
+
+    def logits(self, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits (rows, V), float32 or wider, and labels (rows,) of the positions, a chunk at a time."""
+        states, head = self.states, self.head
+        wide, rows = torch.promote_types(states.dtype, torch.float32), ROWS[states.device.type]
+        for part, following in zip(states.split(rows), labels.split(rows), strict=True):
+            y = torch.empty(len(part), len(head), dtype=wide, device=part.device)
+            product(part, head.T, y)
+            yield y, following
 
 
 @dataclass(frozen=True)
@@ -136,6 +154,9 @@ class Top:
         q.scatter_(1, tokens, q_kept - p)
         return kl
 
+    def exact(self) -> Top:
+        return self
+
     def nll(self, labels: Tensor) -> Tensor:
         return self.text_nll[labels != NONE].mean()
 
@@ -143,19 +164,20 @@ class Top:
 @torch.no_grad()
 def top_of(goal: States, labels: Tensor, k: int, temperature: float) -> Top:
     """The k most likely tokens of the original at each position. labels: int64 (n,), as for ``losses``"""
-    states, head = goal.states, goal.head
-    exact, rows = torch.promote_types(states.dtype, torch.float32), ROWS[states.device.type]
     parts: list[tuple[Tensor, ...]] = []
-    for part, following in zip(states.split(rows), labels.split(rows), strict=True):
-        y = torch.empty(len(part), len(head), dtype=exact, device=part.device)
-        product(part, head.T, y)
-        nll = nn.functional.cross_entropy(y, following, ignore_index=NONE, reduction="none")
+    for y, following in goal.logits(labels):
+        nll = text_nll(y, following)
         torch.log_softmax(_scaled(y, temperature), -1, out=y)
         log_p, tokens = y.topk(k)
         probabilities(y, y)
         tail = y.scatter_(1, tokens, 0.0).sum(-1).log()
         parts.append((tokens.int(), log_p, tail, nll))
     return Top(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def text_nll(x: Tensor, labels: Tensor) -> Tensor:
+    """-log of the label's probability by the logits x (rows, V), (rows,); 0 where there is no label."""
+    return nn.functional.cross_entropy(x, labels, ignore_index=NONE, reduction="none")
 
 
 def losses(

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from calibration.tokens import HELD_OUT
 from compress.distill.knobs import Distill
 
+# How many of the held-out sequences are looked at.
+SEQUENCES = 16
 # Of the minutes, kept for what the first steps do not show: writing the folder, and steps that are slower.
 MARGIN = 0.05
 
@@ -27,9 +30,9 @@ def batch_rows(step: int, knobs: Distill, rows: Tensor) -> Tensor:
     return rows[torch.stack(picked)]
 
 
-def seen(steps: int | None, knobs: Distill, rows: Tensor) -> Tensor:
-    """The sequences of so many steps; None: all. rows: as for ``batch_rows``"""
-    if steps is None or steps * knobs.batch >= len(rows):
+def seen(steps: int, knobs: Distill, rows: Tensor) -> Tensor:
+    """The sequences of so many steps. rows: as for ``batch_rows``"""
+    if steps * knobs.batch >= len(rows):
         return rows
     return torch.cat([batch_rows(step, knobs, rows) for step in range(steps)])
 
@@ -61,6 +64,16 @@ def steps_of(knobs: Distill, length: int) -> int | None:
     if knobs.tokens is not None:
         return math.ceil(knobs.tokens / (knobs.batch * length))
     return knobs.steps
+
+
+def enough(knobs: Distill) -> int | None:
+    """Sequences of which the budget trains on none twice and as many are held out as are looked at; None for
+    minutes: nobody knows yet."""
+    steps = steps_of(knobs, knobs.length)
+    if steps is None:
+        return None
+    trained = steps * knobs.batch
+    return max(trained + trained // (HELD_OUT - 1) + 1, SEQUENCES * HELD_OUT)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ record the integers are picked anew on the grids it has (see ``latent``).
 from __future__ import annotations
 
 import logging
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,13 @@ from torch import Tensor
 
 from calibration.tokens import held_out
 from compress.distill import latent, training
-from compress.distill.kept import FILE, kept_of
+from compress.distill.kept import kept_of
 from compress.distill.knobs import Distill, check_schemes
-from compress.distill.plan import seen, steps_of
+from compress.distill.plan import SEQUENCES, seen, steps_of
 from compress.distill.state import Progress, State, sha256
 from compress.distill.student import Student, open_student
-from compress.distill.teacher import CachedTeacher, Teacher, fill_cache, open_teacher
-from compress.distill.training import SEQUENCES, Text, Training
+from compress.distill.teacher import CachedTeacher, Rows, Teacher, fill_cache, open_teacher
+from compress.distill.training import Text, Training
 from compress.errors import UserError
 from compress.export.shards import ShardWriter
 from compress.model.folder import ModelFolder, write_json
@@ -51,16 +50,19 @@ def distill(
     blocks: int64 (n, length), on the CPU
     device: ignored where several processes run, each of which has its own
 
-    Returns the curve, divergence and next-token loss of the held-out sequences at the start, in between and
-    at the end, that loss for the original, and what it took; nats per token. Every process returns the
-    same. Raises UserError, before anything is written, for a source that cannot be trained so, and later
-    for a loss that is not finite.
+    Returns the curve of the losses, as they are trained; divergence at temperature 1 and next-token loss of
+    the held-out sequences at the start, in between and at the end, that loss for the original, and what it
+    took; nats per token. Where only the original's ``held_out_top_k`` most likely tokens are kept, the
+    divergence is that with all others as one, a lower bound. Every process returns the same. Raises
+    UserError, before anything is written, for a source or a launch that cannot be trained so, and later for
+    a loss that is not finite.
     """
     began = training.now()
     accelerator = open_accelerator(device)
     if accelerator.num_processes > 1:
         device = accelerator.device
-    knobs.check(source.dtype, device, len(blocks), accelerator.num_processes)
+    check_launch(accelerator, knobs)
+    knobs.check(source, device, blocks, accelerator.num_processes)
     _check_folders(source, original, knobs)
     trained, held = held_out(len(blocks))
     text = Text(blocks, trained, held[:SEQUENCES])
@@ -71,13 +73,15 @@ def distill(
 
     steps = steps_of(knobs, blocks.shape[1])
     if knobs.teacher == "cached":
-        rows = torch.cat([seen(steps, knobs, trained), text.held])
+        assert steps is not None
+        rows = Rows(seen(steps, knobs, trained), text.held)
         fill_cache(state / "teacher", original, blocks, rows, knobs, accelerator, device)
         teacher: Teacher = CachedTeacher(state / "teacher", rows, device)
     else:
         kept = kept_of(source, original, device) if knobs.hidden else None
         teacher = open_teacher(original, kept, knobs, device)
-    student = open_student(source, knobs, device)
+    # What is sharded goes to the devices shard by shard.
+    student = open_student(source, knobs, torch.device("cpu") if accelerator.is_fsdp2 else device)
     trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
     run = Training(student, teacher, text, knobs, accelerator)
     progress = run.run(State(state, fingerprint, accelerator), began, steps)
@@ -116,6 +120,20 @@ def open_accelerator(device: torch.device) -> Any:
     )
 
 
+def check_launch(accelerator: Any, knobs: Distill) -> None:
+    """Raises UserError for processes that were launched to share the work in a way that this does not."""
+    kind = accelerator.distributed_type.value
+    if not (kind == "NO" or kind.startswith("MULTI_") or accelerator.is_fsdp2):
+        raise UserError(
+            f"distill was launched under {kind}: choose one process, several (--multi_gpu), or FSDP of "
+            "version 2 (--use_fsdp --fsdp_version 2)"
+        )
+    if accelerator.is_fsdp2 and knobs.optimizer == "adamw8bit":
+        raise UserError(
+            "distill.optimizer=adamw8bit cannot be sharded by FSDP: choose adamw, or launch with --multi_gpu"
+        )
+
+
 def _check_folders(source: ModelFolder, original: ModelFolder, knobs: Distill) -> None:
     if record.KEY in source.config:
         check_schemes(record.schemes_of(source))
@@ -127,10 +145,6 @@ def _check_folders(source: ModelFolder, original: ModelFolder, knobs: Distill) -
         raise UserError(
             f"{source.path} has a vocabulary of {sizes[0]}, the original one of {sizes[1]}: distill compares "
             "distributions over the same tokens"
-        )
-    if knobs.teacher == "cached" and knobs.top_k > sizes[0]:
-        raise UserError(
-            f"distill.top_k={knobs.top_k} is not allowed: choose at most the {sizes[0]} of the vocabulary"
         )
     if knobs.hidden:
         kept_of(source, original, torch.device("cpu"))
@@ -158,8 +172,6 @@ def _write(source: ModelFolder, target: Path, student: Student, weights: dict[st
         record.rewrite(source, target, latent.stored(source, {n: weights[n] for n in trained}))
     else:
         _write_plain(source, target, weights)
-    if (source.path / FILE).exists():
-        shutil.copyfile(source.path / FILE, target / FILE)
 
 
 def _write_plain(source: ModelFolder, target: Path, weights: dict[str, Tensor]) -> None:
@@ -192,5 +204,6 @@ def _report(progress: Progress, text: Text, knobs: Distill) -> dict[str, Any]:
         "curve": progress.curve,
         "held_out": progress.held_out,
         "held_out_sequences": len(text.held),
+        "held_out_top_k": knobs.top_k if knobs.teacher == "cached" else None,
         "original_nll": progress.original_nll,
     }

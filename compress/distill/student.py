@@ -62,15 +62,16 @@ class Student(nn.Module):
             if knobs.checkpointing:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
-    def forward(self, tokens: Tensor, wanted: Wanted) -> Losses:
-        """tokens: int64 (sequences, length); wanted: of the same tokens"""
-        device = tokens.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.dtype != torch.float32):
+    def forward(self, tokens: Tensor, wanted: Wanted, look: bool = False) -> Losses:
+        """tokens: int64 (sequences, length); wanted: of the same tokens; look: what is told of held-out text:
+        whatever is trained, KL at temperature 1, from logits in float32"""
+        device, low = tokens.device.type, self.dtype != torch.float32
+        with torch.autocast(device, torch.bfloat16, enabled=low):
             H = self.model.model(input_ids=tokens, use_cache=False).last_hidden_state
+        weights = Weights() if look else self.weights
+        with torch.autocast(device, torch.bfloat16, enabled=low and not look):
             E = self.model.get_output_embeddings().weight
-            loss, kl, ce = losses(
-                H.flatten(0, 1), E, next_tokens(tokens), wanted.goal, self.weights
-            )
+            loss, kl, ce = losses(H.flatten(0, 1), E, next_tokens(tokens), wanted.goal, weights)
         hidden = torch.zeros_like(kl)
         if self.outputs is not None:
             states = self.outputs.take()

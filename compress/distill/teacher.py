@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from compress.distill.knobs import Distill
 from compress.distill.losses import States, Top, next_tokens, top_of
 from compress.distill.state import sha256
 from compress.distill.student import BlockOutputs, Wanted
+from compress.errors import UserError
 from compress.model.families import Family, family_of
 from compress.model.folder import ModelFolder, read_json, save_tensors, write_json
 from compress.progress import track
@@ -28,6 +30,19 @@ log = logging.getLogger(__name__)
 GROUP = 32
 FINGERPRINT = "fingerprint.json"
 PARTS = ("tokens", "log_p", "log_tail", "text_nll")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Numbers of the sequences that are trained on, and of those that are looked at"""
+
+    trained: Tensor
+    held: Tensor
+
+    @property
+    def groups(self) -> list[Tensor]:
+        """Of the files of a cache."""
+        return [*self.trained.split(GROUP), *self.held.split(GROUP)]
 
 
 class Teacher(Protocol):
@@ -74,15 +89,19 @@ def open_teacher(
 class CachedTeacher:
     """What the original made of sequences, read from the files that ``fill_cache`` wrote."""
 
-    def __init__(self, folder: Path, rows: Tensor, device: torch.device):
-        """rows: numbers of the sequences that are there, as ``fill_cache`` had them"""
+    def __init__(self, folder: Path, rows: Rows, device: torch.device):
+        """rows: that are there, as ``fill_cache`` had them"""
         self.folder, self.device = folder, device
-        self.place = {row: place for place, row in enumerate(rows.tolist())}
+        self.place = {
+            row: (group, index)
+            for group, part in enumerate(rows.groups)
+            for index, row in enumerate(part.tolist())
+        }
 
     def __call__(self, rows: Tensor, tokens: Tensor) -> Wanted:
         found: dict[str, list[Tensor]] = {part: [] for part in PARTS}
         for row in rows.tolist():
-            group, index = divmod(self.place[row], GROUP)
+            group, index = self.place[row]
             with safe_open(_file(self.folder, group), framework="pt") as file:
                 for part in PARTS:
                     found[part].append(file.get_slice(part)[index])
@@ -94,45 +113,70 @@ def fill_cache(
     folder: Path,
     original: ModelFolder,
     text: Tensor,
-    rows: Tensor,
+    rows: Rows,
     knobs: Distill,
     accelerator: Any,
     device: torch.device,
 ) -> None:
     """Write what the original makes of the sequences ``rows`` of ``text`` (n, length), a file a group of
-    them; what is there already is kept if it is of the same original, text and knobs.
+    them: of those trained on at the temperature of the training, of those looked at at 1. What is there
+    already is kept if it is of the same original, text and knobs.
 
     The processes share the groups.
     """
     fingerprint = {
         "original": original.fingerprint,
         "text": sha256(text),
-        "rows": sha256(rows),
+        "trained": sha256(rows.trained),
+        "held": sha256(rows.held),
         "top_k": knobs.top_k,
         "temperature": knobs.temperature,
     }
     if accelerator.is_main_process:
-        if folder.exists() and read_json(folder / FINGERPRINT) != fingerprint:
-            log.warning("the original's cache in %s is of another run: it is made anew", folder)
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / FINGERPRINT, fingerprint)
+        _prepare(folder, fingerprint)
     accelerator.wait_for_everyone()
-    groups = list(enumerate(rows.split(GROUP)))
+    groups, trained = list(enumerate(rows.groups)), len(rows.trained.split(GROUP))
     groups = groups[accelerator.process_index :: accelerator.num_processes]
     groups = [(g, part) for g, part in groups if not _file(folder, g).exists()]
     if groups:
         teacher = open_teacher(original, None, knobs, device)
         for group, part in track(groups, "the original's most likely tokens"):
-            _write_group(_file(folder, group), teacher, text[part].to(device), knobs)
+            path, held = _file(folder, group), group >= trained
+            _write_group(path, teacher, text[part].to(device), knobs, held)
     accelerator.wait_for_everyone()
 
 
+def _prepare(folder: Path, fingerprint: dict[str, Any]) -> None:
+    """Leave a folder with this fingerprint; groups of the same are kept."""
+    if folder.exists() and _known(folder) != fingerprint:
+        log.warning("the original's cache in %s is not of this run: it is made anew", folder)
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob("*.partial"):
+        leftover.unlink()
+    partial = folder / f"{FINGERPRINT}.partial"
+    write_json(partial, fingerprint)
+    partial.rename(folder / FINGERPRINT)
+
+
+def _known(folder: Path) -> dict[str, Any] | None:
+    """The fingerprint in a folder; None where a kill or a full disk left none that can be read."""
+    try:
+        return read_json(folder / FINGERPRINT)
+    except UserError:
+        return None
+
+
 @torch.no_grad()
-def _write_group(path: Path, teacher: LiveTeacher, text: Tensor, knobs: Distill) -> None:
+def _write_group(
+    path: Path, teacher: LiveTeacher, text: Tensor, knobs: Distill, held: bool
+) -> None:
     found: dict[str, list[Tensor]] = {part: [] for part in PARTS}
+    temperature = 1.0 if held else knobs.temperature
     for tokens in text.split(knobs.micro_batch):
-        top = top_of(teacher.states(tokens), next_tokens(tokens), knobs.top_k, knobs.temperature)
+        goal = teacher.states(tokens)
+        goal = goal.exact() if held else goal
+        top = top_of(goal, next_tokens(tokens), knobs.top_k, temperature)
         for part in PARTS:
             found[part].append(getattr(top, part).unflatten(0, tokens.shape).cpu())
     partial = path.with_suffix(f".{os.getpid()}.partial")

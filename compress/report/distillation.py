@@ -21,12 +21,17 @@ def draw_distillation(report: Mapping[str, Any], target: Path) -> None:
     curve, held_out = report["curve"], report["held_out"]
     per_step = report["tokens"] / report["steps"]
     tokens = [point["tokens"] for point in curve]
-    for name in ("kl", "hidden"):
-        if any(point.get(name) for point in curve):
-            losses.plot(tokens, [point[name] for point in curve], label=f"{name}, training")
-    held = [per_step * point["step"] for point in held_out]
-    losses.plot(held, [point["kl"] for point in held_out], "s-", ms=3, label="kl, held out")
+    if any(point.get("kl") for point in curve):
+        losses.plot(tokens, [point["kl"] for point in curve], label="kl, training")
+    held, kept = [per_step * point["step"] for point in held_out], report["held_out_top_k"]
+    label = "kl, held out" if kept is None else f"kl, held out, of {kept} tokens: a lower bound"
+    losses.plot(held, [point["kl"] for point in held_out], "s-", ms=3, label=label)
     losses.set_yscale("log")
+    if any(point.get("hidden") for point in curve):
+        states = losses.twinx()
+        states.plot(tokens, [point["hidden"] for point in curve], color="#D55E00")
+        states.set_yscale("log")
+        states.set_ylabel("relative squared error of the states, training (orange)")
     losses.set_ylabel("divergence from the original, nats per token")
     if any(point.get("ce") for point in curve):
         text.plot(tokens, [point["ce"] for point in curve], label="training")

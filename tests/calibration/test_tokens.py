@@ -74,6 +74,32 @@ def test_training_takes_all_text() -> None:
     assert training_blocks(mix, tokenizer, length=20, seed=6).sha256 != blocks.sha256
 
 
+def test_no_more_text_is_tokenized_than_is_enough() -> None:
+    """Parts in shares of their characters; of a long document, blocks of all of it."""
+    seen: list[str] = []
+
+    class Counting(WithBos):
+        def __call__(self, text: str, add_special_tokens: bool = True, **more: Any) -> Any:
+            if not add_special_tokens:
+                seen.append(text)
+            return super().__call__(text, add_special_tokens, **more)
+
+    short, long = [f"{i:02d}" * 25 for i in range(60)], ["".join(map(chr, range(100, 1100)))]
+    mix = {"short": short, "long": long}
+    found = training_blocks(mix, Counting(), length=11, seed=0, most=40).tokens
+    assert found.dtype == torch.int64
+    # 3,000 characters against 1,000; 51 tokens of a document give five blocks of 10.
+    is_short = found[:, 1] < 110
+    assert (len(found), int(is_short.sum())) == (40, 30)
+    assert len([text for text in seen if text != long[0]]) == 6
+    assert int(found[~is_short].max()) > 110 + 700
+    again = training_blocks(mix, WithBos(), length=11, seed=0, most=40)
+    assert torch.equal(again.tokens, found)
+    # More than there is: all of it.
+    whole = training_blocks(mix, WithBos(), length=11, seed=0)
+    assert training_blocks(mix, WithBos(), length=11, seed=0, most=1000).sha256 == whole.sha256
+
+
 def test_one_in_sixteen_is_held_out() -> None:
     trained, held = held_out(40)
     assert held.tolist() == [15, 31]

@@ -7,13 +7,20 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from compress import processes
+from compress import __main__ as command_line
+from compress import processes, stages
+from compress.compose import compose_settings
+from compress.config import parse
+from compress.errors import UserError
 from compress.model.folder import ModelFolder
+from compress.pipeline import run_recipe
 
 # quantize as a stage that trains with several processes, and rotate as one of the main process's alone.
 SCRIPT = """
@@ -46,6 +53,9 @@ stages._STAGES["rotate"] = failing if os.environ.get("FAIL") in ("rotate", "kill
 main()
 """
 WORDS = ["scheme.group_size=32", "eval=none", "speed=none", "data.sequences=4", "data.length=64"]
+LAUNCH = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+LAUNCH += ["--main_process_port", "0"]
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
@@ -83,10 +93,7 @@ def test_two_processes_leave_the_folder_and_the_bytes_of_one(
     tiny: ModelFolder, text_file: Path, tmp_path: Path
 ) -> None:
     words = ["recipe=awq-int4", f"model={tiny.path}", f"data={text_file}", *WORDS]
-    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--main_process_port", "0"]
-    two = launched([*launch, "-m", "compress"], words, tmp_path)
+    two = launched([*LAUNCH, "-m", "compress"], words, tmp_path)
     assert two.returncode == 0, two.stderr
     assert "Traceback" not in two.stderr
     one = launched(["compress"], [*words, "hydra.run.dir=one"], tmp_path)
@@ -131,6 +138,47 @@ def test_no_process_waits_for_a_main_one_that_failed(
         assert "Connection closed" not in done.stderr
     left = {file.name for file in (tmp_path / "out").iterdir() if file.is_dir()}
     assert left == {".hydra"} | ({"rotate"} if fail == "quantize" else set())
+
+
+def test_processes_distill_together_as_one_alone(
+    make_model: Callable[..., ModelFolder], text_file: Path, tmp_path: Path
+) -> None:
+    """From the command line to a checkpoint: the weights but for the order of sums."""
+    original = make_model(dtype="float32")
+    words = ["recipe=prune-width-distill", "prune=sizes", "prune.mlp=192", "data.sequences=8"]
+    words += ["data.length=32", "distill.steps=4", "distill.length=32", "distill.micro_batch=2"]
+    words += [f"model.source={original.path}", "data=text", f"data.source={text_file}"]
+    words += ["eval=none", "speed=none"]
+    two = launched([*LAUNCH, "-m", "compress"], [*words, "hydra.run.dir=two"], tmp_path)
+    assert two.returncode == 0, two.stderr
+    assert "Traceback" not in two.stderr
+    run = parse(compose_settings(words))
+    one = run_recipe(run, "one", tmp_path / "one")["compression"]["distill"]
+    report = json.loads((tmp_path / "two" / "metrics.json").read_text())["compression"]["distill"]
+    assert (report["processes"], one["processes"]) == (2, 1)
+    for ours, theirs in zip(report["held_out"], one["held_out"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    a, b = (ModelFolder(tmp_path / name / "checkpoint") for name in ("one", "two"))
+    pruned = ModelFolder(tmp_path / "two" / "prune")
+    assert a.names == b.names
+    for name in a.names:
+        moved = (a.tensor(name) - pruned.tensor(name)).norm()
+        assert moved > 0
+        assert (b.tensor(name) - a.tensor(name)).norm() < 1e-2 * moved, name
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_a_mistake_within_a_stage_is_told_by_the_main_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], main: bool
+) -> None:
+    def mistaken(*_: Any) -> int:
+        raise UserError("lower distill.rate")
+
+    monkeypatch.setattr(processes, "is_main", lambda: main)
+    monkeypatch.setattr(command_line, "run_recipes", mistaken)
+    monkeypatch.setattr(stages, "join", mistaken)
+    assert command_line._code(["recipe=x"]) == 2
+    assert capsys.readouterr().err == ("compress: lower distill.rate\n" if main else "")
 
 
 def test_a_mistake_is_told_once_and_ends_all(tmp_path: Path) -> None:

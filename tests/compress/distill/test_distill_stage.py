@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import DistributedType
 from torch import Tensor
 
 from calibration.tokens import held_out
 from compress.distill import stage, training
 from compress.distill.knobs import Distill
-from compress.distill.stage import distill, open_accelerator
+from compress.distill.stage import check_launch, distill, open_accelerator
 from compress.distill.student import open_student
 from compress.distill.teacher import open_teacher
 from compress.distill.training import Text, Training
@@ -87,6 +90,19 @@ def test_the_student_comes_nearer(
         assert report["held_out"][row]["nll"] == pytest.approx(nll, rel=tolerance)
     own = measured(original, original, held)[1]
     assert report["original_nll"] == pytest.approx(own, rel=tolerance)
+
+
+def test_held_out_text_is_told_of_at_temperature_1(
+    pair: Callable[..., tuple[ModelFolder, ModelFolder]], blocks: Tensor, tmp_path: Path
+) -> None:
+    """Whatever is trained."""
+    original, student = pair(dtype="float32")
+    knobs = replace(SHORT, steps=1, temperature=3.0, ce=0.5)
+    report = distill(student, original, tmp_path / "t", tmp_path / "s", blocks, knobs, CPU)
+    kl, nll = measured(student, original, blocks[[15, 31]])
+    assert report["held_out"][0]["kl"] == pytest.approx(kl, rel=1e-3)
+    assert report["held_out"][0]["nll"] == pytest.approx(nll, rel=1e-3)
+    assert report["held_out_top_k"] is None
 
 
 def test_the_report(
@@ -210,6 +226,23 @@ def test_steps_are_those_of_a_plain_loop(
         assert (found - expected).norm() < 0.02 * moved, name
 
 
+@torch.no_grad()
+def test_a_look_has_logits_in_float32(
+    pair: Callable[..., tuple[ModelFolder, ModelFolder]], blocks: Tensor
+) -> None:
+    """The states are those of a training in 16 bits, their distributions are not rounded again."""
+    original, student = pair()
+    run = training_of(original, student, blocks, SHORT)
+    tokens = blocks[run.text.held]
+    with torch.autocast("cpu", torch.bfloat16):
+        H = run.model.model.model(input_ids=tokens).last_hidden_state
+    theirs = run.teacher.states(tokens)
+    log_q = (H.double() @ run.model.model.lm_head.weight.double().T).log_softmax(-1).flatten(0, 1)
+    log_p = (theirs.states.double() @ theirs.head.double().T).log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    assert run._held_out()[0] == pytest.approx(float(kl), rel=1e-5)
+
+
 def test_checkpointing_changes_nothing(
     pair: Callable[..., tuple[ModelFolder, ModelFolder]], blocks: Tensor
 ) -> None:
@@ -277,13 +310,32 @@ def test_what_is_refused(
         (student, blocks[:1], SHORT, "out of 1: choose a longer text"),
         (student, blocks, replace(SHORT, optimizer="adamw8bit"), "needs a CUDA device"),
         (exported, blocks, SHORT, "exported checkpoint"),
+        (student, torch.zeros(4, 257, dtype=torch.int64), SHORT, r"length=257 .* takes 256"),
         (fewer, blocks, replace(SHORT, hidden=1.0), r"has 2 x 128, the original 3 x 128"),
     ):
         with pytest.raises(UserError, match=message):
             distill(folder, original, tmp_path / "t", tmp_path / "s", text, knobs, CPU)
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match=r"batch=4 cannot be shared by 3 processes"):
-        SHORT.check(torch.bfloat16, CPU, 33, processes=3)
+        SHORT.check(original, CPU, blocks, processes=3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fsdp2", "knobs", "message"),
+    [
+        (DistributedType.FSDP, False, SHORT, r"launched under FSDP: choose one process, several"),
+        (DistributedType.DEEPSPEED, False, SHORT, r"launched under DEEPSPEED: choose one process"),
+        (DistributedType.FSDP, True, replace(SHORT, optimizer="adamw8bit"), "cannot be sharded"),
+        (DistributedType.FSDP, True, SHORT, None),
+        (DistributedType.MULTI_GPU, False, replace(SHORT, optimizer="adamw8bit"), None),
+        (DistributedType.MULTI_CPU, False, SHORT, None),
+        (DistributedType.NO, False, SHORT, None),
+    ],
+)
+def test_ways_to_be_launched(kind: Any, fsdp2: bool, knobs: Distill, message: str | None) -> None:
+    launched = SimpleNamespace(distributed_type=kind, is_fsdp2=fsdp2)
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        check_launch(launched, knobs)
 
 
 @pytest.mark.parametrize(
@@ -294,6 +346,7 @@ def test_what_is_refused(
         ({"steps": 0}, r"distill.steps=0 is not allowed: choose more than 0"),
         ({"minutes": -1.0}, r"distill.minutes=-1.0 is not allowed"),
         ({"steps": 1, "batch": 0}, "distill.batch=0"),
+        ({"steps": 1, "length": 1}, "distill.length=1 is not allowed: choose 2 or more"),
         ({"steps": 1, "rate": 0.0}, "distill.rate=0.0"),
         ({"steps": 1, "ce": -1.0}, "distill.ce=-1.0 is not allowed: choose 0 or more"),
         ({"steps": 1, "warmup": 1.5}, "distill.warmup=1.5 is not allowed: choose 0 to 1"),
@@ -301,6 +354,7 @@ def test_what_is_refused(
         ({"steps": 1, "teacher": "dead"}, "choose live, cached"),
         ({"steps": 1, "kl": 0.0}, "distill has no loss"),
         ({"steps": 1, "hidden": 1.0, "teacher": "cached"}, "set distill.teacher=live"),
+        ({"minutes": 1.0, "teacher": "cached"}, r"set distill.tokens or distill.steps"),
     ],
 )
 def test_wrong_knobs(knobs: dict[str, Any], message: str) -> None:
@@ -361,3 +415,26 @@ def test_minutes(
         # Too short for more than the first steps.
         assert report["steps"] <= 3
     assert report["curve"][-1]["step"] == report["held_out"][-1]["step"] == report["steps"]
+
+
+def test_what_happens_once_is_no_cost_of_a_look(
+    pair: Callable[..., tuple[ModelFolder, ModelFolder]],
+    blocks: Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first one takes a minute more than the others: the original's pass, what is compiled."""
+    clock = Clock()
+    monkeypatch.setattr(training, "now", clock)
+    clock.let(monkeypatch, Training, "gradients", 4.0)
+    look = Training._held_out
+
+    def first_slow(self: Training) -> tuple[float, float]:
+        clock.time += 3.0 if self._held else 63.0
+        return look(self)
+
+    monkeypatch.setattr(Training, "_held_out", first_slow)
+    original, student = pair()
+    knobs, start = replace(SHORT, steps=None, minutes=5.0, save_every=1000), clock()
+    distill(student, original, tmp_path / "t", tmp_path / "s", blocks, knobs, CPU)
+    assert 0.85 * 300 < clock() - start <= 300

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.distill.kept import FILE, kept_of
+from compress.distill.kept import kept_of
 from compress.distill.knobs import Distill
 from compress.distill.stage import distill
 from compress.distill.student import open_student
 from compress.distill.teacher import open_teacher
 from compress.errors import UserError
-from compress.model.folder import ModelFolder
+from compress.model.folder import PRUNED, ModelFolder
 from compress.runtime.load import load_dense
 from tests.distill import CPU
 
@@ -35,7 +35,7 @@ def pruned(make_model: Callable[..., ModelFolder], tmp_path: Path) -> Callable[.
         path.mkdir()
         for file in source.path.iterdir():
             (path / file.name).symlink_to(file)
-        (path / FILE).write_text(json.dumps(note))
+        (path / PRUNED).write_text(json.dumps(note))
         return ModelFolder(path)
 
     return make
@@ -104,7 +104,7 @@ def test_the_note_goes_along(
     source, original = pruned(note, num_hidden_layers=2), make_model(dtype="float32")
     blocks = torch.randint(256, (5, 16), generator=torch.Generator().manual_seed(2))
     distill(source, original, tmp_path / "t", tmp_path / "s", blocks, KNOBS, CPU)
-    assert json.loads((tmp_path / "t" / FILE).read_text()) == note
+    assert json.loads((tmp_path / "t" / PRUNED).read_text()) == note
 
 
 def test_a_note_that_does_not_fit(
@@ -113,3 +113,34 @@ def test_a_note_that_does_not_fit(
     source = pruned({"layers": [0], "hidden": None}, num_hidden_layers=2)
     with pytest.raises(UserError, match="keeps 1 x 128 blocks and channels, the model has 2 x 128"):
         kept_of(source, make_model(dtype="float32"), CPU)
+
+
+@pytest.mark.parametrize(
+    ("note", "message"),
+    [
+        ({"layers": [1, 3], "hidden": None}, "keeps block 3 of an original that has 3"),
+        ({"layers": [-1, 2], "hidden": None}, "keeps block -1 of an original that has 3"),
+        (
+            {"layers": [0, 1], "hidden": [*range(95), 128]},
+            "keeps channel 128 of an original that has 128",
+        ),
+    ],
+)
+def test_a_note_of_another_original(
+    make_model: Callable[..., ModelFolder],
+    pruned: Callable[..., ModelFolder],
+    note: dict[str, Any],
+    message: str,
+) -> None:
+    shape: dict[str, int] = {"num_hidden_layers": 2}
+    if note["hidden"] is not None:
+        shape |= {"hidden_size": 96, "head_dim": 32}
+    with pytest.raises(UserError, match=message):
+        kept_of(pruned(note, **shape), make_model(dtype="float32"), CPU)
+
+
+def test_an_original_that_was_pruned_itself(pruned: Callable[..., ModelFolder]) -> None:
+    """Its note travels to a model of its own shape, whose blocks and channels are all there."""
+    source = pruned({"layers": [0, 2], "hidden": list(range(128))}, num_hidden_layers=2)
+    found = kept_of(source, source, CPU)
+    assert (found.layers, found.channels, found.compared) == ((0, 1), None, [0, 1])

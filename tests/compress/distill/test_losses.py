@@ -173,6 +173,16 @@ def test_the_originals_own_loss() -> None:
         assert torch.allclose(goal.nll(found["labels"]), expected)
 
 
+@pytest.mark.usefixtures("in_chunks")
+def test_states_in_16_bits_have_logits_in_32() -> None:
+    found = {name: t.bfloat16() for name, t in make(torch.float32).items() if name != "labels"}
+    labels = make(torch.float32)["labels"]
+    logits = found["states"].double() @ found["head"].double().T
+    expected = torch.nn.functional.cross_entropy(logits, labels, ignore_index=NONE)
+    nll = States(found["states"], found["head"]).exact().nll(labels)
+    assert float(nll) == pytest.approx(float(expected), rel=1e-6)
+
+
 def test_no_label_at_the_end_of_a_sequence() -> None:
     assert next_tokens(torch.tensor([[1, 2, 3], [4, 5, 6]])).tolist() == [2, 3, NONE, 5, 6, NONE]
 

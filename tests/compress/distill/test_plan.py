@@ -8,11 +8,13 @@ from itertools import pairwise
 import pytest
 import torch
 
+from calibration.tokens import held_out
 from compress.distill.knobs import Distill
 from compress.distill.plan import (
     Costs,
     affordable,
     batch_rows,
+    enough,
     rate_at,
     seen,
     share_of,
@@ -50,7 +52,6 @@ def test_a_batch_longer_than_an_epoch() -> None:
 
 
 def test_what_a_budget_sees() -> None:
-    assert torch.equal(seen(None, KNOBS, ROWS), ROWS)
     assert torch.equal(seen(3, KNOBS, ROWS), ROWS)
     two = torch.cat([batch_rows(step, KNOBS, ROWS) for step in range(2)])
     assert torch.equal(seen(2, KNOBS, ROWS), two)
@@ -78,6 +79,19 @@ def test_steps_of_a_budget() -> None:
     assert steps_of(Distill(tokens=8 * 512 * 3, batch=8), 512) == 3
     assert steps_of(Distill(tokens=8 * 512 * 3 + 1, batch=8), 512) == 4
     assert steps_of(Distill(minutes=1.0), 512) is None
+
+
+@pytest.mark.parametrize("steps", [1, 60, 61, 1000, 1001])
+def test_text_that_is_enough(steps: int) -> None:
+    """Every step sees text of its own, and as much is held out as is looked at; hardly more."""
+    found = enough(Distill(steps=steps, batch=5, length=8))
+    assert found is not None
+    trained, held = held_out(found)
+    assert len(trained) >= 5 * steps
+    assert len(held) >= 16
+    assert found <= max(256, 5 * steps * 16 / 15 + 1)
+    assert enough(Distill(tokens=steps * 5 * 8, batch=5, length=8)) == found
+    assert enough(Distill(minutes=1.0)) is None
 
 
 def test_what_minutes_afford() -> None:
