@@ -54,7 +54,8 @@ def _draw_heads(axes: Axes, figure: Figure, report: Mapping[str, Any]) -> None:
         if head not in block["heads"]
     ]
     if gone:
-        axes.scatter(*zip(*gone, strict=True), color=GOES, marker="x", s=20, label="gone")
+        heads, blocks = zip(*gone, strict=True)
+        axes.scatter(heads, blocks, color=GOES, marker="x", s=20, label="gone")
         axes.legend(loc="upper right")
     image = axes.imshow(sizes / sizes.max(1, keepdims=True), aspect="auto", cmap="viridis")
     figure.colorbar(image, ax=axes, label="share of the block's largest")
