@@ -22,6 +22,7 @@ from compress.prune.shape import Anatomy
 from compress.prune.streams import Passage
 from compress.runtime.load import load_dense
 from eval.blocks import block_calls
+from eval.memory import trim
 from eval.text import ROWS, token_nll
 
 DEPTHS = ("influence", "contiguous", "perplexity")
@@ -131,6 +132,7 @@ def survey(
         rows["neurons"].append(neurons.mean())
         channels += sum(norm.mean() for norm in norms)
         states.append(_sample(out))
+        trim()
     found = Survey(
         influence,
         torch.stack(rows["heads"]),
