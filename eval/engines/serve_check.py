@@ -94,7 +94,8 @@ CASES = {
     "llm-int8": Case(("recipe=llm-int8",), vllm=False),
     "prune-width": Case(("recipe=prune-width", "prune.candidates=1")),
     "prune-depth": Case(("recipe=prune-depth",)),
-    "prune-kv-heads": Case(("recipe=prune-kv-heads",)),
+    "prune-heads": Case(("recipe=prune-heads",)),
+    "prune-kv-heads": Case(("recipe=prune-kv-heads", "data.length=1024")),
     "kv-fp8": Case(("recipe=kv-fp8", "context=none")),
     "awq-int4-kv-fp8": Case(("recipe=awq-int4-kv-fp8", "context=none")),
     "awq-int4-kv-fp8 symmetric": Case(
