@@ -59,7 +59,7 @@ def cut(
     source.copy_companions(target)
     shards = ShardWriter(target, SHARD_BYTES)
     walk = _BothWalks(source, plan, tokens, device)
-    reports, kept = [], []
+    reports: list[dict[str, Any]] = []
     for place, index in enumerate(track(plan.layers, "prune blocks")):
         start = time.perf_counter()
         with walk.block(place) as block:
@@ -83,11 +83,10 @@ def cut(
             report["drift"],
         )
         reports.append(report)
-        kept.append(block)
         trim()
     _write_rest(source, plan, shards, walk.norm_ratio())
     shards.close()
-    _note(target, plan, kept)
+    _note(target, plan, reports)
     # The config comes last: before that the folder does not open.
     write_json(
         target / "config.json", config_of(source.config, plan.found, plan.shape, plan.layers)
@@ -223,14 +222,14 @@ def _write_rest(source: ModelFolder, plan: Plan, shards: ShardWriter, norm_ratio
         shards.add(name, tensor)
 
 
-def _note(target: Path, plan: Plan, blocks: list[BlockCut]) -> None:
+def _note(target: Path, plan: Plan, blocks: list[dict[str, Any]]) -> None:
     """What stayed, in numbers of the original: layers, heads of each, channels (null: all)."""
     write_json(
         target / PRUNED,
         {
             "layers": plan.layers,
-            "heads": [block.heads for block in blocks],
-            "kv_heads": [block.kv_heads for block in blocks],
+            "heads": [block["heads"] for block in blocks],
+            "kv_heads": [block["kv_heads"] for block in blocks],
             "hidden": plan.channels.tolist() if plan.narrower else None,
         },
     )

@@ -100,7 +100,6 @@ class Surgery:
     def __init__(self, found: Regression, damping: float):
         self.P = torch.cholesky_inverse(_cholesky(found.H, damping))
         self.W = found.C @ self.P
-        self.left = torch.ones(len(self.P), dtype=torch.bool, device=self.P.device)
 
     def costs(self, structures: Tensor) -> Tensor:
         """How much the error grows if a structure goes. structures: (n, inputs of each) -> (n,)"""
@@ -117,7 +116,6 @@ class Surgery:
         rows = torch.linalg.solve(block, self.P[inputs])
         self.W -= self.W[:, inputs] @ rows
         self.P -= self.P[:, inputs] @ rows
-        self.left[inputs] = False
         # What is left of these rows is noise around 0.
         self.W[:, inputs] = 0
         self.P[inputs], self.P[:, inputs] = 0, 0
