@@ -1,3 +1,26 @@
 """Compress language models after training, prove the cost, hand over checkpoints that engines serve."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
 __version__ = "0.1.0"
+
+
+def load(folder: Path | str, device: str = "auto") -> Any:
+    """A transformers model of an exported folder whose quantized linears, embedding and head stay packed and
+    run through the kernels of this project, and whose cache is the folder's: ``generate`` and lm-eval use
+    them as they use any other model.
+
+    device: auto takes a GPU if there is one. Raises UserError for a folder that cannot be read.
+    """
+    # Here, not above: the command line answers without importing torch.
+    import torch
+
+    from compress.model.folder import ModelFolder
+    from compress.runtime.cached import load_running
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_running(ModelFolder(folder), torch.device(device))

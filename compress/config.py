@@ -181,11 +181,8 @@ def parse(settings: RecipeConfig) -> Run:
     _check_names("stages", settings.stages, STAGES)
     _check_names("export", [settings.export], tuple(FORMATS))
     _check_stages(settings)
-    head, search = settings.head, settings.search
-    schemes = Schemes(
-        _scheme("scheme", settings.scheme),
-        head=None if head is None else _scheme("head", head),
-    )
+    search = settings.search
+    schemes = schemes_of(settings)
     if "quantize" in settings.stages:
         _check_numbers(settings, schemes)
         _check_rounding(settings, schemes.linears)
@@ -202,6 +199,15 @@ def parse(settings: RecipeConfig) -> Run:
         prune=None if settings.prune is None else _build("prune", Prune, settings.prune),
         distill=None if settings.distill is None else _build("distill", Distill, settings.distill),
         device=device_of(settings),
+    )
+
+
+def schemes_of(settings: RecipeConfig) -> Schemes:
+    """The numbers of linears and head that the settings name. Raises UserError."""
+    head = settings.head
+    return Schemes(
+        _scheme("scheme", settings.scheme),
+        head=None if head is None else _scheme("head", head),
     )
 
 

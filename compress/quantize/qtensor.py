@@ -5,7 +5,8 @@ Methods write it, exporters and the runtime read it; nothing in it belongs to a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -114,3 +115,48 @@ def spread(scale: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor:
     rows, columns = block
     whole = scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
     return whole[: shape[0], : shape[1]]
+
+
+def stack(parts: Sequence[QTensor]) -> QTensor | None:
+    """One weight of the rows of several that read the same inputs, (out1 + out2 + ..., in); None where they
+    differ in more than their numbers, so that one kernel could not run them in one go."""
+    parts = [_scaled_by_row(q) for q in parts]
+    first = parts[0]
+    if not all(_alike(first, q) for q in parts[1:]):
+        return None
+    if first.block is not None and any(len(q.codes) % first.block[0] for q in parts[:-1]):
+        return None
+    zeros = [q.zero for q in parts if q.zero is not None]
+    kept = [q.kept for q in parts if q.kept is not None]
+    return replace(
+        first,
+        codes=torch.cat([q.codes for q in parts]),
+        scale=torch.cat([q.scale for q in parts]),
+        zero=torch.cat(zeros) if zeros else None,
+        kept=torch.cat(kept) if kept else None,
+    )
+
+
+def _scaled_by_row(q: QTensor) -> QTensor:
+    """The same with a scale a row, where blocks are as wide as the weight: those of another may be taller."""
+    if q.block is None or q.scale.shape[1] > 1:
+        return q
+    scale = q.scale.repeat_interleave(q.block[0], 0)[: len(q.codes)]
+    return replace(q, scale=scale, block=None)
+
+
+def _alike(first: QTensor, other: QTensor) -> bool:
+    """Whether two weights have the same numbers, groups and inputs."""
+    same = ("bits", "type", "block", "inputs", "group_size", "symmetric")
+    tensors = ("divisor", "input_scale", "columns")
+    return (
+        all(getattr(first, name) == getattr(other, name) for name in same)
+        and first.scale.dtype == other.scale.dtype
+        and all(_equal(getattr(first, name), getattr(other, name)) for name in tensors)
+    )
+
+
+def _equal(first: Tensor | None, other: Tensor | None) -> bool:
+    if first is None or other is None:
+        return first is other
+    return torch.equal(first, other)

@@ -20,7 +20,7 @@ from compress.kv_cache.folder import scales_of, scheme_of
 from compress.kv_cache.scheme import CacheScheme
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder
-from compress.runtime.load import load_dense
+from compress.runtime.load import load_dense, load_packed
 
 
 class Caches:
@@ -106,9 +106,21 @@ def load_served(folder: ModelFolder, device: torch.device, dtype: torch.dtype) -
     """As ``load_dense``, and a folder with a quantized cache reads through it: texts and tasks are judged by
     what decoding would have seen."""
     model = load_dense(folder, device, dtype)
-    caches = Caches(folder, model)
+    read_through(model, Caches(folder, model))
+    return model
+
+
+def load_running(folder: ModelFolder, device: torch.device) -> Any:
+    """As ``load_packed``, through the folder's cache too."""
+    model, _ = load_packed(folder, device)
+    read_through(model, Caches(folder, model))
+    return model
+
+
+def read_through(model: Any, caches: Caches) -> None:
+    """Let calls of a model and ``generate`` go through such caches, unless the caller brings one."""
     if caches.scheme is None:
-        return model
+        return
     plain, plain_generate = model.forward, model.generate
 
     def generate(*arguments: Any, **settings: Any) -> Any:
@@ -125,7 +137,6 @@ def load_served(folder: ModelFolder, device: torch.device, dtype: torch.dtype) -
             model.forward = forward
 
     model.forward, model.generate = forward, generate
-    return model
 
 
 ATTENTION = "compress-packed"

@@ -1,64 +1,277 @@
-"""Greedy decoding over an exported folder, with weights and cache packed where a kernel fits.
+"""The decode engine: a checkpoint's network, static caches, and on a GPU one captured graph a step.
 
 prompt (batch, length); a token (batch, 1)
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
-from compress.kv_cache.cache import PackedCache
+from compress.export.formats import Weights
+from compress.kv_cache.cache import Scales
+from compress.kv_cache.folder import scales_of, scheme_of
+from compress.kv_cache.scheme import CacheScheme
+from compress.kv_cache.static import StaticCache
 from compress.model.folder import ModelFolder
-from compress.runtime.cached import Caches, attend_packed
-from compress.runtime.load import load_packed
+from compress.model.shapes import ShapeFolder
+from compress.quantize.scheme import Schemes
+from compress.runtime.attention import attention
+from compress.runtime.build import build
+from compress.runtime.network import Attend, Network
+from compress.runtime.random import RandomWeights
+from compress.runtime.sampling import GREEDY, Sampling
+from compress.runtime.weights import nbytes, waits
+
+log = logging.getLogger(__name__)
+
+# The least tokens that a cache has room for: fewer would need a graph of their own for little.
+LEAST = 256
+# Steps before a capture: libraries set themselves up in the first ones.
+WARM_UP = 3
+# The scale of a cache of random states, which are about 1 in size.
+FIXED = 0.02
 
 
 class Decoder:
-    """A model that decodes. 16-bit folders run through the very same code with dense linears and
-    transformers' cache.
+    """Decodes batches of prompts of any length, greedily or by sampling. 16-bit checkpoints run through the
+    very same code.
 
-    kernels: how many linears, and layers of a packed cache, run through which kernel
+    kernels: how many quantized linears, and layers of a quantized cache, run through which kernel
     """
 
-    def __init__(self, model: Any, kernels: dict[str, int], caches: Caches, device: torch.device):
-        self.model = model
-        self.kernels = kernels
-        self.device = device
-        self.vocabulary = int(model.config.vocab_size)
-        self._caches = caches
-        self._cache: Cache | None = None
-        self._token = torch.empty(0, dtype=torch.int64)
-
-    def start(self, prompt: Tensor) -> Tensor:
-        self._cache = self._caches.new()
-        if isinstance(self._cache, PackedCache):
-            kernel = attend_packed(self.model, self._cache)
-            self.kernels[kernel] = len(self._cache.layers)
-        return self._advance(prompt.to(self.device))
-
-    def step(self) -> Tensor:
-        assert self._cache is not None, "start() comes first"
-        return self._advance(self._token)
+    def __init__(
+        self,
+        network: Network,
+        kernels: dict[str, int],
+        *,
+        vocabulary: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        scheme: CacheScheme | None = None,
+        scales: Sequence[Scales] | None = None,
+        sampling: Sampling = GREEDY,
+    ):
+        """scheme: of the cache, None: 16 bits; scales: of each layer, where the scheme's are fixed"""
+        self.kernels, self.vocabulary = kernels, vocabulary
+        self._network, self._device = network, device
+        self._sampling = sampling
+        self._generator = torch.Generator(device)
+        self._dtype, self._scheme, self._scales = dtype, scheme, scales
+        self._packs = scheme is not None and not scheme.direct
+        # Those the last token was picked from, (batch, vocabulary); the next step overwrites them.
+        self.logits = torch.empty(0, device=device)
+        self._request: Request | None = None
+        waiting = [linear for linear in network.linears if waits(linear.weight)]
+        self._captures = device.type == "cuda" and not waiting
+        if device.type == "cuda" and waiting:
+            log.info(
+                "%d linears pick their outlier columns while they run: steps are launched one by one, not as "
+                "a captured graph",
+                len(waiting),
+            )
 
     @torch.inference_mode()
-    def _advance(self, tokens: Tensor) -> Tensor:
-        logits = self.model(
-            tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=1
-        ).logits
-        self._token = logits[:, -1].argmax(-1, keepdim=True)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return self._token
+    def start(self, prompt: Tensor, tokens: int, padding: Tensor | None = None) -> Tensor:
+        """Read a prompt; the first token, computed when this returns.
+
+        tokens: how many will be asked for, this one included: the cache gets room for them, and more are
+            refused; padding: int64 (batch,) tokens on the left of each row that are none
+        """
+        batch, length = prompt.shape
+        request = self._room(batch, length + tokens)
+        request.reset(padding)
+        self._generator.manual_seed(self._sampling.seed)
+        if padding is not None:
+            padding = padding.to(self._device)
+        logits = self._network.prompt(prompt.to(self._device), request.cache.fill, padding)
+        request.token.copy_(self._sampling.pick(logits, self._generator))
+        self.logits = logits
+        return self._token(request)
+
+    @torch.inference_mode()
+    def step(self) -> Tensor:
+        """The next token, computed when this returns."""
+        request = self._request
+        assert request is not None, "start() comes first"
+        if request.cache.length == request.capacity:
+            raise RuntimeError(f"the cache has room for {request.capacity} tokens, and holds as many")
+        if request.graph is None:
+            self._advance(request)
+        else:
+            request.graph.replay()
+        self.logits = request.logits
+        request.cache.advance_host()
+        if request.cache.needs_pack:
+            request.pack()
+        return self._token(request)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], tokens: int, end: int | None = None
+    ) -> list[list[int]]:
+        """What follows each prompt, at most so many tokens, to the first ``end``."""
+        longest = max(map(len, prompts))
+        padding = torch.tensor([longest - len(prompt) for prompt in prompts])
+        rows = torch.zeros(len(prompts), longest, dtype=torch.int64)
+        for row, prompt in zip(rows, prompts, strict=True):
+            row[longest - len(prompt) :] = torch.as_tensor(prompt)
+        columns = [self.start(rows, tokens, padding if padding.any() else None)]
+        while len(columns) < tokens:
+            if end is not None and (torch.cat(columns, 1) == end).any(1).all():
+                break
+            columns.append(self.step())
+        found = torch.cat(columns, 1).tolist()
+        return [row[: row.index(end) + 1] if end in row else row for row in found]
+
+    def bytes_per_step(self, batch: int, context: int) -> int:
+        """Bytes that a step must read at the least: every weight once, as it is stored, but of the embedding
+        only the tokens' rows, and the cache of so many tokens."""
+        weights = sum(nbytes(linear.weight) for linear in self._network.linears)
+        return weights + self._cache_bytes(batch, context)
+
+    def _cache_bytes(self, batch: int, context: int) -> int:
+        heads, scheme = self._network.heads, self._scheme
+        total = 0.0
+        for window in heads.windows:
+            seen = context if window is None else min(context, window)
+            share = 1.0 if scheme is None else scheme.share(seen, heads.size)
+            total += (
+                share * seen * 2 * heads.keys * heads.size * self._dtype.itemsize
+            )
+        return round(batch * total)
+
+    def _advance(self, request: Request) -> None:
+        """One step on the device; nothing in it waits for the host, so it can be a graph."""
+        logits = self._network.step(request.token, request.attend)
+        request.token.copy_(self._sampling.pick(logits, self._generator))
+        request.logits = logits
+        request.cache.advance_device()
+
+    def _token(self, request: Request) -> Tensor:
+        token = request.token.unsqueeze(1).clone()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return token
+
+    def _room(self, batch: int, tokens: int) -> Request:
+        """Buffers and graph for such a batch with room for so many tokens: those of the last request, if they
+        fit. Only one set lives at a time."""
+        capacity = max(LEAST, 1 << (tokens - 1).bit_length())
+        request = self._request
+        if request is not None and (request.batch, request.capacity) == (batch, capacity):
+            return request
+        self._request = None
+        heads = self._network.heads
+        cache = StaticCache(
+            (len(self._network.blocks), batch, heads.keys, heads.size),
+            capacity,
+            dtype=self._dtype,
+            device=self._device,
+            scheme=self._scheme,
+            scales=self._scales,
+            sliding_windows=heads.windows,
+            rotary=self._network.rotary,
+        )
+        angles = self._network.rotary(torch.arange(capacity, device=self._device))
+        kernel, attend = attention(cache, angles, heads)
+        token = torch.zeros(batch, dtype=torch.int64, device=self._device)
+        request = Request(cache, attend, token, self.logits, batch, capacity)
+        if self._captures:
+            self._capture(request)
+        self._request = request
+        if self._scheme is not None:
+            self.kernels[kernel] = len(self._network.blocks)
+        return request
+
+    def _capture(self, request: Request) -> None:
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                self._advance(request)
+                if self._packs:
+                    request.cache.pack_device()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        request.reset(None)
+        request.graph = torch.cuda.CUDAGraph()
+        if self._sampling.temperature:
+            request.graph.register_generator_state(self._generator)
+        with torch.cuda.graph(request.graph):
+            self._advance(request)
+        if self._packs:
+            request.pack_graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(request.pack_graph):
+                request.cache.pack_device()
 
 
-def open_decoder(path: Path, device: str) -> Decoder:
+@dataclass
+class Request:
+    """What lives from a prompt to its last token: the cache, the token (batch,) that was picked last, the
+    logits of the last step, and the graphs of a step and of packing."""
+
+    cache: StaticCache
+    attend: Attend
+    token: Tensor
+    logits: Tensor
+    batch: int
+    capacity: int
+    graph: torch.cuda.CUDAGraph | None = None
+    pack_graph: torch.cuda.CUDAGraph | None = field(default=None)
+
+    def reset(self, padding: Tensor | None) -> None:
+        self.cache.reset(padding)
+
+    def pack(self) -> None:
+        if self.pack_graph is None:
+            self.cache.pack_device()
+        else:
+            self.pack_graph.replay()
+        self.cache.pack_host()
+
+
+def open_decoder(path: Path, device: str, sampling: Sampling = GREEDY) -> Decoder:
     """A decoder over the folder at ``path``; picklable by name, for a process of its own."""
     target = torch.device(device)
     folder = ModelFolder(path)
-    model, kernels = load_packed(folder, target)
-    return Decoder(model, kernels, Caches(folder, model), target)
+    network, kernels = build(Weights(folder), target)
+    scheme = scheme_of(folder)
+    return Decoder(
+        network,
+        kernels,
+        vocabulary=int(folder.config["vocab_size"]),
+        dtype=folder.dtype,
+        device=target,
+        scheme=scheme,
+        scales=None if scheme is None else scales_of(folder, scheme, target),
+        sampling=sampling,
+    )
+
+
+def open_random(
+    shape: str, schemes: Schemes | None, cache: CacheScheme | None, device: str
+) -> Decoder:
+    """A decoder of random weights in a shape (``compress.model.shapes``), picklable by name.
+
+    schemes: of its weights, None: 16 bits; cache: of its cache, None: 16 bits
+    """
+    target = torch.device(device)
+    folder = ShapeFolder(shape)
+    network, kernels = build(RandomWeights(folder, schemes, target), target)
+    scales = None
+    if cache is not None and cache.static:
+        one = torch.full((1,), FIXED, device=target)
+        scales = [Scales(one, one)] * len(network.blocks)
+    return Decoder(
+        network,
+        kernels,
+        vocabulary=int(folder.config["vocab_size"]),
+        dtype=folder.dtype,
+        device=target,
+        scheme=cache,
+        scales=scales,
+    )

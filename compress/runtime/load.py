@@ -10,41 +10,23 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compress.errors import UserError
 from compress.export.formats import Weights
-from compress.export.packing import pack_rows, unpack_rows
-from compress.kernels import int4_cpu, int8_cpu, w8a8
+from compress.kernels import dense
+from compress.kernels.fusion import Fusion
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder
 from compress.model.skeleton import assign, empty_model
 from compress.quantize.qtensor import QTensor
+from compress.runtime.embedding import PackedEmbedding
+from compress.runtime.weights import PackedWeight, pack
 
 log = logging.getLogger(__name__)
-
-# What counts as a kernel where none fits: weights dequantized, and 8-bit floats computed in wider ones.
-DENSE, UPCAST = "dense", "fp8-upcast"
-
-
-class PackedWeight(Protocol):
-    """A weight in the layout of a kernel."""
-
-    def matmul(self, x: Tensor) -> Tensor: ...
-
-
-def pack(q: QTensor, device: torch.device, dtype: torch.dtype) -> tuple[str, PackedWeight] | None:
-    """The weight in the layout of the kernel that runs it here, and that kernel's name; None if none does."""
-    if int4_cpu.supports(q, device, dtype):
-        return int4_cpu.NAME, int4_cpu.Int4Weight.pack(q)
-    if int8_cpu.supports(q, device, dtype):
-        return int8_cpu.NAME, int8_cpu.Int8Weight.pack(q)
-    if w8a8.supports(q, device, dtype):
-        return w8a8.NAME, w8a8.W8A8Weight.pack(q, device)
-    return None
 
 
 class PackedLinear(nn.Module):
@@ -53,31 +35,10 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: PackedWeight, bias: Tensor | None):
         super().__init__()
         self.weight = weight
-        self.bias = bias
+        self.fusion = Fusion(bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.weight.matmul(x)
-        return y if self.bias is None else y + self.bias
-
-
-class PackedEmbedding(nn.Module):
-    """An embedding whose rows stay in codes and are dequantized as they are looked up.
-
-    tokens int64 (...) -> (..., hidden) in the dtype of the scales, bit for bit what the dense
-    embedding would give.
-    """
-
-    def __init__(self, q: QTensor):
-        super().__init__()
-        self.hidden, self.bits = q.shape[1], q.bits
-        self.packed, self.scale, self.zero = pack_rows(q.codes, q.bits), q.scale, q.zero
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        rows = tokens.flatten()
-        codes = unpack_rows(self.packed[rows], self.bits, self.hidden)
-        zero = None if self.zero is None else self.zero[rows]
-        q = QTensor(codes, self.scale[rows], zero, self.bits)
-        return q.dequantize(self.scale.dtype).unflatten(0, tokens.shape)
+        return self.weight.fused(x, self.fusion)
 
 
 def load_dense(folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> Any:
@@ -130,14 +91,14 @@ def load_packed(folder: ModelFolder, device: torch.device) -> tuple[Any, dict[st
                 else:
                     _replace_linear(model, base, value, weight)
                 continue
-            kernels[UPCAST if (value.type, value.bits) == ("float", 8) else DENSE] += 1
+            kernels[dense.name_of(value)] += 1
             _attach_inputs(model, name, value, device)
             value = value.dequantize(folder.dtype)
         assign(model, name, value.to(device=device, dtype=folder.dtype, copy=True))
-    if kernels[UPCAST]:
+    if kernels[dense.UPCAST]:
         log.info(
             "%d linears in 8-bit floats: for want of a kernel the same numbers are computed in %s",
-            kernels[UPCAST],
+            kernels[dense.UPCAST],
             str(folder.dtype).removeprefix("torch."),
         )
     return _ready(model, folder, device), dict(+kernels)

@@ -27,7 +27,7 @@ from compress.model.folder import write_json
 from compress.quantize.inputs import InputScheme
 from compress.quantize.qtensor import QTensor
 from compress.quantize.scheme import Scheme, make_grid, to_codes
-from compress.runtime.load import pack
+from compress.runtime.weights import pack
 from eval.benchmarks.timing import measure
 
 SIZES = (768, 1024, 2048, 4096, 8192)

@@ -1,0 +1,45 @@
+"""The embedding of a checkpoint whose embedding is quantized."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from compress.quantize.qtensor import QTensor
+
+
+class PackedEmbedding(nn.Module):
+    """An embedding whose rows stay in codes and are dequantized as they are looked up.
+
+    tokens int64 (...) -> (..., hidden) in the dtype of the scales, bit for bit what the dense
+    embedding would give. Byte j of a row holds the codes of columns j, j + w, ... with w the bytes of a
+    row: as few operations as possible for the single row of a decoded token.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    shifts: Tensor
+
+    def __init__(self, q: QTensor):
+        super().__init__()
+        self.bits = q.bits
+        planes = 8 // q.bits
+        parts = q.codes.chunk(planes, dim=1)
+        packed = parts[0].clone()
+        for plane, part in enumerate(parts[1:], start=1):
+            packed |= part << (plane * q.bits)
+        self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("scale", q.scale, persistent=False)
+        self.register_buffer("zero", q.zero, persistent=False)
+        shifts = torch.arange(planes, dtype=torch.uint8) * q.bits
+        self.register_buffer("shifts", shifts[:, None], persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows = tokens.flatten()
+        codes = self.packed[rows]
+        if self.bits < 8:
+            codes = ((codes.unsqueeze(-2) >> self.shifts) & (2**self.bits - 1)).flatten(-2)
+        zero = None if self.zero is None else self.zero[rows]
+        q = QTensor(codes, self.scale[rows], zero, self.bits)
+        return q.dequantize(self.scale.dtype).unflatten(0, tokens.shape)

