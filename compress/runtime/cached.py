@@ -86,7 +86,7 @@ class Reader:
     def _pieces(self, count: int) -> Iterator[int]:
         """Lengths between the places at which tokens leave the window."""
         scheme = self._caches.scheme
-        if scheme is None or (scheme.window == 0 and scheme.step == 1):
+        if scheme is None or scheme.direct:
             yield count
             return
         place = self.cache.get_seq_length() - scheme.sinks - scheme.window
