@@ -103,13 +103,12 @@ class PackedLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.is_initialized = False
         self._packed: tuple[Packed, Packed] | None = None
-        # In 16 bits: so many sinks, then the recent tokens.
+        # In 16 bits: so many sinks, then the recent tokens. A sliding window leaves the first tokens behind.
         self._sinks = 0
+        self.sink_tokens = 0 if self.is_sliding else self.scheme.sinks
         self._length = self._dropped = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        # A sliding window leaves the first tokens behind.
-        self._sink_tokens = 0 if self.is_sliding else self.scheme.sinks
         self.dtype, self.device = key_states.dtype, key_states.device
         if self._padding is not None:
             self._padding = self._padding.to(self.device)
@@ -148,7 +147,7 @@ class PackedLayer(CacheLayerMixin):
         self._length += new[0].shape[2]
         self._kept = _cat(self._kept, new)
         # The first tokens are all there is until there are as many as sinks.
-        self._sinks = min(self._sink_tokens, self._length)
+        self._sinks = min(self.sink_tokens, self._length)
         if self.scheme.direct:
             self._pack()
 
@@ -254,9 +253,9 @@ class PackedLayer(CacheLayerMixin):
         most = int(padding.max())
         if most >= tokens:
             raise ValueError(f"the first piece has {tokens} tokens, {most} of a row are padding")
-        self._sink_tokens = min(self._sink_tokens, tokens - most)
+        self.sink_tokens = min(self.sink_tokens, tokens - most)
         index = torch.arange(tokens, device=self.device).expand(len(padding), -1)
-        sinks, pad = self._sink_tokens, padding[:, None]
+        sinks, pad = self.sink_tokens, padding[:, None]
         order = torch.where(index < sinks, index + pad, index)
         order = torch.where((index >= sinks) & (index < sinks + pad), tokens - 1, order)
         order = order[:, None, :, None]
@@ -266,7 +265,7 @@ class PackedLayer(CacheLayerMixin):
         """Where the token of each place of the row is stored; padding may be anything."""
         index = torch.arange(tokens, device=self.device)
         pad = padding[:, None]
-        order = torch.where(index < pad + self._sink_tokens, (index - pad).clamp(min=0), index)
+        order = torch.where(index < pad + self.sink_tokens, (index - pad).clamp(min=0), index)
         return order[:, None, :, None]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
