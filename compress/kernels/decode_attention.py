@@ -18,11 +18,13 @@ import os
 import torch
 from torch import Tensor
 
-from compress.kv_cache.cache import Scales, Stored
+from compress.kv_cache.cache import Stored
 from compress.kv_cache.scheme import CacheScheme, StateScheme
 from compress.kv_cache.states import Packed, dequantize, rotation
 
 NAME = "packed-attention"
+# What counts as a kernel where none fits: keys and values unpacked before attention reads them.
+UNPACKED = "unpacked-cache"
 # Tokens of a step, where no group of the keys says it, and the most that fit; the least side of a
 # matrix product.
 BLOCK, MOST, SIDE = 64, 128, 16
@@ -151,17 +153,13 @@ def _attend_packed(
     if keys.rotate and turned is None:
         # Turned keys meet a turned query: the product is the same.
         turned = (q.float() @ rotation(head_dim, q.device)).to(q.dtype)
-    scales = stored.scales or Scales(*(torch.ones(1, device=q.device) for _ in range(2)))
     blank = result.summary  # stands in for tensors that a scheme has not
     attend_kernel[(batch * heads, parts)](
         q,
         q if turned is None else turned,
-        packed[0].codes,
-        *(blank if part is None else part for part in (packed[0].scale, packed[0].low)),
-        packed[1].codes,
-        *(blank if part is None else part for part in (packed[1].scale, packed[1].low)),
-        scales.keys.expand(heads, 1, 1).contiguous() if keys.static else scales.keys,
-        scales.values.expand(heads, 1, 1).contiguous() if values.static else scales.values,
+        *parts_of(packed[0], blank),
+        *parts_of(packed[1], blank),
+        *fixed_of(stored, blank),
         *stored.kept,
         stored.counts,
         stored.first,
@@ -182,12 +180,12 @@ def _attend_packed(
         LEAST=LEAST,
         ONE=result.one,
         K_BITS=keys.bits,
-        K_PER=_layout(keys),
-        K_GROUPS=_groups(keys, head_dim),
+        K_PER=layout(keys),
+        K_GROUPS=groups(keys, head_dim),
         K_LOW=packed[0].low is not None,
         V_BITS=values.bits,
-        V_PER=_layout(values),
-        V_GROUPS=_groups(values, head_dim),
+        V_PER=layout(values),
+        V_GROUPS=groups(values, head_dim),
         V_LOW=packed[1].low is not None,
         num_warps=4,
     )
@@ -237,11 +235,25 @@ def _power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _layout(state: StateScheme) -> int:
+def parts_of(packed: Packed, blank: Tensor) -> list[Tensor]:
+    """Codes, scale and low, ``blank`` for those that there are not."""
+    return [blank if part is None else part for part in (packed.codes, packed.scale, packed.low)]
+
+
+def fixed_of(stored: Stored, blank: Tensor) -> list[Tensor]:
+    """The fixed scales of keys and values, one for each head."""
+    if stored.scales is None:
+        return [blank, blank]
+    scales = stored.scales.of_heads(stored.kept[0].shape[1])
+    return [scales.keys, scales.values]
+
+
+def layout(state: StateScheme) -> int:
+    """What shares a scale, as the kernels have it."""
     return {"channel": 0, "token": 1}.get(state.per, 2)
 
 
-def _groups(state: StateScheme, head_dim: int) -> int:
+def groups(state: StateScheme, head_dim: int) -> int:
     """Scales of a token."""
     return head_dim // (state.group_size or head_dim) if state.per == "token" else 1
 

@@ -257,3 +257,126 @@ def combine_kernel(acc_ptr, summary_ptr, turn_ptr, out_ptr, parts, stretches, PA
     else:
         out = tl.sum(acc, axis=0)
     tl.store(out_ptr + row * D + cols, out)
+
+
+@triton.jit
+def _turned(x, turn_ptr, D: tl.constexpr):
+    """x (D,) times a matrix."""
+    cols = tl.arange(0, D)
+    return tl.sum(tl.load(turn_ptr + cols[:, None] * D + cols[None, :]) * x[:, None], axis=0)
+
+
+@triton.jit
+def _round(x):
+    """To whole numbers, ties to even, of |x| < 2**22."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _e4m3(x):
+    """The nearest of the format, ties to even, of |x| <= 448. Rounded here: the interpreter's conversion does
+    not carry and makes 4 of 7.8."""
+    exponent = tl.maximum((x.to(tl.int32, bitcast=True) >> 23) & 255, 127 - 6)
+    step = ((exponent - 3) << 23).to(tl.float32, bitcast=True)
+    return (_round(x / step) * step).to(tl.float8e4nv)
+
+
+@triton.jit
+def _quantize(x, codes_ptr, scale_ptr, low_ptr, fixed_ptr, turn_ptr, offset, head, D: tl.constexpr,
+              BITS: tl.constexpr, PER: tl.constexpr, GROUPS: tl.constexpr, LOW: tl.constexpr, TURN: tl.constexpr):  # fmt: skip
+    """One token of a head, x (D,), to a place of the store, as compress.kv_cache.states has it."""
+    PLANES: tl.constexpr = 8 // BITS
+    WIDTH: tl.constexpr = D // PLANES
+    if PER == 2:
+        y = tl.div_rn(x, tl.load(fixed_ptr + head))
+        y = _e4m3(tl.minimum(tl.maximum(y, -448.0), 448.0))
+        tl.store(codes_ptr + offset * D + tl.arange(0, D), y.to(tl.uint8, bitcast=True))
+    else:
+        if TURN:
+            x = _turned(x, turn_ptr, D)
+        # A group is all channels of one or several positions of the bytes.
+        y = tl.reshape(x, (GROUPS, D // GROUPS))
+        if LOW:
+            low = tl.min(y, axis=1).to(tl.float16)
+            largest: tl.constexpr = (1 << BITS) - 1
+            step = tl.div_rn(tl.max(y, axis=1) - low.to(tl.float32), largest * 1.0).to(tl.float16)
+            tl.store(low_ptr + offset * GROUPS + tl.arange(0, GROUPS), low)
+            zero = low.to(tl.float32)
+            least: tl.constexpr = 0
+            middle: tl.constexpr = 0
+        else:
+            middle: tl.constexpr = 1 << (BITS - 1)
+            largest: tl.constexpr = middle - 1
+            least: tl.constexpr = 1 - middle
+            step = tl.div_rn(tl.max(tl.abs(y), axis=1), largest * 1.0).to(tl.float16)
+            zero = tl.zeros((GROUPS,), tl.float32)
+        tl.store(scale_ptr + offset * GROUPS + tl.arange(0, GROUPS), step)
+        step = step.to(tl.float32)
+        step = tl.where(step > 0, step, 1.0)
+        y = _round(
+            tl.div_rn(y - zero[:, None], tl.broadcast_to(step[:, None], (GROUPS, D // GROUPS)))
+        )
+        y = tl.minimum(tl.maximum(y, least), largest) + middle
+        codes = (
+            tl.reshape(y, (PLANES, WIDTH)).to(tl.int32) << (tl.arange(0, PLANES) * BITS)[:, None]
+        )
+        tl.store(
+            codes_ptr + offset * WIDTH + tl.arange(0, WIDTH), tl.sum(codes, axis=0).to(tl.uint8)
+        )
+
+
+@triton.jit
+def _keep(x, kept_ptr, codes_ptr, scale_ptr, low_ptr, fixed_ptr, turn_ptr, row_head, head, place, packed, sinks,
+          kept_capacity, capacity, D: tl.constexpr, DIRECT: tl.constexpr, BITS: tl.constexpr, PER: tl.constexpr,
+          GROUPS: tl.constexpr, LOW: tl.constexpr, TURN: tl.constexpr):  # fmt: skip
+    """One token of a head to where it belongs."""
+    x = x.to(kept_ptr.dtype.element_ty)
+    cols = tl.arange(0, D)
+    if DIRECT:
+        if place < sinks:
+            tl.store(kept_ptr + (row_head * kept_capacity + place) * D + cols, x)
+        elif packed <= capacity:
+            _quantize(x.to(tl.float32), codes_ptr, scale_ptr, low_ptr, fixed_ptr, turn_ptr,
+                      row_head * capacity + packed - 1, head, D, BITS, PER, GROUPS, LOW, TURN)  # fmt: skip
+    elif place - packed < kept_capacity:
+        tl.store(kept_ptr + (row_head * kept_capacity + place - packed) * D + cols, x)
+
+
+@triton.jit(do_not_specialize=["kept_capacity", "capacity", "heads"])
+def rotate_kernel(qkv_ptr, cos_ptr, sin_ptr, turn_ptr, counts_ptr, first_ptr, q_ptr, qp_ptr, kept_k_ptr,
+                  kept_v_ptr, k_ptr, ks_ptr, kl_ptr, v_ptr, vs_ptr, vl_ptr, fixed_k_ptr, fixed_v_ptr,
+                  kept_capacity, capacity, heads, D: tl.constexpr, QUERIES: tl.constexpr,
+                  DIRECT: tl.constexpr,
+                  K_BITS: tl.constexpr, K_PER: tl.constexpr, K_GROUPS: tl.constexpr, K_LOW: tl.constexpr, K_TURN: tl.constexpr,
+                  V_BITS: tl.constexpr, V_PER: tl.constexpr, V_GROUPS: tl.constexpr, V_LOW: tl.constexpr, V_TURN: tl.constexpr):  # fmt: skip
+    """Grid (batch, query heads + 2 * heads): one head of queries, keys or values."""
+    row = tl.program_id(0).to(tl.int64)
+    which = tl.program_id(1)
+    query_heads = heads * QUERIES
+    place = tl.load(counts_ptr)
+    packed = tl.load(counts_ptr + 1)
+    sinks = tl.load(counts_ptr + 2)
+    cols = tl.arange(0, D)
+    begin = (row * (query_heads + 2 * heads) + which) * D
+    x = tl.load(qkv_ptr + begin + cols).to(tl.float32)
+    if which < query_heads + heads:
+        # The rotary embedding, halves against each other, rounded once.
+        other = tl.load(qkv_ptr + begin + (cols + D // 2) % D).to(tl.float32)
+        other = tl.where(cols < D // 2, -other, other)
+        angle = tl.maximum(place - tl.load(first_ptr + row), 0) * D + cols
+        x = x * tl.load(cos_ptr + angle) + other * tl.load(sin_ptr + angle)
+    if which < query_heads:
+        q = x.to(q_ptr.dtype.element_ty)
+        out = (row * query_heads + which) * D + cols
+        tl.store(q_ptr + out, q)
+        if K_TURN:
+            # Turned keys meet a turned query: the product is the same.
+            tl.store(qp_ptr + out, _turned(q.to(tl.float32), turn_ptr, D))
+    elif which < query_heads + heads:
+        head = which - query_heads
+        _keep(x, kept_k_ptr, k_ptr, ks_ptr, kl_ptr, fixed_k_ptr, turn_ptr, row * heads + head, head, place, packed,
+              sinks, kept_capacity, capacity, D, DIRECT, K_BITS, K_PER, K_GROUPS, K_LOW, K_TURN)  # fmt: skip
+    else:
+        head = which - query_heads - heads
+        _keep(x, kept_v_ptr, v_ptr, vs_ptr, vl_ptr, fixed_v_ptr, turn_ptr, row * heads + head, head, place, packed,
+              sinks, kept_capacity, capacity, D, DIRECT, V_BITS, V_PER, V_GROUPS, V_LOW, V_TURN)  # fmt: skip

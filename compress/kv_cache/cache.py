@@ -36,6 +36,10 @@ class Scales:
     keys: Tensor
     values: Tensor
 
+    def of_heads(self, heads: int) -> Scales:
+        """One for each head, (heads, 1, 1)."""
+        return Scales(*(s.expand(heads, 1, 1).contiguous() for s in (self.keys, self.values)))
+
 
 @dataclass(frozen=True)
 class Stored:

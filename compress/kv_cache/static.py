@@ -70,7 +70,8 @@ class StaticCache:
             raise ValueError(
                 "sliding layers keep no sinks, so that they and others would pack at different times"
             )
-        self.scheme, self.scales, self.rotary = scheme, scales, rotary
+        self.scheme, self.rotary = scheme, rotary
+        self.scales = None if scales is None else [scale.of_heads(shape[2]) for scale in scales]
         self.capacity, self.dtype, self.device = capacity, dtype, torch.device(device)
         self.windows = windows
         self._padded = False

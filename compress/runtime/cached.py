@@ -15,6 +15,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from compress.kernels import decode_attention
+from compress.kernels.decode_attention import UNPACKED
 from compress.kv_cache.cache import PackedCache, Stored
 from compress.kv_cache.folder import scales_of, scheme_of
 from compress.kv_cache.scheme import CacheScheme
@@ -129,8 +130,6 @@ def load_served(folder: ModelFolder, device: torch.device, dtype: torch.dtype) -
 
 
 ATTENTION = "compress-packed"
-# What counts as a kernel where none fits: keys and values unpacked before attention reads them.
-UNPACKED = "unpacked-cache"
 
 
 def attend_packed(model: Any, cache: PackedCache) -> str:

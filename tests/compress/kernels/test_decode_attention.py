@@ -181,6 +181,7 @@ def test_padding_and_sliding_window_together(name: str) -> None:
 POINTERS = {
     **dict.fromkeys(["ks_ptr", "kl_ptr", "vs_ptr", "vl_ptr"], "fp16"),
     **dict.fromkeys(["fixed_k_ptr", "fixed_v_ptr", "acc_ptr", "summary_ptr", "turn_ptr"], "fp32"),
+    **dict.fromkeys(["cos_ptr", "sin_ptr"], "fp32"),
     **dict.fromkeys(["counts_ptr", "first_ptr"], "i64"),
 }
 CODES = {"k_ptr": "u8", "v_ptr": "u8"}
@@ -190,6 +191,12 @@ INT4 = {**STORE, "K_BITS": 4, "K_PER": 0, "K_LOW": True, "V_BITS": 4, "V_PER": 1
 INT2 = {**INT4, "K_BITS": 2, "V_BITS": 2, "BLOCK": 32}
 INT8 = {**STORE, "K_BITS": 8, "K_PER": 1, "K_LOW": False, "V_BITS": 8, "V_PER": 1, "V_LOW": False}
 FP8_CODE = {**INT8, "K_PER": 2, "V_PER": 2}
+
+
+def rotating(constants: dict[str, int | bool], **changes: int | bool) -> dict[str, int | bool]:
+    names = ("D", "QUERIES", *(n for n in constants if n.startswith(("K_", "V_"))))
+    found = {name: constants[name] for name in names}
+    return {**found, "K_TURN": False, "V_TURN": False, "DIRECT": True, **changes}
 
 
 @pytest.mark.parametrize(
@@ -205,6 +212,10 @@ FP8_CODE = {**INT8, "K_PER": 2, "V_PER": 2}
         (80, "sixteen_kernel", {**SHAPE, "ONE": True}),
         (90, "combine_kernel", {"PARTS_PADDED": 128, "D": 128, "TURN": True}),
         (90, "combine_kernel", {"PARTS_PADDED": 128, "D": 128, "TURN": False}),
+        (90, "rotate_kernel", rotating(INT8)),
+        (90, "rotate_kernel", rotating({**INT4, "K_PER": 1}, K_TURN=True, V_TURN=True)),
+        (90, "rotate_kernel", rotating(INT4, DIRECT=False, K_TURN=True)),
+        (89, "rotate_kernel", rotating(FP8_CODE)),
     ],
 )
 def test_kernels_compile_for_gpus(
@@ -213,7 +224,7 @@ def test_kernels_compile_for_gpus(
     """The interpreter accepts what the compiler does not; this needs no GPU. Shared memory must fit."""
     if capability == 90 and DEVICE.type == "cuda":
         pytest.skip("the other tests compile here")
-    pointers = POINTERS | (CODES if kernel == "attend_kernel" else {})
+    pointers = POINTERS | ({} if kernel == "sixteen_kernel" else CODES)
     script = f"""
 import triton
 from triton.backends.compiler import GPUTarget
