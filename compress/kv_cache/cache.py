@@ -10,6 +10,7 @@ states (batch, heads, tokens, head_dim)
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,23 +36,31 @@ class Scales:
     keys: Tensor
     values: Tensor
 
+    def of_heads(self, heads: int) -> Scales:
+        """One for each head, (heads, 1, 1)."""
+        return Scales(*(s.expand(heads, 1, 1).contiguous() for s in (self.keys, self.values)))
+
 
 @dataclass(frozen=True)
 class Stored:
     """The parts of a layer at one moment, keys first; what a kernel attends to without unpacking.
 
-    padding: int64 (batch,), how many tokens of ``packed`` and ``recent`` together, from the front, a row
-        must not see; None if all rows see all. oldest: the first token of ``packed`` and ``recent`` together
-        that a sliding window still sees
+    scheme: None if all is in 16 bits
+    packed: may have room for more tokens than there are, and so may ``kept``
+    kept: what is in 16 bits, sinks first, then the recent tokens
+    counts: int64 (3,): the place of the newest token, so one less than there are; packed ones; sinks
+    first: int64 (batch,), how many of the packed and recent tokens together, from the front, a row must
+        not see
+    sliding_window: tokens a query sees, itself included; where there is one there are no sinks
     """
 
-    scheme: CacheScheme
+    scheme: CacheScheme | None
     scales: Scales | None
-    sinks: Pair
     packed: tuple[Packed, Packed] | None
-    recent: Pair
-    padding: Tensor | None
-    oldest: int
+    kept: Pair
+    counts: Tensor
+    first: Tensor
+    sliding_window: int | None
 
 
 class PackedLayer(CacheLayerMixin):
@@ -98,17 +107,17 @@ class PackedLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.is_initialized = False
         self._packed: tuple[Packed, Packed] | None = None
+        # In 16 bits: so many sinks, then the recent tokens. A sliding window leaves the first tokens behind.
+        self._sinks = 0
+        self.sink_tokens = 0 if self.is_sliding else self.scheme.sinks
         self._length = self._dropped = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        # A sliding window leaves the first tokens behind.
-        self._sink_tokens = 0 if self.is_sliding else self.scheme.sinks
         self.dtype, self.device = key_states.dtype, key_states.device
         if self._padding is not None:
             self._padding = self._padding.to(self.device)
         none = [states[:, :, :0].to(self.stored_dtype) for states in (key_states, value_states)]
-        self._sinks: Pair = (none[0], none[1])
-        self._recent: Pair = (none[0], none[1])
+        self._kept: Pair = (none[0], none[1])
         self.is_initialized = True
 
     def update(
@@ -116,20 +125,9 @@ class PackedLayer(CacheLayerMixin):
     ) -> tuple[Any, Any]:
         """Append, and return all keys and values in the dtype of the new ones; where the layer is ``fused``
         and one token came, what is ``Stored`` twice instead."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        new = (key_states.to(self.stored_dtype), value_states.to(self.stored_dtype))
-        if self._padding is not None and self._length == 0:
-            new = self._sinks_first(new)
-        tokens = new[0].shape[2]
-        self._length += tokens
-        missing = self._sink_tokens - self._sinks[0].shape[2]
-        self._sinks = _cat(self._sinks, _part(new, slice(0, missing)))
-        self._recent = _cat(self._recent, _part(new, slice(missing, None)))
-        if self.scheme.window == 0 and self.scheme.step == 1:
-            self._pack()
+        self._append(key_states, value_states)
         read: tuple[Any, Any]
-        if self.fused and tokens == 1:
+        if self.fused and key_states.shape[2] == 1:
             stored = self.stored()
             read = (stored, stored)
         else:
@@ -138,22 +136,37 @@ class PackedLayer(CacheLayerMixin):
         self._slide()
         return read
 
+    def fill(self, key_states: Tensor, value_states: Tensor) -> None:
+        """``update`` without reading."""
+        self._append(key_states, value_states)
+        self._pack()
+        self._slide()
+
+    def _append(self, key_states: Tensor, value_states: Tensor) -> None:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = (key_states.to(self.stored_dtype), value_states.to(self.stored_dtype))
+        if self._padding is not None and self._length == 0:
+            new = self._sinks_first(new)
+        self._length += new[0].shape[2]
+        self._kept = _cat(self._kept, new)
+        # The first tokens are all there is until there are as many as sinks.
+        self._sinks = min(self.sink_tokens, self._length)
+        if self.scheme.direct:
+            self._pack()
+
     def stored(self) -> Stored:
         """The parts as they are now; later updates leave them alone."""
-        oldest = 0
-        if self.sliding_window is not None:
-            oldest = max(0, self._length - self.sliding_window - self._dropped)
-        padding = self._padding
-        if padding is not None:
-            padding = (padding - self._dropped).clamp(min=0)
+        packed = 0 if self._packed is None else self._packed[0].tokens
+        tokens, batch = packed + self._kept[0].shape[2], self._kept[0].shape[0]
+        first = self._padding
+        if first is None:
+            first = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        elif self._dropped:
+            first = (first - self._dropped).clamp(min=0)
+        counts = _counts(tokens - 1, packed, self._sinks, self.device)
         return Stored(
-            self.scheme,
-            self._scales,
-            self._sinks,
-            self._packed,
-            self._recent,
-            padding,
-            oldest,
+            self.scheme, self._scales, self._packed, self._kept, counts, first, self.sliding_window
         )
 
     @property
@@ -161,7 +174,7 @@ class PackedLayer(CacheLayerMixin):
         """Bytes of the memory that the stored tensors hold."""
         if not self.is_initialized:
             return 0
-        tensors = [*self._sinks, *self._recent]
+        tensors = [*self._kept]
         tensors += [part for packed in self._packed or () for part in packed.tensors]
         storages = {part.untyped_storage().data_ptr(): part.untyped_storage() for part in tensors}
         return sum(storage.nbytes() for storage in storages.values())
@@ -169,13 +182,14 @@ class PackedLayer(CacheLayerMixin):
     def _pack(self) -> None:
         """Move the whole groups that are older than the window into the store."""
         step = self.scheme.step
-        count = (self._recent[0].shape[2] - self.scheme.window) // step * step
+        recent = self._kept[0].shape[2] - self._sinks
+        count = (recent - self.scheme.window) // step * step
         if count <= 0:
             return
-        keys, values = _part(self._recent, slice(0, count))
+        keys, values = _part(self._kept, slice(self._sinks, self._sinks + count))
         if self.scheme.pre_rope:
-            cos, sin = self._angles(self._length - self._recent[0].shape[2], count)
-            keys = _unturn(keys.float(), cos, sin)
+            cos, sin = self._angles(self._length - recent, count)
+            keys = unturn(keys.float(), cos, sin)
         fixed = self._fixed
         new = (
             quantize(keys, self.scheme.keys, fixed[0]),
@@ -184,9 +198,10 @@ class PackedLayer(CacheLayerMixin):
         if self._packed is not None:
             new = (self._packed[0].append(new[0]), self._packed[1].append(new[1]))
         self._packed = new
-        # A copy: a view would hold on to what has just been packed.
-        keys, values = _part(self._recent, slice(count, None))
-        self._recent = (keys.clone(), values.clone())
+        self._kept = _cat(
+            _part(self._kept, slice(0, self._sinks)),
+            _part(self._kept, slice(self._sinks + count, None)),
+        )
 
     def _slide(self) -> None:
         """Drop whole groups that no later query sees."""
@@ -200,14 +215,15 @@ class PackedLayer(CacheLayerMixin):
             self._dropped += count
 
     def _read(self) -> Pair:
-        parts: list[Pair] = [self._sinks, self._recent]
+        parts: list[Pair] = [
+            _part(self._kept, slice(0, self._sinks)),
+            _part(self._kept, slice(self._sinks, None)),
+        ]
         if self._packed is not None:
             fixed = self._fixed
             keys = dequantize(self._packed[0], self.scheme.keys, fixed[0])
             if self.scheme.pre_rope:
-                keys = _turn(
-                    keys, *self._angles(self._sinks[0].shape[2] + self._dropped, keys.shape[2])
-                )
+                keys = turn(keys, *self._angles(self._sinks + self._dropped, keys.shape[2]))
             values = dequantize(self._packed[1], self.scheme.values, fixed[1])
             parts.insert(1, (keys, values))
         keys, values = (
@@ -241,9 +257,9 @@ class PackedLayer(CacheLayerMixin):
         most = int(padding.max())
         if most >= tokens:
             raise ValueError(f"the first piece has {tokens} tokens, {most} of a row are padding")
-        self._sink_tokens = min(self._sink_tokens, tokens - most)
+        self.sink_tokens = min(self.sink_tokens, tokens - most)
         index = torch.arange(tokens, device=self.device).expand(len(padding), -1)
-        sinks, pad = self._sink_tokens, padding[:, None]
+        sinks, pad = self.sink_tokens, padding[:, None]
         order = torch.where(index < sinks, index + pad, index)
         order = torch.where((index >= sinks) & (index < sinks + pad), tokens - 1, order)
         order = order[:, None, :, None]
@@ -253,7 +269,7 @@ class PackedLayer(CacheLayerMixin):
         """Where the token of each place of the row is stored; padding may be anything."""
         index = torch.arange(tokens, device=self.device)
         pad = padding[:, None]
-        order = torch.where(index < pad + self._sink_tokens, (index - pad).clamp(min=0), index)
+        order = torch.where(index < pad + self.sink_tokens, (index - pad).clamp(min=0), index)
         return order[:, None, :, None]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -268,11 +284,12 @@ class PackedLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens, if they are still in 16 bits. tokens_to_remove: their negative count."""
         count = abs(tokens_to_remove)
-        if tokens_to_remove > 0 or count > (self._recent[0].shape[2] if self.is_initialized else 0):
+        recent = self._kept[0].shape[2] - self._sinks if self.is_initialized else 0
+        if tokens_to_remove > 0 or count > recent:
             raise ValueError(f"{-tokens_to_remove} tokens cannot be taken back: they are packed")
         if count:
-            keys, values = _part(self._recent, slice(0, -count))
-            self._recent = (keys.clone(), values.clone())
+            keys, values = _part(self._kept, slice(0, -count))
+            self._kept = (keys.clone(), values.clone())
             self._length -= count
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -288,8 +305,7 @@ class PackedLayer(CacheLayerMixin):
         """Change the batch of everything that has one."""
         if not self.is_initialized:
             return
-        self._sinks = (change(self._sinks[0]), change(self._sinks[1]))
-        self._recent = (change(self._recent[0]), change(self._recent[1]))
+        self._kept = (change(self._kept[0]), change(self._kept[1]))
         if self._packed is not None:
             self._packed = (self._packed[0].map(change), self._packed[1].map(change))
         if self._padding is not None:
@@ -363,16 +379,22 @@ def _part(states: Pair, which: slice) -> Pair:
     return states[0][:, :, which], states[1][:, :, which]
 
 
+@functools.lru_cache(maxsize=8)
+def _counts(place: int, packed: int, sinks: int, device: torch.device) -> Tensor:
+    """Made once for all layers that hold alike many."""
+    return torch.tensor([place, packed, sinks], device=device)
+
+
 def _halves(x: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return torch.cat([-second, first], dim=-1)
 
 
-def _turn(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def turn(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The rotary embedding (RoFormer, arXiv 2104.09864, in the half-split form of Llama)."""
     return keys * cos + _halves(keys) * sin
 
 
-def _unturn(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The inverse of ``_turn``, whose angles may carry an attention factor."""
+def unturn(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The inverse of ``turn``, whose angles may carry an attention factor."""
     return (keys * cos - _halves(keys) * sin) / (cos.square() + sin.square())

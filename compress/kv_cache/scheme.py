@@ -144,6 +144,11 @@ class CacheScheme:
         """Tokens that leave the window together: a group of the keys, or where they have none, a window."""
         return self.keys.tokens if self.keys.per == "channel" else max(1, self.window)
 
+    @property
+    def direct(self) -> bool:
+        """Whether a token is quantized before anything attends to it."""
+        return self.window == 0 and self.step == 1
+
     def kept(self, tokens: int) -> int:
         """How many of so many tokens are in 16 bits: sinks, the window, and what fills no group yet."""
         rest = max(0, tokens - self.sinks)

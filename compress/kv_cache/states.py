@@ -50,6 +50,10 @@ class Packed:
         pairs = zip(self.tensors, other.tensors, strict=True)
         return Packed(*(torch.cat(pair, dim=2) for pair in pairs))
 
+    def first(self, tokens: int) -> Packed:
+        """A view of the first tokens, a multiple of those that share a scale."""
+        return self.map(lambda part: part[:, :, : part.shape[2] * tokens // self.tokens])
+
     def without(self, tokens: int) -> Packed:
         """The store without its first tokens, a multiple of those that share a scale."""
         share = tokens / self.tokens

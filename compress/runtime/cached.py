@@ -15,6 +15,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from compress.kernels import decode_attention
+from compress.kernels.decode_attention import UNPACKED
 from compress.kv_cache.cache import PackedCache, Stored
 from compress.kv_cache.folder import scales_of, scheme_of
 from compress.kv_cache.scheme import CacheScheme
@@ -86,7 +87,7 @@ class Reader:
     def _pieces(self, count: int) -> Iterator[int]:
         """Lengths between the places at which tokens leave the window."""
         scheme = self._caches.scheme
-        if scheme is None or (scheme.window == 0 and scheme.step == 1):
+        if scheme is None or scheme.direct:
             yield count
             return
         place = self.cache.get_seq_length() - scheme.sinks - scheme.window
@@ -140,8 +141,6 @@ def read_through(model: Any, caches: Caches) -> None:
 
 
 ATTENTION = "compress-packed"
-# What counts as a kernel where none fits: keys and values unpacked before attention reads them.
-UNPACKED = "unpacked-cache"
 
 
 def attend_packed(model: Any, cache: PackedCache) -> str:

@@ -84,7 +84,8 @@ def random_store(
 def check(
     stored: Stored, queries: int, *, head_dim: int = 64, dtype: torch.dtype, tolerance: float
 ) -> None:
-    batch, heads = stored.recent[0].shape[:2]
+    batch, heads = stored.kept[0].shape[:2]
+    assert stored.scheme is not None
     assert supported(stored.scheme, head_dim, DEVICE)
     q = torch.randn(batch, heads * queries, head_dim, device=DEVICE, dtype=dtype)
     scaling = 0.3 / head_dim**0.5
@@ -133,7 +134,7 @@ def test_padding_is_not_seen(name: str) -> None:
 def test_sliding_window(name: str) -> None:
     stored = random_store(SCHEMES[name], 300, sliding_window=111)
     # Whole groups are dropped, so some tokens of the first one are out of sight.
-    assert (stored.oldest > 0) == (name == "int4")
+    assert (int(stored.counts[0]) + 1 > 111) == (name == "int4")
     check(stored, 2, dtype=torch.float32, tolerance=1e-5 if DEVICE.type == "cpu" else 3e-3)
 
 
@@ -176,62 +177,68 @@ def test_padding_and_sliding_window_together(name: str) -> None:
         assert (found - expected).norm() / expected.norm() < 0.02
 
 
-# Arguments of the kernels by the kind of memory they point to.
+# Arguments of the kernels by the kind of memory they point to; q, kept keys and values are bfloat16.
 POINTERS = {
-    **dict.fromkeys(
-        ["q_ptr", "qp_ptr", "sink_k_ptr", "sink_v_ptr", "recent_k_ptr", "recent_v_ptr"], "bf16"
-    ),
-    **dict.fromkeys(["k_ptr", "v_ptr"], "u8"),
     **dict.fromkeys(["ks_ptr", "kl_ptr", "vs_ptr", "vl_ptr"], "fp16"),
-    **dict.fromkeys(["fixed_k_ptr", "fixed_v_ptr", "acc_ptr", "summary_ptr", "out_ptr"], "fp32"),
-    "first_ptr": "i64",
+    **dict.fromkeys(["fixed_k_ptr", "fixed_v_ptr", "acc_ptr", "summary_ptr", "turn_ptr"], "fp32"),
+    **dict.fromkeys(["cos_ptr", "sin_ptr"], "fp32"),
+    **dict.fromkeys(["counts_ptr", "first_ptr"], "i64"),
 }
-INT4 = {"K_BITS": 4, "K_PER": 0, "K_LOW": True, "V_BITS": 4, "V_PER": 1, "V_LOW": True}
+CODES = {"k_ptr": "u8", "v_ptr": "u8"}
+SHAPE = {"D": 128, "QUERIES": 4, "ROWS": 16, "BLOCK": 64, "LEAST": 4, "ONE": False}
+STORE = {**SHAPE, "K_GROUPS": 1, "V_GROUPS": 1}
+INT4 = {**STORE, "K_BITS": 4, "K_PER": 0, "K_LOW": True, "V_BITS": 4, "V_PER": 1, "V_LOW": True}
 INT2 = {**INT4, "K_BITS": 2, "V_BITS": 2, "BLOCK": 32}
-INT8 = {"K_BITS": 8, "K_PER": 1, "K_LOW": False, "V_BITS": 8, "V_PER": 1, "V_LOW": False}
-FP8_CODE = {"K_BITS": 8, "K_PER": 2, "K_LOW": False, "V_BITS": 8, "V_PER": 2, "V_LOW": False}
+INT8 = {**STORE, "K_BITS": 8, "K_PER": 1, "K_LOW": False, "V_BITS": 8, "V_PER": 1, "V_LOW": False}
+FP8_CODE = {**INT8, "K_PER": 2, "V_PER": 2}
+
+
+def rotating(constants: dict[str, int | bool], **changes: int | bool) -> dict[str, int | bool]:
+    names = ("D", "QUERIES", *(n for n in constants if n.startswith(("K_", "V_"))))
+    found = {name: constants[name] for name in names}
+    return {**found, "K_TURN": False, "V_TURN": False, "DIRECT": True, **changes}
 
 
 @pytest.mark.parametrize(
-    ("capability", "changes"),
+    ("capability", "kernel", "constants"),
     [
-        (90, INT4),
-        (90, INT2),
-        (90, INT8),
-        (90, FP8_CODE),
-        (80, {**INT4, "BLOCK": 128}),
-        (89, FP8_CODE),
+        (90, "attend_kernel", INT4),
+        (90, "attend_kernel", INT2),
+        (90, "attend_kernel", INT8),
+        (90, "attend_kernel", FP8_CODE),
+        (80, "attend_kernel", {**INT4, "BLOCK": 128}),
+        (89, "attend_kernel", {**FP8_CODE, "ONE": True}),
+        (90, "sixteen_kernel", SHAPE),
+        (80, "sixteen_kernel", {**SHAPE, "ONE": True}),
+        (90, "combine_kernel", {"PARTS_PADDED": 128, "D": 128, "TURN": True}),
+        (90, "combine_kernel", {"PARTS_PADDED": 128, "D": 128, "TURN": False}),
+        (90, "rotate_kernel", rotating(INT8)),
+        (90, "rotate_kernel", rotating({**INT4, "K_PER": 1}, K_TURN=True, V_TURN=True)),
+        (90, "rotate_kernel", rotating(INT4, DIRECT=False, K_TURN=True)),
+        (89, "rotate_kernel", rotating(FP8_CODE)),
     ],
-    ids=["h200-int4", "h200-int2", "h200-int8", "h200-fp8", "a100-int4-128", "l40-fp8"],
 )
-def test_kernels_compile_for_gpus(capability: int, changes: dict[str, int]) -> None:
+def test_kernels_compile_for_gpus(
+    capability: int, kernel: str, constants: dict[str, int | bool]
+) -> None:
     """The interpreter accepts what the compiler does not; this needs no GPU. Shared memory must fit."""
     if capability == 90 and DEVICE.type == "cuda":
         pytest.skip("the other tests compile here")
-    constants = {
-        "D": 128,
-        "QUERIES": 4,
-        "ROWS": 16,
-        "BLOCK": 64,
-        "K_GROUPS": 1,
-        "V_GROUPS": 1,
-        **changes,
-    }
+    pointers = POINTERS | ({} if kernel == "sixteen_kernel" else CODES)
     script = f"""
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from compress.kernels.triton_attention import attend_kernel, combine_kernel
-pointers = {POINTERS!r}
-for kernel, constants in ((attend_kernel, {constants!r}), (combine_kernel, dict(PARTS_PADDED=128, D=128))):
-    names = kernel.arg_names
-    kinds = {{n: "*" + pointers[n] if n in pointers else "i32" for n in names}}
-    kinds |= {{n: "fp32" for n in names if n == "scaling"}} | {{n: "constexpr" for n in constants}}
-    values = {{(names.index(n),): value for n, value in constants.items()}}
-    aligned = {{(names.index(n),): [["tt.divisibility", 16]] for n in names if n in pointers}}
-    source = ASTSource(kernel, kinds, values, aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", {capability}, 32), options=dict(num_warps=4))
-    assert made.metadata.shared <= 99 * 1024, made.metadata.shared
+from compress.kernels.triton_attention import {kernel} as kernel
+pointers, constants = {pointers!r}, {constants!r}
+names = kernel.arg_names
+kinds = {{n: "*" + pointers.get(n, "bf16") if n.endswith("_ptr") else "i32" for n in names}}
+kinds |= {{n: "fp32" for n in names if n == "scaling"}} | {{n: "constexpr" for n in constants}}
+values = {{(names.index(n),): value for n, value in constants.items()}}
+aligned = {{(names.index(n),): [["tt.divisibility", 16]] for n in names if n.endswith("_ptr")}}
+source = ASTSource(kernel, kinds, values, aligned)
+made = triton.compile(source, target=GPUTarget("cuda", {capability}, 32), options=dict(num_warps=4))
+assert made.metadata.shared <= 99 * 1024, made.metadata.shared
 """
     plain = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
