@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from calibration.texts import cache_dir, load_texts
+from calibration.texts import load_texts
 from calibration.tokens import TokenBlocks, evaluation_windows
 from compress.config import ContextConfig, EvalConfig, SpeedConfig
 from compress.environment import environment
@@ -37,6 +37,7 @@ from compress.runtime.cached import Caches, Reader, load_served
 from compress.runtime.decoder import open_decoder
 from compress.runtime.load import load_dense
 from compress.runtime.probe import head_errors
+from compress.user_cache import cache_dir
 from eval.blocks import block_divergence
 from eval.context import agreement, by_position
 from eval.retrieval import Haystack, build_haystack, score, summarize

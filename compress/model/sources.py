@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from calibration.texts import cache_dir
 from compress.errors import UserError
 from compress.model.folder import READABLE, ModelFolder
+from compress.user_cache import cache_dir
 
 log = logging.getLogger(__name__)
 
