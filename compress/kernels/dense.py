@@ -14,7 +14,8 @@ from compress.kernels.fusion import Fusion, around
 from compress.quantize.inputs import InputScheme
 from compress.quantize.qtensor import QTensor
 
-NAME = "dense"
+# A weight that was dequantized; one that never was quantized.
+NAME, PLAIN = "dense", "16-bit"
 # 8-bit floats whose numbers are computed in wider ones.
 UPCAST = "fp8-upcast"
 

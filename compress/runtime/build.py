@@ -58,11 +58,10 @@ class Builder:
         """count: linears of the checkpoint that this is"""
         if isinstance(value, Tensor):
             # A copy: what was read from a file may be a view of its memory map.
-            value = value.to(self.device, self.dtype, copy=True)
-            return pack_dense(value)[1]
-        name, weight = pack(value, self.device, self.dtype) or unpacked(
-            value, self.device, self.dtype
-        )
+            name, weight = pack_dense(value.to(self.device, self.dtype, copy=True))
+        else:
+            found = pack(value, self.device, self.dtype)
+            name, weight = found or unpacked(value, self.device, self.dtype)
         self.kernels[name] += count
         return weight
 
@@ -97,8 +96,7 @@ def _merged(found: Sequence[Tensor | QTensor]) -> Tensor | QTensor | None:
 
 
 def build(source: Source, device: torch.device) -> tuple[Network, dict[str, int]]:
-    """The network of a checkpoint, and how many of its quantized linears, embedding and head included, run
-    through which kernel.
+    """The network of a checkpoint, and how many of its linears, the head included, run through which kernel.
 
     Raises UserError for a model whose blocks are not of this form.
     """
@@ -128,21 +126,19 @@ def build(source: Source, device: torch.device) -> tuple[Network, dict[str, int]
         size**-0.5,
         sliding_windows(config),
     )
-    kernels = dict(+builder.kernels)
     rotary = model.get_submodule(family.rotary).to(device)
-    return Network(embed, blocks, Linear(head, norm), heads, Rotary(rotary)), kernels
+    return Network(embed, blocks, Linear(head, norm), heads, Rotary(rotary)), dict(builder.kernels)
 
 
 class Rotary:
-    """The angles of a model: positions int64 (n,) -> cos and sin float32 (n, head_dim)."""
+    """The angles of a model: positions int64 (batch, n) -> cos and sin float32 (batch, n, head_dim)."""
 
     def __init__(self, module: Any):
         self._module = module
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        like = torch.zeros(1, device=positions.device)
-        cos, sin = self._module(like, positions[None])
-        return cos[0], sin[0]
+        cos, sin = self._module(torch.zeros(1, device=positions.device), positions)
+        return cos, sin
 
 
 def _block(builder: Builder, family: Family, block: str, eps: float) -> Block:

@@ -42,7 +42,7 @@ class Decoder:
     """Decodes batches of prompts of any length, greedily or by sampling. 16-bit checkpoints run through the
     very same code.
 
-    kernels: how many quantized linears, and layers of a quantized cache, run through which kernel
+    kernels: how many linears, and layers of attention, run through which kernel
     """
 
     def __init__(
@@ -100,7 +100,9 @@ class Decoder:
         request = self._request
         assert request is not None, "start() comes first"
         if request.cache.length == request.capacity:
-            raise RuntimeError(f"the cache has room for {request.capacity} tokens, and holds as many")
+            raise RuntimeError(
+                f"the cache has room for {request.capacity} tokens, and holds as many"
+            )
         if request.graph is None:
             self._advance(request)
         else:
@@ -140,9 +142,7 @@ class Decoder:
         for window in heads.windows:
             seen = context if window is None else min(context, window)
             share = 1.0 if scheme is None else scheme.share(seen, heads.size)
-            total += (
-                share * seen * 2 * heads.keys * heads.size * self._dtype.itemsize
-            )
+            total += share * seen * 2 * heads.keys * heads.size * self._dtype.itemsize
         return round(batch * total)
 
     def _advance(self, request: Request) -> None:
@@ -177,15 +177,14 @@ class Decoder:
             sliding_windows=heads.windows,
             rotary=self._network.rotary,
         )
-        angles = self._network.rotary(torch.arange(capacity, device=self._device))
-        kernel, attend = attention(cache, angles, heads)
+        cos, sin = self._network.rotary(torch.arange(capacity, device=self._device)[None])
+        kernel, attend = attention(cache, (cos[0], sin[0]), heads)
         token = torch.zeros(batch, dtype=torch.int64, device=self._device)
         request = Request(cache, attend, token, self.logits, batch, capacity)
         if self._captures:
             self._capture(request)
         self._request = request
-        if self._scheme is not None:
-            self.kernels[kernel] = len(self._network.blocks)
+        self.kernels[kernel] = len(self._network.blocks)
         return request
 
     def _capture(self, request: Request) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from compress.kernels.fusion import Fusion
+from compress.kv_cache.cache import Rotary, turn
 from compress.runtime.weights import PackedWeight
 
 # (layer, qkv) -> (..., heads * head_dim)
@@ -59,14 +60,14 @@ class Heads:
 
 @dataclass(frozen=True)
 class Network:
-    """embed: tokens -> x; head: the final norm before it; rotary: positions (n,) -> cos and sin float32
-    (n, head_dim)"""
+    """embed: tokens -> x; head: the final norm before it; rotary: positions (batch, n) -> cos and
+    sin float32 (batch, n, head_dim)"""
 
     embed: Callable[[Tensor], Tensor]
     blocks: Sequence[Block]
     head: Linear
     heads: Heads
-    rotary: Callable[[Tensor], tuple[Tensor, Tensor]]
+    rotary: Rotary
 
     @property
     def linears(self) -> list[Linear]:
@@ -97,12 +98,12 @@ class Network:
         positions = places.expand(batch, n)
         if padding is not None:
             positions = (positions - padding[:, None]).clamp(min=0)
-        cos, sin = (table[positions].unsqueeze(1) for table in self.rotary(places))
+        cos, sin = (angles.unsqueeze(1) for angles in self.rotary(positions))
         masks = {window: _mask(n, window, padding, tokens.device) for window in self.heads.windows}
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
             q, k, v = self.heads_of(qkv)
-            q, k = turn(q, cos, sin), turn(k, cos, sin)
+            q, k = (turn(x.float(), cos, sin).to(x.dtype) for x in (q, k))
             fill(layer, k, v)
             mask = masks[self.heads.windows[layer]]
             out = scaled_dot_product_attention(
@@ -130,14 +131,6 @@ class Network:
         parts = qkv.unflatten(-1, (-1, heads.size)).transpose(1, 2)
         q, k, v = parts.split([heads.queries, heads.keys, heads.keys], dim=1)
         return q, k, v
-
-
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The rotary embedding (RoFormer, arXiv 2104.09864) in the half-split form of Llama; computed in float32,
-    rounded once. x (..., head_dim)"""
-    first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (x.float() * cos + turned * sin).to(x.dtype)
 
 
 def _mask(

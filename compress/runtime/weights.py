@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from compress.kernels import dense, int4_cpu, int8_cpu, w8a8
+from compress.kernels import cpu_linear, dense, int4_cpu, int8_cpu, w8a8
 from compress.kernels.fusion import Fusion, around
 from compress.quantize.qtensor import QTensor
 
@@ -28,6 +28,8 @@ class PackedWeight(Protocol):
 
 def pack(q: QTensor, device: torch.device, dtype: torch.dtype) -> tuple[str, PackedWeight] | None:
     """The weight in the layout of the kernel that runs it here, and that kernel's name; None if none does."""
+    if cpu_linear.supports(q, device, dtype):
+        return cpu_linear.name(q), cpu_linear.CpuWeight.pack(q)
     if int4_cpu.supports(q, device, dtype):
         return int4_cpu.NAME, int4_cpu.Int4Weight.pack(q)
     if int8_cpu.supports(q, device, dtype):
@@ -39,7 +41,9 @@ def pack(q: QTensor, device: torch.device, dtype: torch.dtype) -> tuple[str, Pac
 
 def pack_dense(weight: Tensor) -> tuple[str, PackedWeight]:
     """The same of a weight that was never quantized; it is kept as it is."""
-    return dense.NAME, dense.DenseWeight(weight)
+    if cpu_linear.supports_dense(weight):
+        return cpu_linear.PLAIN_NAME, cpu_linear.CpuWeight.dense(weight)
+    return dense.PLAIN, dense.DenseWeight(weight)
 
 
 def unpacked(q: QTensor, device: torch.device, dtype: torch.dtype) -> tuple[str, PackedWeight]:

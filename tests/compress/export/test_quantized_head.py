@@ -134,8 +134,9 @@ def test_packed_head_runs_through_the_kernel(
     _, exported = export(SCHEMES[0 if bits == 4 else 2], tied)
     packed, kernels = load_packed(exported, CPU)
     heads = 1 if tied else 2
-    four = {"int4-cpu": 21 + heads}
-    assert kernels == (four if bits == 4 else {"int4-cpu": 21, "int8-cpu": heads})
+    # Which kernel it is depends on the machine.
+    assert sorted(kernels.values()) == ([21 + heads] if bits == 4 else [heads, 21])
+    assert "dense" not in kernels
     dense = load_dense(exported, CPU, torch.float32)
     with torch.inference_mode():
         rows = packed.get_input_embeddings()(tokens)

@@ -78,17 +78,15 @@ def test_a_folder_without_a_scheme_is_read_plainly(tiny: ModelFolder) -> None:
         assert torch.equal(served, load_dense(tiny, CPU, torch.float32)(tokens).logits)
 
 
-def test_the_decoder_uses_the_folder_s_cache(
-    staged: Stage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+def test_the_decoder_uses_the_folder_s_cache(staged: Stage) -> None:
     source, folder = staged(COARSE)
     prompt = torch.randint(256, (2, 50), generator=torch.Generator().manual_seed(0))
     decoder = open_decoder(folder.path, "cpu")
-    written = [decoder.start(prompt), *(decoder.step() for _ in range(20))]
-    assert decoder.kernels == {UNPACKED: 3}
-    assert isinstance(decoder._cache, PackedCache)
-    assert decoder._cache.nbytes < 2 * 2 * 70 * 2 * 3 * 64 * 4
+    written = [decoder.start(prompt, 21), *(decoder.step() for _ in range(20))]
+    assert decoder.kernels[UNPACKED] == 3
+    request = decoder._request
+    assert request is not None
+    assert request.cache.nbytes < 0.5 * 2 * 2 * request.capacity * 2 * 3 * 64 * 4
     model = load_dense(folder, CPU, torch.float32)
     cache = Caches(folder, model).new()
     token, expected = prompt, []
@@ -97,7 +95,7 @@ def test_the_decoder_uses_the_folder_s_cache(
             token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
             expected.append(token)
     assert torch.equal(torch.cat(written, 1), torch.cat(expected, 1))
-    assert open_decoder(source.path, "cpu").kernels == {}
+    assert UNPACKED not in open_decoder(source.path, "cpu").kernels
 
 
 def test_a_model_decodes_with_the_kernel(staged: Stage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,12 @@ import torch
 
 from compress.errors import UserError
 from compress.export import compressed_tensors
+from compress.export.formats import Weights
 from compress.model.folder import ModelFolder
 from compress.quantize.rounding import Nearest
 from compress.quantize.scheme import Scheme, Schemes
 from compress.quantize.stage import quantize
+from compress.runtime.build import build
 from compress.runtime.decoder import Decoder, open_decoder
 from compress.runtime.load import load_dense, load_packed
 
@@ -40,7 +42,8 @@ def test_packed_equals_dense(
 ) -> None:
     folder = exported(make_model(model_type), Scheme(4, 32), tmp_path)
     packed, kernels = load_packed(folder, CPU)
-    assert kernels == {"int4-cpu": 21}
+    assert sum(kernels.values()) == 21
+    assert "dense" not in kernels
     dense = load_dense(folder, CPU, torch.bfloat16)
     exact = load_dense(folder, CPU, torch.float32)
     with torch.inference_mode():
@@ -61,16 +64,20 @@ def test_weights_are_rounded_to_the_checkpoints_type_first(
     assert torch.equal(judged.get_parameter(name), served.get_parameter(name).float())
 
 
-def test_what_no_kernel_fits_is_counted_as_dense(tiny: ModelFolder, tmp_path: Path) -> None:
-    _, kernels = load_packed(exported(tiny, Scheme(8, 32), tmp_path), CPU)
+def test_what_no_kernel_fits_is_counted_as_dense(
+    make_model: Callable[..., ModelFolder], tmp_path: Path
+) -> None:
+    folder = exported(make_model(dtype="float32"), Scheme(8, 32), tmp_path)
+    _, kernels = load_packed(folder, CPU)
     assert kernels == {"dense": 21}
+    _, kernels = build(Weights(folder), CPU)
+    assert kernels == {"dense": 21, "16-bit": 1}
 
 
 def test_greedy_decoding_equals_generate(tiny: ModelFolder, tokens: torch.Tensor) -> None:
     decoder = open_decoder(tiny.path, "cpu")
-    assert decoder.kernels == {}
     prompt = tokens[:2]
-    ours = [decoder.start(prompt)] + [decoder.step() for _ in range(7)]
+    ours = [decoder.start(prompt, 8)] + [decoder.step() for _ in range(7)]
     model = load_dense(tiny, CPU, torch.bfloat16)
     theirs = model.generate(
         prompt,
@@ -88,9 +95,9 @@ def test_greedy_decoding_equals_generate(tiny: ModelFolder, tokens: torch.Tensor
 
 def test_a_new_request_forgets_the_last(tiny: ModelFolder, tokens: torch.Tensor) -> None:
     decoder: Decoder = open_decoder(tiny.path, "cpu")
-    first = decoder.start(tokens[:1])
+    first = decoder.start(tokens[:1], 2)
     decoder.step()
-    assert torch.equal(decoder.start(tokens[:1]), first)
+    assert torch.equal(decoder.start(tokens[:1], 2), first)
 
 
 def test_missing_tensors_are_named(tiny: ModelFolder, tmp_path: Path) -> None:
