@@ -39,28 +39,31 @@ NO_WINDOW = 2**31 - 1
 LOG2E = math.log2(math.e)
 
 
-def supported(scheme: CacheScheme, head_dim: int, device: torch.device) -> bool:
-    """Whether the kernel can attend to such a store here. It reads keys behind the rotary embedding, groups
-    of a power of two of tokens, and whole heads or groups of channels no narrower than those that one
-    position of a byte holds."""
+def supported(scheme: CacheScheme | None, head_dim: int, device: torch.device) -> bool:
+    """Whether the kernels can attend to such a store here; scheme None: one in 16 bits. They read keys
+    behind the rotary embedding, groups of a power of two of tokens, and whole heads or groups of channels no
+    narrower than those that one position of a byte holds."""
+    if importlib.util.find_spec("triton") is None or head_dim < SIDE or head_dim & (head_dim - 1):
+        return False
+    if scheme is not None and not _fits(scheme, head_dim):
+        return False
+    if device.type == "cuda":
+        # Older GPUs do not convert E4M3.
+        floats = scheme is not None and scheme.static
+        return not floats or torch.cuda.get_device_capability(device) >= (8, 9)
+    # The interpreter runs kernels on a CPU, slowly: for tests.
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _fits(scheme: CacheScheme, head_dim: int) -> bool:
     group = scheme.keys.tokens if scheme.keys.per == "channel" else BLOCK
-    if (
-        importlib.util.find_spec("triton") is None
-        or scheme.pre_rope
-        or not SIDE <= group <= MOST
-        or group & (group - 1)
-    ):
+    if scheme.pre_rope or not SIDE <= group <= MOST or group & (group - 1):
         return False
     for state in (scheme.keys, scheme.values):
         plane = head_dim * state.bits // 8
-        narrow = state.per == "token" and (state.group_size or head_dim) < plane
-        if narrow or plane < SIDE or plane & (plane - 1):
+        if plane < SIDE or (state.per == "token" and (state.group_size or head_dim) < plane):
             return False
-    if device.type == "cuda":
-        # Older GPUs do not convert E4M3.
-        return not scheme.static or torch.cuda.get_device_capability(device) >= (8, 9)
-    # The interpreter runs kernels on a CPU, slowly: for tests.
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return True
 
 
 def attend_reference(q: Tensor, stored: Stored, scaling: float) -> Tensor:

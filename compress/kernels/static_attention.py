@@ -6,14 +6,11 @@ qkv (batch, (query heads + 2 * heads) * head_dim): queries, keys, values, as a m
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from compress.kernels.decode_attention import (
-    SIDE,
     UNPACKED,
     attend,
     fixed_of,
@@ -53,13 +50,16 @@ class StaticAttention:
         self.cache, self.scaling = cache, scaling
         self._angles = angles
         if fused is None:
-            fused = cache.device.type == "cuda" and takes(cache)
+            head_dim = cache.keys.shape[4]
+            fused = cache.device.type == "cuda" and supported(cache.scheme, head_dim, cache.device)
         self._fused = fused
         self.kernel = NAME if fused else TORCH if cache.scheme is None else UNPACKED
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         """Write a layer's newest token and attend to all, in the dtype of qkv: (batch, query heads *
-        head_dim)."""
+        head_dim). Raises ValueError if there is no room for it, which nothing does where a graph is replayed.
+        """
+        self.cache.checked(self.cache.length + 1)
         if self._fused:
             q, turned = rotate_and_write(qkv, self.cache, layer, self._angles)
             stored = self.cache.stored[layer]
@@ -74,15 +74,6 @@ class StaticAttention:
             scale=self.scaling,
         )
         return out.flatten(1).to(qkv.dtype)
-
-
-def takes(cache: StaticCache) -> bool:
-    """Whether the kernels can attend to such a cache on its device."""
-    head_dim = cache.keys.shape[4]
-    if cache.scheme is not None:
-        return supported(cache.scheme, head_dim, cache.device)
-    power_of_2 = head_dim >= SIDE and head_dim & (head_dim - 1) == 0
-    return power_of_2 and importlib.util.find_spec("triton") is not None
 
 
 def rotate_and_write_reference(qkv: Tensor, cache: StaticCache, layer: int, angles: Pair) -> Tensor:

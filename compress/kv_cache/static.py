@@ -120,14 +120,14 @@ class StaticCache:
             source.fill(keys, values)
             self.take(layer, source)
             return
-        tokens = self._checked(keys.shape[2])
+        tokens = self.checked(keys.shape[2])
         self.keys[layer, :, :, :tokens].copy_(keys)
         self.values[layer, :, :, :tokens].copy_(values)
         self._count(tokens, 0, 0)
 
     def take(self, layer: int, source: PackedLayer) -> None:
         """What another cache of the scheme holds, with the same padding."""
-        tokens, stored = self._checked(source.get_seq_length()), source.stored()
+        tokens, stored = self.checked(source.get_seq_length()), source.stored()
         kept = stored.kept[0].shape[2]
         for i, buffer in enumerate((self.keys, self.values)):
             buffer[layer, :, :, :kept].copy_(stored.kept[i])
@@ -195,7 +195,7 @@ class StaticCache:
 
     def advance_host(self) -> None:
         """Raises ValueError if there was no room for the token."""
-        self._checked(self.length + 1)
+        self.checked(self.length + 1)
         self.length += 1
         if self.scheme is not None and self.scheme.direct:
             self._packed_tokens = max(0, self.length + 1 - self._sinks)
@@ -293,7 +293,8 @@ class StaticCache:
             sliding_window=self.windows[layer],
         )
 
-    def _checked(self, tokens: int) -> int:
+    def checked(self, tokens: int) -> int:
+        """So many tokens; raises ValueError if there is no room for them."""
         if tokens > self.capacity:
             raise ValueError(f"a cache of {self.capacity} tokens has no room for {tokens}")
         return tokens
