@@ -34,7 +34,7 @@ class Decoder:
         self._cache: Cache | None = None
         self._token = torch.empty(0, dtype=torch.int64)
 
-    def start(self, prompt: Tensor) -> Tensor:
+    def start(self, prompt: Tensor, tokens: int) -> Tensor:
         self._cache = self._caches.new()
         if isinstance(self._cache, PackedCache):
             kernel = attend_packed(self.model, self._cache)
@@ -44,6 +44,9 @@ class Decoder:
     def step(self) -> Tensor:
         assert self._cache is not None, "start() comes first"
         return self._advance(self._token)
+
+    def bytes_per_step(self, batch: int, context: int) -> int | None:
+        return None
 
     @torch.inference_mode()
     def _advance(self, tokens: Tensor) -> Tensor:

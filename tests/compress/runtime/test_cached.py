@@ -85,7 +85,7 @@ def test_the_decoder_uses_the_folder_s_cache(
     source, folder = staged(COARSE)
     prompt = torch.randint(256, (2, 50), generator=torch.Generator().manual_seed(0))
     decoder = open_decoder(folder.path, "cpu")
-    written = [decoder.start(prompt), *(decoder.step() for _ in range(20))]
+    written = [decoder.start(prompt, 21), *(decoder.step() for _ in range(20))]
     assert decoder.kernels == {UNPACKED: 3}
     assert isinstance(decoder._cache, PackedCache)
     assert decoder._cache.nbytes < 2 * 2 * 70 * 2 * 3 * 64 * 4

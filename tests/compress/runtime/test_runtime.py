@@ -70,7 +70,7 @@ def test_greedy_decoding_equals_generate(tiny: ModelFolder, tokens: torch.Tensor
     decoder = open_decoder(tiny.path, "cpu")
     assert decoder.kernels == {}
     prompt = tokens[:2]
-    ours = [decoder.start(prompt)] + [decoder.step() for _ in range(7)]
+    ours = [decoder.start(prompt, 8)] + [decoder.step() for _ in range(7)]
     model = load_dense(tiny, CPU, torch.bfloat16)
     theirs = model.generate(
         prompt,
@@ -88,9 +88,9 @@ def test_greedy_decoding_equals_generate(tiny: ModelFolder, tokens: torch.Tensor
 
 def test_a_new_request_forgets_the_last(tiny: ModelFolder, tokens: torch.Tensor) -> None:
     decoder: Decoder = open_decoder(tiny.path, "cpu")
-    first = decoder.start(tokens[:1])
+    first = decoder.start(tokens[:1], 2)
     decoder.step()
-    assert torch.equal(decoder.start(tokens[:1]), first)
+    assert torch.equal(decoder.start(tokens[:1], 2), first)
 
 
 def test_missing_tensors_are_named(tiny: ModelFolder, tmp_path: Path) -> None:
