@@ -7,8 +7,9 @@ READY := .venv/.ready
 VLLM := .venv-vllm
 PEER := .venv-llmcompressor
 KV_PEERS := .venv-kv-peers
+LLAMA_CPP := .node-llama-cpp
 
-.PHONY: help setup demo test check test-gpu golden serve-check bench-peers bench-int8 bench-kv bench-kv-speed bench-pruning bench-distill clean
+.PHONY: help setup demo test check test-gpu golden serve-check bench-peers bench-int8 bench-kv bench-kv-speed bench-pruning bench-distill bench-cpu-decode clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -82,5 +83,13 @@ $(PEER)/.ready:
 bench-peers: setup $(PEER)/.ready  ## llm-compressor and auto-round beside ours: hours; outputs/peers keeps what is done
 	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.benchmarks.peers_table --peer-python $(PEER)/bin/python --keep outputs/peers
 
+$(LLAMA_CPP)/.ready:
+	mkdir -p $(LLAMA_CPP)
+	cd $(LLAMA_CPP) && npm install --ignore-scripts --no-save node-llama-cpp@3.22.1 @node-llama-cpp/linux-x64@3.22.1
+	touch $@
+
+bench-cpu-decode: setup $(LLAMA_CPP)/.ready  ## decoding on this CPU beside transformers and llama.cpp (needs node)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.benchmarks.cpu_decode --node-modules $(LLAMA_CPP)/node_modules
+
 clean:  ## remove the environments
-	rm -rf .venv $(VLLM) $(PEER) $(KV_PEERS)
+	rm -rf .venv $(VLLM) $(PEER) $(KV_PEERS) $(LLAMA_CPP)

@@ -101,11 +101,14 @@ class ContextConfig:
 
 @dataclass
 class SpeedConfig:
-    """Decode speed: lengths in tokens; threads null = torch's default."""
+    """Decode speed: every pattern [tokens in, tokens out] at every batch size, by every engine of ENGINES.
+    together: all candidates in memory at one time and in turns, one request a round; false: one after the
+    other. warmup: requests before ``repeats`` timed ones, at each point. threads null = torch's default."""
 
-    input_length: int = 128
-    output_length: int = 32
-    batch: int = 1
+    patterns: list[list[int]] = field(default_factory=lambda: [[128, 32]])
+    batches: list[int] = field(default_factory=lambda: [1])
+    engines: list[str] = field(default_factory=lambda: ["compress"])
+    together: bool = True
     warmup: int = 1
     repeats: int = 5
     seed: int = 0
@@ -352,6 +355,8 @@ def _check_names(key: str, names: list[str], allowed: tuple[str, ...]) -> None:
 # Tokens of a text that still has room for many facts.
 SHORTEST = 512
 EVAL_DTYPES = ("float32", "bfloat16", "float16")
+# What decodes: the runtime of this project, transformers' generate, vLLM.
+ENGINES = ("compress", "transformers", "vllm")
 # The least value of a count, where it is not 1: in 2 tokens there is one to predict.
 LEAST = {
     "length": 2,
@@ -377,14 +382,14 @@ def _check_sizes(settings: RecipeConfig) -> None:
             continue
         for f in fields(config):
             value = getattr(config, f.name)
-            if isinstance(value, int) and value < (least := LEAST.get(f.name, 1)):
+            if type(value) is int and value < (least := LEAST.get(f.name, 1)):
                 raise UserError(
                     f"{section}.{f.name}={value} is not allowed: choose {least} or more"
                 )
     for section, config in (("eval", settings.eval), ("context", settings.context)):
         if config is not None:
             _check_names(f"{section}.dtype", [config.dtype], EVAL_DTYPES)
-    evaluation, speed = settings.eval, settings.speed
+    evaluation = settings.eval
     if evaluation is not None and not 2 <= evaluation.window <= evaluation.tokens:
         raise UserError(
             f"eval.window={evaluation.window} is not allowed: choose 2 to eval.tokens="
@@ -392,10 +397,26 @@ def _check_sizes(settings: RecipeConfig) -> None:
         )
     if settings.context is not None:
         _check_context(settings.context)
-    if speed is not None and speed.output_length < 2:
+    if settings.speed is not None:
+        _check_speed(settings.speed)
+
+
+def _check_speed(speed: SpeedConfig) -> None:
+    for pattern in speed.patterns or [[]]:
+        # Of one token out there is no gap to measure.
+        if len(pattern) != 2 or pattern[0] < 1 or pattern[1] < 2:
+            raise UserError(
+                f"speed.patterns={speed.patterns} is not allowed: choose pairs of tokens in, 1 or more, and "
+                "tokens out, 2 or more, as in speed.patterns=[[128,32],[1024,128]]"
+            )
+    if min(speed.batches, default=0) < 1:
         raise UserError(
-            "speed.output_length=1 is not allowed: choose 2 or more, for a gap to measure"
+            f"speed.batches={speed.batches} is not allowed: choose sizes of 1 or more, as in "
+            "speed.batches=[1,8,64]"
         )
+    if not speed.engines:
+        raise UserError(f"speed.engines=[] is not allowed: choose from {', '.join(ENGINES)}")
+    _check_names("speed.engines", speed.engines, ENGINES)
 
 
 def _check_context(context: ContextConfig) -> None:

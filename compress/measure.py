@@ -8,14 +8,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from torch import Tensor
 from calibration.texts import load_texts
 from calibration.tokens import TokenBlocks, evaluation_windows
 from compress.config import ContextConfig, EvalConfig, SpeedConfig
-from compress.environment import environment
+from compress.environment import environment, version_of
 from compress.errors import UserError
 from compress.export.formats import FORMATS, Weights
 from compress.model.families import Family, family_of
@@ -40,8 +42,10 @@ from compress.runtime.probe import head_errors
 from compress.user_cache import cache_dir
 from eval.blocks import block_divergence
 from eval.context import agreement, by_position
+from eval.engines.transformers_decode import open_transformers
+from eval.engines.vllm_decode import open_vllm
 from eval.retrieval import Haystack, build_haystack, score, summarize
-from eval.speed import Load, measure_speed
+from eval.speed import Decoder, Load, Point, measure_speed
 from eval.task_scores import packaged_tasks, score_tasks, task_sources, unknown_tasks
 from eval.text import evaluate_text
 
@@ -72,10 +76,8 @@ def measure_size(folder: ModelFolder) -> dict[str, Any]:
     # config.
     model.tie_weights()
     parameters = sum(p.numel() for p in model.parameters())
-    beside = [folder.path / f.sidecar for f in FORMATS.values() if f.sidecar is not None]
-    beside = [file for file in beside if file.exists()]
-    stored += sum(t.nbytes for file in beside for t in load_file(file).values())
-    file_bytes = sum(file.stat().st_size for file in (*folder.weight_files, *beside))
+    stored += sum(t.nbytes for file in _beside(folder) for t in load_file(file).values())
+    file_bytes = _file_bytes(folder)
     return {
         "bytes": file_bytes,
         "parameters": parameters,
@@ -83,6 +85,16 @@ def measure_size(folder: ModelFolder) -> dict[str, Any]:
         "bits_file": 8 * file_bytes / parameters,
         "kept": sorted(_kept(folder, family)),
     }
+
+
+def _beside(folder: ModelFolder) -> list[Path]:
+    """Files with weights that only our reader looks at."""
+    beside = [folder.path / f.sidecar for f in FORMATS.values() if f.sidecar is not None]
+    return [file for file in beside if file.exists()]
+
+
+def _file_bytes(folder: ModelFolder) -> int:
+    return sum(file.stat().st_size for file in (*folder.weight_files, *_beside(folder)))
 
 
 def _kept(folder: ModelFolder, family: Family) -> Iterator[str]:
@@ -352,14 +364,57 @@ def measure_context(
 
 def measure_decode(
     folders: Mapping[str, ModelFolder], config: SpeedConfig, device: torch.device
-) -> dict[str, dict[str, Any]]:
-    """Decode speed of each folder, interleaved; see eval.speed."""
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Decode speed of each folder by each engine, interleaved; see eval.speed.
+
+    Returns folder -> engine -> {load, engine, version, checkpoint_bytes} and what eval.speed found.
+    Raises RuntimeError if nothing could be measured.
+    """
+    load = Load(
+        points=tuple(Point(b, i, o) for i, o in config.patterns for b in config.batches),
+        warmup=config.warmup,
+        repeats=config.repeats,
+        seed=config.seed,
+        threads=config.threads,
+        together=config.together,
+        device=str(device),
+    )
+    labels = {
+        (name, engine): name if len(config.engines) == 1 else f"{name} ({engine})"
+        for name in folders
+        for engine in config.engines
+    }
     decoders = {
-        name: functools.partial(open_decoder, folder.path, str(device))
-        for name, folder in folders.items()
+        label: _opener(engine, folders[name], load) for (name, engine), label in labels.items()
     }
-    load = Load(**asdict(config))
-    return {
-        name: {"load": asdict(load), **result}
-        for name, result in measure_speed(decoders, load).items()
-    }
+    found = measure_speed(decoders, load)
+    results: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in folders}
+    for (name, engine), label in labels.items():
+        results[name][engine] = {
+            "load": asdict(config),
+            "engine": engine,
+            "version": version_of(engine),
+            "checkpoint_bytes": _file_bytes(folders[name]),
+            **found[label],
+        }
+    return results
+
+
+def check_engines(config: SpeedConfig) -> None:
+    """Raises UserError for an engine that is not installed here."""
+    for engine in config.engines:
+        if importlib.util.find_spec(engine) is None:
+            raise UserError(
+                f"speed.engines={engine} needs the package {engine} in this environment: install it, or "
+                "leave it out"
+            )
+
+
+def _opener(engine: str, folder: ModelFolder, load: Load) -> Callable[[], Decoder]:
+    if engine == "transformers":
+        return functools.partial(open_transformers, folder.path, load.device)
+    if engine == "vllm":
+        longest = max(point.input_length + point.output_length for point in load.points)
+        most = max(point.batch for point in load.points)
+        return functools.partial(open_vllm, folder.path, load.device, longest=longest, most=most)
+    return functools.partial(open_decoder, folder.path, load.device)

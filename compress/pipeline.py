@@ -28,6 +28,7 @@ from compress.export.formats import FORMATS
 from compress.kv_cache.stage import check as check_cache
 from compress.measure import (
     check_context,
+    check_engines,
     check_tasks,
     measure_accuracy,
     measure_blocks,
@@ -80,6 +81,8 @@ def check(run: Run, out: Path | None = None) -> None:
         check_tasks(settings.eval)
     if settings.context is not None:
         check_context(settings.context, model)
+    if settings.speed is not None:
+        check_engines(settings.speed)
     if out is not None and (out / RUN).exists():
         check_same(out, _decisive(run, model))
 
@@ -210,8 +213,9 @@ def _measured(
     if settings.speed is not None:
         log.info("measuring decode speed")
         speed = measure_decode({"base": model, "candidate": checkpoint}, settings.speed, run.device)
-        for row, found in speed.items():
-            rows[row]["speed"] = found
+        for row, engines in speed.items():
+            first, *others = engines.values()
+            rows[row]["speed"] = {**first, "other_engines": others}
     return rows
 
 

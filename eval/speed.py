@@ -1,31 +1,49 @@
 """Decode speed of several candidates on one machine, interleaved.
 
-Protocol: every candidate lives in a process of its own, so that its memory is its own. One request
-is prefill of ``input_length`` random tokens, then greedy decoding to ``output_length`` tokens, a
-batch at a time. After warm-up the candidates take turns, one request each, for ``repeats`` rounds:
-what else the machine does hits them alike, and the ratio within a round is what to trust.
+Protocol: every candidate lives in a process of its own, so that its memory is its own. They are loaded one
+after the other. A point is a batch size and a pattern (tokens in, tokens out); at every point each
+candidate answers ``warmup`` requests, then they take turns, one request each, for ``repeats`` rounds: what
+else the machine does hits them alike, and the ratio within a round is what to trust. One request is
+prefill of random tokens, then greedy decoding, a batch at a time. After each timed request the same process
+measures the read bandwidth of its memory.
 
-TTFT = request to first token. ITL = gap between two tokens after the first. tokens/s counts the output
-tokens of the batch over the time after the first token. Memory is the peak while decoding, after
-load.
+TTFT = request to first token. ITL = gap between two tokens after the first; its mean over a request is
+(end to end - TTFT) / (tokens out - 1). tokens/s counts the output tokens of the batch after the first
+over the time after the first. Share of roofline = (bytes that a step must read / read bandwidth) / median
+ITL, at the mean context of the decoding. Memory is the peak while decoding, after load, with the processes
+that a candidate starts.
+
+A point that a candidate refuses, as for want of memory, is noted with the reason, and so is a candidate
+that cannot be opened: the others are measured all the same.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import multiprocessing
+import signal
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from eval.memory import peak_cuda, peak_rss, reset_peak
+from eval.bandwidth import read_bandwidth, read_kernel
+from eval.memory import allocated_cuda, give_back, mark_peak, peak_cuda, peak_rss, rss
+
+log = logging.getLogger(__name__)
+
+# Seconds a candidate gets to end by itself.
+GRACE = 20
+# Characters of a reason that are kept.
+REASON = 300
+DIED = "its process died"
 
 
 class Decoder(Protocol):
@@ -34,26 +52,52 @@ class Decoder(Protocol):
     vocabulary: int
     kernels: dict[str, int]
 
-    def start(self, prompt: Tensor) -> Tensor:
-        """Prefill prompt (batch, length); the first token (batch, 1), computed when this returns."""
+    def start(self, prompt: Tensor, tokens: int) -> Tensor:
+        """Prefill prompt (batch, length); the first token (batch, 1), computed when this returns.
+
+        tokens: how many will be asked for in all, the first included
+        """
         ...
 
     def step(self) -> Tensor:
         """The next token (batch, 1), computed when this returns."""
         ...
 
+    def bytes_per_step(self, batch: int, context: int) -> int | None:
+        """Bytes a step must read: the weights as the kernels store them, and the cache of ``context`` tokens
+        for each sequence. None where the engine does not tell."""
+        ...
+
+
+@dataclass(frozen=True)
+class Point:
+    """One size of request: sequences at a time, tokens in and tokens out of each."""
+
+    batch: int
+    input_length: int
+    output_length: int
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, {self.input_length}/{self.output_length}"
+
+    @property
+    def context(self) -> int:
+        """Tokens in the cache at a step after the first token, on average."""
+        return self.input_length + self.output_length // 2
+
 
 @dataclass(frozen=True)
 class Load:
-    """What one request is made of, and how often it is asked."""
+    """What is asked, and how often. together: all candidates in memory at one time; otherwise one after the
+    other, and then no round has two of them. device: whose bandwidth counts"""
 
-    input_length: int
-    output_length: int
-    batch: int
+    points: tuple[Point, ...]
     warmup: int
     repeats: int
     seed: int
     threads: int | None
+    together: bool = True
+    device: str = "cpu"
 
 
 def measure_speed(
@@ -62,107 +106,278 @@ def measure_speed(
     """Speed and memory of each candidate under the same load.
 
     decoders: name -> a picklable function that opens the decoder, called in the candidate's process
-    Returns name -> {ttft_ms, ttft_ms_iqr, itl_ms_p50, itl_ms_p90, itl_ms_p99, tokens_per_s,
-    tokens_per_s_iqr, peak_rss, load_peak_rss, peak_cuda, kernels, rounds}, medians over the rounds;
+    Returns name -> {load_s, first_request_s (the first of all, cold), load_peak_rss, loaded_rss, loaded_cuda,
+    memory_since_load, read_kernel, points}, or of one that was not opened {refused, points}. A point is
+    {batch, input_length, output_length} with {ttft_ms, ttft_ms_iqr, ttft_ms_p90, itl_ms_mean, itl_ms_p50,
+    itl_ms_p90, itl_ms_p99, tokens_per_s, tokens_per_s_iqr, peak_rss, peak_cuda, kernels, bytes_per_step,
+    read_gb_s, share_of_roofline, rounds}, medians over the rounds, or with {refused}, a sentence.
     ``rounds`` keeps every round's TTFT and tokens/s for ratios.
 
-    Raises RuntimeError with the child's own message if a candidate fails.
+    Raises RuntimeError with a child's own message if nothing at all was measured.
     """
-    context = multiprocessing.get_context("spawn")
-    with ExitStack() as stack:
-        pipes: dict[str, Connection] = {}
-        for name, open_decoder in decoders.items():
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, open_decoder, load), daemon=True)
-            process.start()
-            theirs.close()
-            stack.callback(process.join, 10)
-            stack.callback(process.terminate)
-            pipes[name] = ours
-            # Loading one after the other: they would slow down each other's warm-up otherwise.
-            _receive(name, ours)
-        requests: dict[str, list[dict[str, Any]]] = {name: [] for name in decoders}
-        for _ in range(load.repeats):
-            for name, pipe in pipes.items():
-                pipe.send("request")
-                requests[name].append(_receive(name, pipe))
-        results = {}
-        for name, pipe in pipes.items():
-            pipe.send("finish")
-            results[name] = _summary(requests[name], load) | _receive(name, pipe)
+    groups = [dict(decoders)] if load.together else [{name: f} for name, f in decoders.items()]
+    results: dict[str, dict[str, Any]] = {}
+    for group in groups:
+        results |= _measure(group, load)
+    reasons = [
+        f"measuring {name}: {point['refused']}"
+        for name, result in results.items()
+        for point in result["points"]
+        if "refused" in point
+    ]
+    if len(reasons) == len(decoders) * len(load.points):
+        raise RuntimeError(reasons[0])
+    for reason in dict.fromkeys(reasons):
+        log.warning("%s", reason)
     return results
 
 
-def _receive(name: str, pipe: Connection) -> dict[str, Any]:
-    try:
-        message = pipe.recv()
-    except EOFError:
-        raise RuntimeError(f"measuring {name}: its process died") from None
-    if "error" in message:
-        raise RuntimeError(f"measuring {name}: {message['error']}")
-    return message
+def _measure(
+    decoders: Mapping[str, Callable[[], Decoder]], load: Load
+) -> dict[str, dict[str, Any]]:
+    """Candidates in memory at one time."""
+    with ExitStack() as stack:
+        candidates = [
+            # One after the other: they would slow down each other's load otherwise.
+            stack.enter_context(_Candidate(name, open_decoder, load))
+            for name, open_decoder in decoders.items()
+        ]
+        for point in load.points:
+            told = []
+            for candidate, answers in zip(
+                candidates, _requests(candidates, point, load), strict=True
+            ):
+                found = _summary(point, answers)
+                candidate.points.append(found)
+                speed = "refused" if "refused" in found else f"{found['tokens_per_s']:.1f}"
+                told.append(f"{candidate.name} {speed}")
+            log.info("%s, tokens/s: %s", point, "; ".join(told))
+        return {c.name: {**c.facts, "points": c.points} for c in candidates}
+
+
+class _Candidate:
+    """The parent's end of a candidate's process.
+
+    facts: of its load, ``first_request_s`` after its first request; only ``refused`` if it did not open
+    """
+
+    def __init__(self, name: str, open_decoder: Callable[[], Decoder], load: Load):
+        self.name = name
+        self.points: list[dict[str, Any]] = []
+        self.facts: dict[str, Any] = {}
+        self._arguments = (open_decoder, load)
+        self._died = False
+
+    def __enter__(self) -> Self:
+        self._start()
+        return self
+
+    def _start(self) -> None:
+        log.info("opening %s", self.name)
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        # Not a daemon: engines start processes themselves.
+        self._process = context.Process(target=_serve, args=(theirs, *self._arguments))
+        self._process.start()
+        theirs.close()
+        try:
+            facts = self._receive()
+        except BaseException:
+            self._end()
+            raise
+        self._died = False
+        self.facts = self.facts or facts
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pipe.close()
+        if kind is None:
+            # It reads the end of the pipe, and lets its engine end what that started.
+            self._process.join(GRACE)
+        self._end()
+
+    def _end(self) -> None:
+        self._process.terminate()
+        self._process.join(GRACE)
+        self._process.kill()
+
+    def revive(self) -> None:
+        """Open it again if it died, as where the system was short of memory."""
+        if self._died and "refused" not in self.facts:
+            self._end()
+            self._start()
+
+    def ask(self, point: Point, number: int) -> dict[str, Any]:
+        """One request. number: among those of the point, so that all candidates get the same prompts"""
+        if "refused" in self.facts:
+            return self.facts
+        try:
+            self._pipe.send((point, number))
+        except OSError:
+            return {"refused": DIED}
+        answer = self._receive()
+        if "gaps" in answer:
+            self.facts.setdefault("first_request_s", sum(answer["gaps"]))
+        return answer
+
+    def _receive(self) -> dict[str, Any]:
+        try:
+            return self._pipe.recv()
+        except (EOFError, OSError):
+            self._died = True
+            return {"refused": DIED}
+
+
+def _requests(
+    candidates: Sequence[_Candidate], point: Point, load: Load
+) -> list[list[dict[str, Any]]]:
+    """The timed answers of each candidate, by round; after a refusal nothing more is asked of it."""
+    answers: list[list[dict[str, Any]]] = [[] for _ in candidates]
+    refused: dict[int, dict[str, Any]] = {}
+
+    def ask(index: int, number: int, kept: list[dict[str, Any]]) -> None:
+        if index in refused:
+            return
+        answer = candidates[index].ask(point, number)
+        if "refused" in answer:
+            refused[index] = answer
+        kept.append(answer)
+
+    for index, candidate in enumerate(candidates):
+        candidate.revive()
+        for number in range(load.warmup):
+            ask(index, number, [])
+    for number in range(load.repeats):
+        for index in range(len(candidates)):
+            ask(index, load.warmup + number, answers[index])
+    return [[refused[i]] if i in refused else found for i, found in enumerate(answers)]
 
 
 def _serve(pipe: Connection, open_decoder: Callable[[], Decoder], load: Load) -> None:
-    """The candidate's process: load, warm up, then answer requests until told to finish."""
-    try:
-        if load.threads:
-            torch.set_num_threads(load.threads)
-        reset_peak()
-        decoder = open_decoder()
-        load_peak = peak_rss()
-        generator = torch.Generator().manual_seed(load.seed)
-        for _ in range(load.warmup):
-            _request(decoder, load, generator)
-        memory_since_load = reset_peak()
-        pipe.send({"ready": True})
-        while pipe.recv() == "request":
-            pipe.send(_request(decoder, load, generator))
-        pipe.send(
-            {
-                "load_peak_rss": load_peak,
-                "peak_rss": peak_rss(),
-                "memory_since_load": memory_since_load,
-                "peak_cuda": peak_cuda(),
-                "kernels": decoder.kernels,
-            }
-        )
-    except (EOFError, BrokenPipeError):
-        return  # the parent is gone, and with it whom to tell
-    except Exception as error:  # handed to the parent, which raises it
-        pipe.send({"error": f"{type(error).__name__}: {error}"})
+    """The candidate's process: open, then answer requests until nobody asks."""
+    # Ctrl-C reaches it too: it is the parent that stops, and ends it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with pipe:
+        try:
+            facts, decoder = _open(open_decoder, load)
+        except Exception as error:  # handed to the parent, which notes it
+            pipe.send({"refused": _reason(error)})
+            return
+        pipe.send(facts)
+        while True:
+            try:
+                point, number = pipe.recv()
+            except (EOFError, OSError):
+                return
+            try:
+                answer = _request(decoder, point, load, number)
+            except Exception as error:  # as above; most often a batch too large for the memory
+                answer = {"refused": _reason(error)}
+            # The error is gone by now, and with it the frames that held what did not fit.
+            if "refused" in answer:
+                give_back()
+            pipe.send(answer)
 
 
-def _request(decoder: Decoder, load: Load, generator: torch.Generator) -> dict[str, Any]:
-    prompt = torch.randint(decoder.vocabulary, (load.batch, load.input_length), generator=generator)
+def _open(open_decoder: Callable[[], Decoder], load: Load) -> tuple[dict[str, Any], Decoder]:
+    if load.threads:
+        torch.set_num_threads(load.threads)
+    give_back()
+    mark_peak()
+    start = time.perf_counter()
+    decoder = open_decoder()
+    seconds = time.perf_counter() - start
+    peak = peak_rss(tree=True)
+    give_back()
+    facts = {
+        "load_s": seconds,
+        "load_peak_rss": peak,
+        "loaded_rss": rss(tree=True),
+        "loaded_cuda": allocated_cuda(),
+        "memory_since_load": mark_peak(tree=True),
+        "read_kernel": read_kernel(torch.device(load.device)),
+    }
+    return facts, decoder
+
+
+def _reason(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first[:REASON]}"
+
+
+def _request(decoder: Decoder, point: Point, load: Load, number: int) -> dict[str, Any]:
+    if number == 0:
+        # What other points left behind is not of this one.
+        give_back()
+    generator = torch.Generator().manual_seed(load.seed + number)
+    shape = (point.batch, point.input_length)
+    prompt = torch.randint(decoder.vocabulary, shape, generator=generator)
+    mark_peak(tree=True)
     times = [time.perf_counter()]
-    decoder.start(prompt)
+    decoder.start(prompt, point.output_length)
     times.append(time.perf_counter())
-    for _ in range(load.output_length - 1):
+    for _ in range(point.output_length - 1):
         decoder.step()
         times.append(time.perf_counter())
-    gaps = [after - before for before, after in itertools.pairwise(times)]
-    return {"ttft": gaps[0], "itl": gaps[1:]}
+    answer = {
+        "gaps": [after - before for before, after in itertools.pairwise(times)],
+        "peak_rss": peak_rss(tree=True),
+        "peak_cuda": peak_cuda(),
+        "kernels": dict(decoder.kernels),
+        "bytes_per_step": decoder.bytes_per_step(point.batch, point.context),
+        "bandwidth": None,
+    }
+    if number >= load.warmup:
+        answer["bandwidth"] = _bandwidth(torch.device(load.device))
+    return answer
 
 
-def _summary(requests: list[dict[str, Any]], load: Load) -> dict[str, Any]:
-    ttft = [1e3 * r["ttft"] for r in requests]
-    speed = [load.batch * len(r["itl"]) / sum(r["itl"]) for r in requests]
-    itl = torch.tensor([1e3 * gap for r in requests for gap in r["itl"]])
+def _bandwidth(device: torch.device) -> float | None:
+    """None where there is no room for the buffer."""
+    try:
+        return read_bandwidth(device)
+    except (torch.OutOfMemoryError, MemoryError):
+        return None
+
+
+def _summary(point: Point, answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """A point of the results: what the timed requests of one candidate say."""
+    if "refused" in answers[0]:
+        return {**asdict(point), "refused": answers[0]["refused"]}
+    ttft = [1e3 * answer["gaps"][0] for answer in answers]
+    gaps = [[1e3 * gap for gap in answer["gaps"][1:]] for answer in answers]
+    means = [statistics.fmean(found) for found in gaps]
+    speed = [1e3 * point.batch / mean for mean in means]
+    itl = torch.tensor([gap for found in gaps for gap in found], dtype=torch.float64)
     p50, p90, p99 = (float(itl.quantile(q)) for q in (0.5, 0.9, 0.99))
+    nbytes = answers[-1]["bytes_per_step"]
+    read = [answer["bandwidth"] for answer in answers if answer["bandwidth"] is not None]
+    bandwidth = statistics.median(read) if read else None
+    cuda = [answer["peak_cuda"] for answer in answers if answer["peak_cuda"] is not None]
     return {
+        **asdict(point),
         "ttft_ms": statistics.median(ttft),
-        "ttft_ms_iqr": _iqr(ttft),
+        "ttft_ms_iqr": iqr(ttft),
+        "ttft_ms_p90": float(torch.tensor(ttft, dtype=torch.float64).quantile(0.9)),
+        "itl_ms_mean": statistics.median(means),
         "itl_ms_p50": p50,
         "itl_ms_p90": p90,
         "itl_ms_p99": p99,
         "tokens_per_s": statistics.median(speed),
-        "tokens_per_s_iqr": _iqr(speed),
+        "tokens_per_s_iqr": iqr(speed),
+        "peak_rss": max(answer["peak_rss"] for answer in answers),
+        "peak_cuda": max(cuda, default=None),
+        "kernels": answers[-1]["kernels"],
+        "bytes_per_step": nbytes,
+        "read_gb_s": None if bandwidth is None else bandwidth / 1e9,
+        "share_of_roofline": (
+            None if nbytes is None or bandwidth is None else nbytes / bandwidth / (p50 / 1e3)
+        ),
         "rounds": {"ttft_ms": ttft, "tokens_per_s": speed},
     }
 
 
-def _iqr(values: list[float]) -> float:
+def iqr(values: list[float]) -> float:
+    """Distance of the quartiles; 0 of a single value."""
     if len(values) < 2:
         return 0.0
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")

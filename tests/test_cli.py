@@ -19,8 +19,7 @@ QUICK = [
     "eval.tokens=512",
     "eval.window=128",
     "eval.tasks=[]",
-    "speed.input_length=8",
-    "speed.output_length=4",
+    "speed.patterns=[[8,4]]",
     "speed.repeats=2",
 ]
 
@@ -91,8 +90,11 @@ def test_a_run_folder_holds_what_it_should(
         assert candidate["size"]["bits_file"] == pytest.approx(
             8 * weights / base["size"]["parameters"]
         )
-        assert candidate["speed"]["kernels"] == {"int4-cpu": 21}
-        assert len(base["speed"]["rounds"]["tokens_per_s"]) == 2
+        (ours,), (theirs,) = candidate["speed"]["points"], base["speed"]["points"]
+        assert ours["kernels"] == {"int4-cpu": 21}
+        assert (ours["batch"], ours["input_length"], ours["output_length"]) == (1, 8, 4)
+        assert len(theirs["rounds"]["tokens_per_s"]) == 2
+        assert candidate["speed"]["checkpoint_bytes"] == weights
         assert metrics["compression"]["seconds"] > 0
         assert metrics["compression"]["audit"]["linears"] == 21
         assert (metrics["compression"]["calibration_tokens"] is None) == recipe.startswith("rtn")
@@ -132,9 +134,45 @@ def test_evaluate_and_bench_any_folder(
     found = json.loads(done.stdout)
     assert found["candidate"]["texts"] == run["candidate"]["texts"], "to the last bit"
     assert found["size"] == run["candidate"]["size"]
-    done = compress("bench", str(checkpoint), str(tiny.path), *QUICK[5:], cwd=cwd)
+
+
+def test_bench_measures_every_point_by_every_engine(
+    sweep: tuple[Path, subprocess.CompletedProcess[str]], tiny: ModelFolder
+) -> None:
+    cwd, _ = sweep
+    (checkpoint,) = cwd.glob("outputs/model/awq-int3/*/checkpoint")
+    done = compress(
+        "bench",
+        str(tiny.path),
+        str(checkpoint),
+        "engine=compress,transformers",
+        "speed.batches=[2,1]",
+        *QUICK[5:],
+        "--out",
+        "found.json",
+        cwd=cwd,
+    )
     assert done.returncode == 0, done.stderr
-    assert list(json.loads(done.stdout)) == [str(checkpoint), str(tiny.path)]
+    assert "batch 2, 8/4, tokens/s: model (compress)" in done.stderr
+    assert (cwd / "found.md").read_text() == done.stdout[:-1]
+    rows = [line.split("|")[1:5] for line in done.stdout.splitlines() if line.startswith("|")]
+    names = [[cell.strip() for cell in row] for row in rows]
+    assert names[2:10] == [
+        [batch, "8/4", folder, engine]
+        for batch in ("1", "2")
+        for folder in ("model", "checkpoint")
+        for engine in ("compress", "transformers")
+    ]
+    found = json.loads((cwd / "found.json").read_text())
+    assert found["command"] == (
+        "compress bench model checkpoint engine=compress,transformers speed.batches=[2,1] "
+        "speed.patterns=[[8,4]] speed.repeats=2"
+    )
+    assert str(cwd) not in json.dumps(found)
+    speed = found["folders"]["checkpoint"]["compress"]
+    assert [point["batch"] for point in speed["points"]] == [2, 1]
+    assert speed["points"][0]["kernels"] == {"int4-cpu": 21}
+    assert speed["load"]["engines"] == ["compress", "transformers"]
 
 
 MISTAKES = [
@@ -271,6 +309,37 @@ MISTAKES = [
     (["compare", "."], "no finished run below ."),
     (["verify", "nowhere"], "there is no folder nowhere"),
     (["evaluate", "./nowhere"], "model './nowhere' is neither"),
+    (["bench", "./nowhere"], "model './nowhere' is neither"),
+    (["bench", "speed.repeats=2"], "bench needs at least one FOLDER"),
+    (
+        ["bench", ".", "speed.output_length=8"],
+        "known are batches, engines, patterns, repeats, seed",
+    ),
+    (
+        ["bench", ".", "speed.patterns=[[128,1]]"],
+        "speed.patterns=[[128, 1]] is not allowed: choose pairs",
+    ),
+    (["bench", ".", "speed.patterns=[[128,8,1]]"], "is not allowed: choose pairs of tokens in"),
+    (["bench", ".", "speed.patterns=[]"], "speed.patterns=[] is not allowed: choose pairs"),
+    (
+        ["bench", ".", "speed.batches=[8,0]"],
+        "speed.batches=[8, 0] is not allowed: choose sizes of 1 or",
+    ),
+    (["bench", ".", "speed.batches=[]"], "speed.batches=[] is not allowed"),
+    (["bench", ".", "speed.repeats=0"], "speed.repeats=0 is not allowed: choose 1 or more"),
+    (
+        ["bench", ".", "engine=sglang"],
+        "speed.engines=sglang is not known: known are compress, transf",
+    ),
+    (["bench", ".", "speed.engines=[]"], "speed.engines=[] is not allowed: choose from compress"),
+    (
+        ["bench", ".", "--out", "x.txt"],
+        "--out x.txt is not allowed: choose a name that ends in .json",
+    ),
+    (
+        ["bench", ".", "--out", "no/x.json"],
+        "--out no/x.json cannot be written: there is no folder no",
+    ),
 ]
 
 
@@ -293,6 +362,22 @@ def test_mistakes_end_in_one_sentence(
     assert sentence in said.err
     assert said.out == ""
     assert not list(tmp_path.iterdir()), "a mistake must leave nothing behind"
+
+
+def test_an_engine_that_is_not_there_ends_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    for words in (["bench", ".", "engine=vllm"], ["recipe=rtn-int4", "speed.engines=[vllm]"]):
+        monkeypatch.setattr(sys, "argv", ["compress", *words])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        said = capsys.readouterr()
+        assert (stopped.value.code, said.out) == (2, "")
+        assert said.err == (
+            "compress: speed.engines=vllm needs the package vllm in this environment: install it, or leave "
+            "it out\n"
+        )
 
 
 def test_a_finished_folder_is_not_touched_by_a_refused_run(
@@ -325,7 +410,7 @@ def test_an_interrupt_ends_in_one_line_and_leaves_no_result(
 ) -> None:
     words = ["recipe=awq-int4", f"model={tiny.path}", f"data={text_file}", "eval=none"]
     words += ["data.sequences=4", "data.length=64", "scheme.group_size=32"]
-    words += ["speed.output_length=2000", "hydra.run.dir=out"]
+    words += ["speed.patterns=[[128,2000]]", "hydra.run.dir=out"]
     process = started(words, tmp_path, "measuring decode speed")
     process.send_signal(signal.SIGTERM)
     assert process.stderr is not None

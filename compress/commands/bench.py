@@ -1,32 +1,96 @@
-"""``compress bench FOLDER ...``: decode speed and memory of plain or exported folders, interleaved."""
+"""``compress bench FOLDER ...``: decode speed and memory of plain or exported folders, interleaved, at batch
+sizes and patterns, by one engine or several."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
+import sys
+from dataclasses import asdict
+from pathlib import Path
 
 from compress.compose import compose_settings, expand_shorthand
 from compress.config import device_of
+from compress.environment import environment
 from compress.errors import UserError
-from compress.measure import measure_decode
-from compress.model.folder import ModelFolder
+from compress.measure import check_engines, measure_decode
+from compress.model.folder import ModelFolder, write_json
 from compress.model.sources import resolve_model
+from compress.report.speed import bench_report
 
 
 def main(words: list[str]) -> int:
-    """Prints JSON: speed and memory of each folder under the same load."""
+    """Prints a table, or with --json all there is; 1 if a folder was not measured at all."""
     parser = argparse.ArgumentParser("compress bench", description=__doc__)
     parser.add_argument(
-        "words", nargs="+", metavar="FOLDER|KEY=VALUE", help="folders; speed.*, device"
+        "words",
+        nargs="+",
+        metavar="FOLDER|KEY=VALUE",
+        help="folders, the original first; speed.*, device, engine=NAME[,NAME]",
     )
-    asked = parser.parse_args(words)
-    overrides = [word for word in asked.words if "=" in word]
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--out", type=Path, help="FILE.json to write, with FILE.md beside it")
+    asked = parser.parse_intermixed_args(words)
+    overrides = [_expanded(word) for word in asked.words if "=" in word]
     names = [word for word in asked.words if "=" not in word]
     if not names:
         raise UserError("bench needs at least one FOLDER")
     settings = compose_settings(expand_shorthand(overrides))
     if settings.speed is None:
         raise UserError("speed=none leaves nothing to measure")
-    folders = {name: ModelFolder(resolve_model(name, None)) for name in names}
-    print(json.dumps(measure_decode(folders, settings.speed, device_of(settings)), indent=2))
-    return 0
+    check_engines(settings.speed)
+    if asked.out is not None:
+        _check_out(asked.out)
+    device = device_of(settings)
+    labels = short_names(names)
+    folders = {labels[name]: ModelFolder(resolve_model(name, None)) for name in names}
+    _tell_progress()
+    try:
+        results = measure_decode(folders, settings.speed, device)
+    except RuntimeError as error:
+        raise UserError(str(error)) from error
+    facts = environment(device)
+    found = {
+        # Folders by their short names: where they lie on this machine is of no use elsewhere.
+        "command": " ".join(["compress bench", *(labels.get(word, word) for word in asked.words)]),
+        "environment": facts,
+        "speed": asdict(settings.speed),
+        "folders": results,
+    }
+    report = bench_report(results, facts)
+    if asked.out is not None:
+        write_json(asked.out, found)
+        asked.out.with_suffix(".md").write_text(report, encoding="utf-8")
+    print(json.dumps(found, indent=2) if asked.json else report)
+    points = [speed["points"] for engines in results.values() for speed in engines.values()]
+    return int(any(all("refused" in point for point in of_one) for of_one in points))
+
+
+def _expanded(word: str) -> str:
+    key, _, value = word.partition("=")
+    return f"speed.engines=[{value}]" if key == "engine" else word
+
+
+def _check_out(out: Path) -> None:
+    if out.suffix != ".json":
+        raise UserError(f"--out {out} is not allowed: choose a name that ends in .json")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out} cannot be written: there is no folder {out.parent}")
+
+
+def short_names(words: list[str]) -> dict[str, str]:
+    """For each folder the least of the end of its path that tells it from the others."""
+    paths = {word: Path(word).expanduser().absolute().parts for word in words}
+    names = {}
+    for word, parts in paths.items():
+        others = {other for other in paths.values() if other != parts}
+        least = next(n for n in range(1, 99) if all(o[-n:] != parts[-n:] for o in others))
+        names[word] = Path(*parts[-least:]).as_posix()
+    return names
+
+
+def _tell_progress() -> None:
+    """What is measured goes to standard error as it is known."""
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("eval.speed").setLevel(logging.INFO)

@@ -127,19 +127,34 @@ def _headline(score: Mapping[str, float]) -> str | None:
 
 
 def _speed(speed: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> list[str]:
-    if not speed:
+    point = first_point(speed)
+    if point is None:
         return [ABSENT] * 4
-    tokens = f"{speed['tokens_per_s']:.1f} ±{speed['tokens_per_s_iqr'] / 2:.1f}"
-    if base:
-        tokens += f" ({speedup(speed, base):.2f}x)"
-    memory = speed["peak_rss"] if speed["peak_cuda"] is None else speed["peak_cuda"]
-    kernels = "+".join(speed["kernels"]) or "unquantized"
-    return [f"{speed['ttft_ms']:.0f}", tokens, f"{memory / 1e6:.0f}", kernels]
+    tokens = f"{point['tokens_per_s']:.1f} ±{point['tokens_per_s_iqr'] / 2:.1f}"
+    beside = first_point(base)
+    if beside is not None:
+        together = speed is None or speed["load"].get("together", True)
+        tokens += f" ({speedup(point, beside, together=together):.2f}x)"
+    memory = point["peak_cuda"] or point["peak_rss"]
+    kernels = "+".join(point["kernels"]) or "unquantized"
+    return [f"{point['ttft_ms']:.0f}", tokens, f"{memory / 1e6:.0f}", kernels]
 
 
-def speedup(speed: Mapping[str, Any], base: Mapping[str, Any]) -> float:
-    """Median over the rounds of candidate / original: both ran within a round, one after the other."""
-    pairs = zip(speed["rounds"]["tokens_per_s"], base["rounds"]["tokens_per_s"], strict=True)
+def first_point(speed: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The point of a speed that stands for it in the table; None if there is none, or it was refused."""
+    if not speed:
+        return None
+    # Runs of before there were points have the figures of their only one beside its load.
+    point = speed["points"][0] if "points" in speed else {**speed["load"], **speed}
+    return None if "refused" in point else point
+
+
+def speedup(point: Mapping[str, Any], base: Mapping[str, Any], *, together: bool = True) -> float:
+    """Candidate / original: the median over the rounds, in each of which both ran, one after the other; of
+    what did not run in the same rounds the ratio of the medians."""
+    if not together:
+        return point["tokens_per_s"] / base["tokens_per_s"]
+    pairs = zip(point["rounds"]["tokens_per_s"], base["rounds"]["tokens_per_s"], strict=True)
     return statistics.median(ours / theirs for ours, theirs in pairs)
 
 
@@ -180,12 +195,17 @@ def _legend(runs: list[dict[str, Any]]) -> str:
             f"{context['positions']['windows']} such windows of {context['text']}, every token through the "
             f"cache ({context['dtype']}); facts found in {lengths} tokens of it. See context.md of each run."
         )
-    if row.get("speed"):
+    if point := first_point(row.get("speed")):
         load = row["speed"]["load"]
+        rounds, ratio = (
+            ("interleaved rounds", "in the rounds of the same run")
+            if load.get("together", True)
+            else ("requests, one model AFTER the other", "of the medians")
+        )
         lines.append(
-            f"Speed: {load['input_length']} tokens in, {load['output_length']} out, batch {load['batch']}, "
-            f"median of {load['repeats']} interleaved rounds, ± half the interquartile range, (x) the "
-            f"ratio to the original in the rounds of the same run; peak memory "
+            f"Speed: {point['input_length']} tokens in, {point['output_length']} out, "
+            f"batch {point['batch']}, median of {load['repeats']} {rounds}, ± half the interquartile "
+            f"range, (x) the ratio to the original {ratio}; peak memory "
             f"{'while decoding' if row['speed']['memory_since_load'] else 'of the process'}. "
             f"{env['device']}, torch {env['versions']['torch']}."
         )

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from eval.speed import Load, measure_speed
+from eval.memory import mark_peak, peak_rss, rss
+from eval.speed import Load, Point, iqr, measure_speed
 
-LOAD = Load(input_length=5, output_length=6, batch=3, warmup=1, repeats=4, seed=0, threads=1)
+POINT = Point(batch=3, input_length=5, output_length=6)
+LOAD = Load(points=(POINT,), warmup=1, repeats=4, seed=0, threads=1)
+# Bytes that a step of the sleeper must read for each sequence and token of its context.
+PER_TOKEN = 1000
 
 
 class Sleeper:
@@ -18,31 +26,54 @@ class Sleeper:
 
     vocabulary = 100
 
-    def __init__(self, seconds: float, megabytes: int):
+    def __init__(self, seconds: float, megabytes: int = 1, most: int = 99):
         self.kernels = {"sleep": 1}
-        self.seconds = seconds
+        self.seconds, self.most = seconds, most
         self.ballast = torch.ones(megabytes, 2**20, dtype=torch.uint8)
+        self.left = 0
 
-    def start(self, prompt: torch.Tensor) -> torch.Tensor:
-        assert prompt.shape == (3, 5)
+    def start(self, prompt: torch.Tensor, tokens: int) -> torch.Tensor:
+        if len(prompt) > self.most:
+            raise torch.OutOfMemoryError(f"no room for {len(prompt)}\nand a second line")
         assert int(prompt.max()) < self.vocabulary
+        self.left = tokens
         time.sleep(5 * self.seconds)
-        return prompt[:, :1]
+        return self._token(prompt)
 
     def step(self) -> torch.Tensor:
         time.sleep(self.seconds)
-        return torch.zeros(3, 1)
+        return self._token(torch.zeros(1, 1))
+
+    def _token(self, like: torch.Tensor) -> torch.Tensor:
+        self.left -= 1
+        assert self.left >= 0, "more was asked for than start() was told"
+        return like[:, :1]
+
+    def bytes_per_step(self, batch: int, context: int) -> int | None:
+        return batch * context * PER_TOKEN
 
 
-class Broken:
-    vocabulary = 100
-    kernels: dict[str, int] = {}  # noqa: RUF012
+class Noting(Sleeper):
+    """Writes down what it is asked: the sum of the prompt, and its name."""
 
-    def start(self, prompt: torch.Tensor) -> torch.Tensor:
-        raise ValueError("out of order")
+    def __init__(self, name: str, file: Path, most: int = 99, deadly: int = 99):
+        super().__init__(0.0, most=most)
+        self.name, self.file, self.deadly = name, file, deadly
+        self._note("opened")
 
-    def step(self) -> torch.Tensor:
-        raise AssertionError
+    def start(self, prompt: torch.Tensor, tokens: int) -> torch.Tensor:
+        self._note(f"{tuple(prompt.shape)} {int(prompt.sum())}")
+        if len(prompt) == self.deadly:
+            os._exit(1)
+        return super().start(prompt, tokens)
+
+    def _note(self, what: str) -> None:
+        with self.file.open("a") as file:
+            file.write(f"{self.name}: {what}\n")
+
+
+def broken() -> Sleeper:
+    raise ValueError("out of order")
 
 
 def test_known_speeds_come_out() -> None:
@@ -53,19 +84,91 @@ def test_known_speeds_come_out() -> None:
         },
         LOAD,
     )
-    slow, fast = found["slow"], found["fast"]
+    (slow,), (fast,) = (found[name]["points"] for name in ("slow", "fast"))
     # Sleeping never takes less than asked; a busy machine makes it take more, so no upper bounds.
     assert slow["itl_ms_p50"] >= 50
     assert slow["itl_ms_p50"] <= slow["itl_ms_p90"] <= slow["itl_ms_p99"]
+    assert slow["itl_ms_mean"] >= 50
     assert slow["ttft_ms"] >= 250
+    assert slow["ttft_ms_p90"] >= slow["ttft_ms"]
     # Three sequences of five gaps each: tokens of the whole batch count.
     assert slow["tokens_per_s"] <= 3 / 0.05
+    assert slow["tokens_per_s"] == pytest.approx(3e3 / slow["itl_ms_mean"], rel=0.2)
     assert fast["tokens_per_s"] > slow["tokens_per_s"]
     assert len(slow["rounds"]["tokens_per_s"]) == 4
     assert slow["kernels"] == {"sleep": 1}
     assert slow["peak_rss"] - fast["peak_rss"] > 150 * 2**20
+    assert found["slow"]["loaded_rss"] - found["fast"]["loaded_rss"] > 150 * 2**20
+    # The first request is the first warm-up: one prompt and five steps.
+    assert found["slow"]["first_request_s"] >= 10 * 0.05
+    assert found["slow"]["load_s"] > 0
+    # 3 sequences of 5 tokens in and, on average, 3 of the 6 out.
+    assert slow["bytes_per_step"] == 3 * 8 * PER_TOKEN
+    assert 0.5 < slow["read_gb_s"] < 10_000
+    shortest = slow["bytes_per_step"] / (1e9 * slow["read_gb_s"])
+    assert slow["share_of_roofline"] == pytest.approx(shortest / (1e-3 * slow["itl_ms_p50"]))
 
 
-def test_a_failing_candidate_is_told() -> None:
+def test_candidates_take_turns_with_the_same_prompts(tmp_path: Path) -> None:
+    file = tmp_path / "asked"
+    names = ("a", "b")
+    points = (POINT, Point(1, 4, 2))
+    load = Load(points, warmup=1, repeats=3, seed=7, threads=1)
+    measure_speed({n: functools.partial(Noting, n, file) for n in names}, load)
+    lines = [line.split(": ") for line in file.read_text().splitlines()]
+    # One round of warm-up and three that count, at each point.
+    assert [name for name, _ in lines] == ["a", "b"] * (1 + 2 * (1 + 3))
+    asked = {name: [what for n, what in lines if n == name] for name in names}
+    assert asked["a"] == asked["b"]
+    assert len(set(asked["a"])) == 1 + 2 * 4, "a prompt that comes twice may be found in a cache"
+
+
+def test_a_refused_point_costs_no_other(tmp_path: Path) -> None:
+    """Also: apart, one candidate ends before the next begins."""
+    file = tmp_path / "asked"
+    points = tuple(Point(batch, 4, 3) for batch in (1, 8, 2))
+    load = Load(points, warmup=0, repeats=2, seed=0, threads=1, together=False)
+    found = measure_speed(
+        {
+            "small": functools.partial(Noting, "small", file, most=4),
+            "broken": broken,
+            "dying": functools.partial(Noting, "dying", file, deadly=8),
+        },
+        load,
+    )
+    assert [p["batch"] for p in found["small"]["points"]] == [1, 8, 2]
+    assert {name: [p.get("refused") for p in found[name]["points"]] for name in found} == {
+        "small": [None, "OutOfMemoryError: no room for 8", None],
+        "broken": ["ValueError: out of order"] * 3,
+        "dying": [None, "its process died", None],
+    }
+    assert found["broken"]["refused"] == "ValueError: out of order"
+    assert len(found["dying"]["points"][2]["rounds"]["ttft_ms"]) == 2
+    lines = file.read_text().splitlines()
+    # One that died is opened again for the next point.
+    opened = [i for i, line in enumerate(lines) if "opened" in line]
+    assert opened == [0, 6, 10]
+    assert [line.split(":")[0] for line in lines] == ["small"] * 6 + ["dying"] * 7
+
+
+def test_nothing_measured_is_told() -> None:
     with pytest.raises(RuntimeError, match="measuring bad: ValueError: out of order"):
-        measure_speed({"bad": Broken}, LOAD)
+        measure_speed({"bad": broken}, LOAD)
+
+
+def test_quartiles() -> None:
+    assert iqr([1.0]) == 0
+    assert iqr([1.0, 2.0, 3.0, 4.0, 5.0]) == 2
+
+
+def test_memory_counts_the_processes_that_were_started() -> None:
+    before = rss(tree=True) - rss()
+    code = "import sys; x = b'1' * 100_000_000; print('ready', flush=True); sys.stdin.read()"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert rss(tree=True) - rss() - before > 90e6
+        mark_peak(tree=True)
+        assert peak_rss(tree=True) - peak_rss() > 90e6
+        process.communicate(b"")

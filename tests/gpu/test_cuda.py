@@ -25,7 +25,9 @@ from compress.quantize.stage import quantize
 from compress.quantize.transforms import AwqClip, AwqScale, Opt, Smooth
 from compress.runtime.decoder import open_decoder
 from compress.runtime.load import load_dense
-from eval.speed import Load, measure_speed
+from eval.bandwidth import CUDA_BYTES
+from eval.engines.transformers_decode import open_transformers
+from eval.speed import Load, Point, measure_speed
 
 pytestmark = pytest.mark.gpu
 
@@ -91,16 +93,25 @@ def test_moments_lose_nothing_in_the_matrix_units() -> None:
 
 
 def test_speed_and_memory_are_of_the_device(tiny: ModelFolder) -> None:
-    load = Load(input_length=8, output_length=4, batch=2, warmup=1, repeats=2, seed=0, threads=None)
-    opener = functools.partial(open_decoder, tiny.path, "cuda")
-    found = measure_speed({"tiny": opener}, load)["tiny"]
-    assert found["tokens_per_s"] > 0
-    assert found["peak_cuda"] > sum(tiny.nbytes(name) for name in tiny.names)
+    point = Point(batch=2, input_length=8, output_length=4)
+    load = Load((point,), warmup=1, repeats=2, seed=0, threads=None, device="cuda")
+    openers = {
+        "ours": functools.partial(open_decoder, tiny.path, "cuda"),
+        "transformers": functools.partial(open_transformers, tiny.path, "cuda"),
+    }
+    weights = sum(tiny.nbytes(name) for name in tiny.names)
+    for found in measure_speed(openers, load).values():
+        assert found["loaded_cuda"] >= weights
+        (found,) = found["points"]
+        assert found["tokens_per_s"] > 0
+        # The buffer that bandwidth is measured with is not of the decoding.
+        assert weights < found["peak_cuda"] < CUDA_BYTES
+        assert found["read_gb_s"] > 500
 
 
 def test_decoding_on_the_device(tiny: ModelFolder, tokens: torch.Tensor) -> None:
     decoder = open_decoder(tiny.path, "cuda")
-    first = decoder.start(tokens[:2])
+    first = decoder.start(tokens[:2], 1)
     model = load_dense(tiny, torch.device("cuda"), torch.bfloat16)
     assert torch.equal(first, model(tokens[:2].cuda()).logits[:, -1].argmax(-1, keepdim=True))
 
@@ -183,7 +194,7 @@ def test_a_decoder_with_a_packed_cache(tiny: ModelFolder, tmp_path: Path) -> Non
     assert scheme is not None
     quantize_cache(tiny, tmp_path / "int4", scheme, tokens=None, device=torch.device("cpu"))
     decoder = open_decoder(tmp_path / "int4", "cuda")
-    decoder.start(torch.randint(256, (2, 150)))
+    decoder.start(torch.randint(256, (2, 150)), 1)
     for _ in range(40):
         decoder.step()
     assert decoder.kernels == {decode_attention.NAME: 3}

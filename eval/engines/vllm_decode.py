@@ -1,0 +1,107 @@
+"""vLLM's offline engine as a decoder: requests of token ids, the engine's own steps.
+
+On CUDA the engine runs in this process, with its graphs, so that its memory is seen; on a CPU it needs one
+process beside for its threads, as ``vllm serve`` does. Sampling is greedy, nothing stops early, nothing
+is detokenized, and no prompt is found in a cache of prefixes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Room in the cache beyond the tokens asked for: it is kept in blocks, of which one stays empty.
+BLOCK, SPARE_BLOCKS = 128, 8
+QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+
+
+class VllmDecoder:
+    """A batch is as many requests, added together and stepped until each has its next token."""
+
+    def __init__(self, engine: Any, version: str, vocabulary: int):
+        self.engine = engine
+        self.vocabulary = vocabulary
+        self.kernels = {f"vllm {version}": 1}
+        self._names = count()
+        self._open: list[str] = []
+        # Tokens that came and were not asked for yet, by request.
+        self._come: dict[str, list[int]] = {}
+
+    def start(self, prompt: Tensor, tokens: int) -> Tensor:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        if self._open:
+            # What an abandoned request left.
+            self.engine.abort_request(self._open)
+        sampling = SamplingParams(
+            temperature=0,
+            max_tokens=tokens,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        self._open = [str(next(self._names)) for _ in prompt]
+        self._come = {name: [] for name in self._open}
+        for name, row in zip(self._open, prompt.tolist(), strict=True):
+            self.engine.add_request(name, {"prompt_token_ids": row}, sampling)
+        return self.step()
+
+    def step(self) -> Tensor:
+        # A long prompt is read in pieces, and some steps hand over nothing.
+        while not all(self._come.values()):
+            for output in self.engine.step():
+                self._come[output.request_id] += output.outputs[0].token_ids
+        return torch.tensor([[tokens.pop(0)] for tokens in self._come.values()])
+
+    def bytes_per_step(self, batch: int, context: int) -> int | None:
+        return None
+
+
+def open_vllm(path: Path, device: str, *, longest: int, most: int) -> VllmDecoder:
+    """A decoder over the folder at ``path``; picklable by name, for a process of its own.
+
+    longest: tokens of a sequence; most: sequences at a time. The cache has room for these
+    """
+    on_cuda = torch.device(device).type == "cuda"
+    os.environ.update(QUIET)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if on_cuda else "1"
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    # Its own choice is a graphics card that is there.
+    if not on_cuda:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    import vllm
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    arguments = EngineArgs(
+        model=str(path),
+        max_model_len=longest,
+        max_num_seqs=most,
+        enforce_eager=not on_cuda,
+        enable_prefix_caching=False,
+        # All else would be taken before others are loaded beside it; the cache is given its size below.
+        gpu_memory_utilization=0.01,
+        kv_cache_memory_bytes=cache_bytes(config, longest, most),
+        disable_log_stats=True,
+        seed=0,
+    )
+    return VllmDecoder(
+        LLMEngine.from_engine_args(arguments), vllm.__version__, int(config["vocab_size"])
+    )
+
+
+def cache_bytes(config: dict[str, Any], longest: int, most: int) -> int:
+    """Bytes for ``most`` sequences of ``longest`` tokens in 16 bits, in whole blocks and a few more."""
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    states = 2 * config["num_hidden_layers"] * config.get("num_key_value_heads", heads) * head_dim
+    blocks = most * -(-longest // BLOCK) + SPARE_BLOCKS
+    return 2 * states * blocks * BLOCK
