@@ -198,7 +198,7 @@ def parse(settings: RecipeConfig) -> Run:
         roundings=_roundings(settings),
         search=None if search is None else _build("search", Search, search),
         repair=repairs[0] if repairs else None,
-        cache=None if settings.kv_cache is None else _cache_scheme(settings),
+        cache=cache_scheme_of(settings),
         prune=None if settings.prune is None else _build("prune", Prune, settings.prune),
         distill=None if settings.distill is None else _build("distill", Distill, settings.distill),
         device=device_of(settings),
@@ -283,10 +283,11 @@ def _check_settings_of_stages(settings: RecipeConfig) -> None:
         raise UserError(f"kv_cache is set, but no stage reads it: add stages=[{wanted}]")
 
 
-def _cache_scheme(settings: RecipeConfig) -> CacheScheme:
-    """The scheme of the cache, those of keys and values built by themselves."""
+def cache_scheme_of(settings: RecipeConfig) -> CacheScheme | None:
+    """The scheme of the cache, those of keys and values built by themselves. Raises UserError."""
     values = settings.kv_cache
-    assert values is not None
+    if values is None:
+        return None
     states = {
         name: _build(f"kv_cache.{name}", StateScheme, values.get(name) or {})
         for name in ("keys", "values")

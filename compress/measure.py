@@ -32,13 +32,15 @@ from compress.errors import UserError
 from compress.export.formats import FORMATS, Weights
 from compress.model.families import Family, family_of
 from compress.model.folder import DTYPES, ModelFolder, write_json
+from compress.model.shapes import PREFIX
 from compress.model.skeleton import empty_model
 from compress.model.sources import open_tokenizer
 from compress.progress import track
 from compress.runtime.cached import Caches, Reader, load_served
-from compress.runtime.decoder import open_decoder
+from compress.runtime.decoder import open_decoder, open_random
 from compress.runtime.load import load_dense
 from compress.runtime.probe import head_errors
+from compress.runtime.random import RandomModel
 from compress.user_cache import cache_dir
 from eval.blocks import block_divergence
 from eval.context import agreement, by_position
@@ -363,9 +365,9 @@ def measure_context(
 
 
 def measure_decode(
-    folders: Mapping[str, ModelFolder], config: SpeedConfig, device: torch.device
+    folders: Mapping[str, ModelFolder | RandomModel], config: SpeedConfig, device: torch.device
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Decode speed of each folder by each engine, interleaved; see eval.speed.
+    """Decode speed of each folder, or model of a shape, by each engine, interleaved; see eval.speed.
 
     Returns folder -> engine -> {load, engine, version, checkpoint_bytes} and what eval.speed found.
     Raises RuntimeError if nothing could be measured.
@@ -394,10 +396,14 @@ def measure_decode(
             "load": asdict(config),
             "engine": engine,
             "version": version_of(engine),
-            "checkpoint_bytes": _file_bytes(folders[name]),
+            "checkpoint_bytes": _bytes_on_disk(folders[name]),
             **found[label],
         }
     return results
+
+
+def _bytes_on_disk(folder: ModelFolder | RandomModel) -> int | None:
+    return _file_bytes(folder) if isinstance(folder, ModelFolder) else None
 
 
 def check_engines(config: SpeedConfig) -> None:
@@ -410,7 +416,13 @@ def check_engines(config: SpeedConfig) -> None:
             )
 
 
-def _opener(engine: str, folder: ModelFolder, load: Load) -> Callable[[], Decoder]:
+def _opener(engine: str, folder: ModelFolder | RandomModel, load: Load) -> Callable[[], Decoder]:
+    if isinstance(folder, RandomModel):
+        if engine != "compress":
+            raise UserError(
+                f"{PREFIX}{folder.shape} has no files that speed.engines={engine} could open: choose compress"
+            )
+        return functools.partial(open_random, folder, load.device)
     if engine == "transformers":
         return functools.partial(open_transformers, folder.path, load.device)
     if engine == "vllm":

@@ -11,13 +11,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 from compress.compose import compose_settings, expand_shorthand
-from compress.config import device_of
+from compress.config import cache_scheme_of, device_of, schemes_of
 from compress.environment import environment
 from compress.errors import UserError
 from compress.measure import check_engines, measure_decode
 from compress.model.folder import ModelFolder, write_json
+from compress.model.shapes import PREFIX, ShapeFolder
 from compress.model.sources import resolve_model
 from compress.report.speed import bench_report
+from compress.runtime.random import RandomModel
 
 
 def main(words: list[str]) -> int:
@@ -27,13 +29,14 @@ def main(words: list[str]) -> int:
         "words",
         nargs="+",
         metavar="FOLDER|KEY=VALUE",
-        help="folders, the original first; speed.*, device, engine=NAME[,NAME]",
+        help="folders, the original first, or shape:NAME[,scheme=,head=,kv_cache=], random weights built in "
+        "place; speed.*, device, engine=NAME[,NAME]",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--out", type=Path, help="FILE.json to write, with FILE.md beside it")
     asked = parser.parse_intermixed_args(words)
-    overrides = [_expanded(word) for word in asked.words if "=" in word]
-    names = [word for word in asked.words if "=" not in word]
+    names = [word for word in asked.words if "=" not in word or word.startswith(PREFIX)]
+    overrides = [_expanded(word) for word in asked.words if word not in names]
     if not names:
         raise UserError("bench needs at least one FOLDER")
     settings = compose_settings(expand_shorthand(overrides))
@@ -44,7 +47,7 @@ def main(words: list[str]) -> int:
         _check_out(asked.out)
     device = device_of(settings)
     labels = short_names(names)
-    folders = {labels[name]: ModelFolder(resolve_model(name, None)) for name in names}
+    folders = {labels[name]: _opened(name) for name in names}
     _tell_progress()
     try:
         results = measure_decode(folders, settings.speed, device)
@@ -67,6 +70,23 @@ def main(words: list[str]) -> int:
     return int(any(all("refused" in point for point in of_one) for of_one in points))
 
 
+def _opened(name: str) -> ModelFolder | RandomModel:
+    """A folder, or SHAPE with the numbers that are asked for: shape:llama-3.1-8b,scheme=int4,head=int8."""
+    if not name.startswith(PREFIX):
+        return ModelFolder(resolve_model(name, None))
+    shape, *words = name.removeprefix(PREFIX).split(",")
+    # Raises UserError now, not in a process of its own.
+    ShapeFolder(shape)
+    groups = {word.partition("=")[0].partition(".")[0] for word in words}
+    if not groups <= {"scheme", "head", "kv_cache"}:
+        raise UserError(f"{name} is not allowed: a shape takes scheme=, head= and kv_cache=")
+    settings = compose_settings(["recipe=rtn-int4", *words])
+    quantized = "scheme" in groups or "head" in groups
+    return RandomModel(
+        shape, schemes_of(settings) if quantized else None, cache_scheme_of(settings)
+    )
+
+
 def _expanded(word: str) -> str:
     key, _, value = word.partition("=")
     return f"speed.engines=[{value}]" if key == "engine" else word
@@ -81,8 +101,8 @@ def _check_out(out: Path) -> None:
 
 def short_names(words: list[str]) -> dict[str, str]:
     """For each folder the least of the end of its path that tells it from the others."""
-    paths = {word: Path(word).expanduser().absolute().parts for word in words}
-    names = {}
+    names = {word: word for word in words if word.startswith(PREFIX)}
+    paths = {w: Path(w).expanduser().absolute().parts for w in words if w not in names}
     for word, parts in paths.items():
         others = {other for other in paths.values() if other != parts}
         least = next(n for n in range(1, 99) if all(o[-n:] != parts[-n:] for o in others))

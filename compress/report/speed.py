@@ -89,7 +89,8 @@ def _loads(candidates: list[tuple[str, str, Mapping[str, Any]]]) -> str:
     rows = [["", "engine", "MB on disk", "opened in s", "first request s", "MB after load"]]
     for folder, engine, speed in candidates:
         name = f"{engine} {speed['version'] or ''}".strip()
-        cells = [folder, name, f"{speed['checkpoint_bytes'] / 1e6:.1f}"]
+        stored = speed["checkpoint_bytes"]
+        cells = [folder, name, ABSENT if stored is None else f"{stored / 1e6:.1f}"]
         if "refused" in speed:
             rows.append([*cells, *[ABSENT] * 3])
             continue

@@ -20,11 +20,10 @@ from compress.kv_cache.scheme import CacheScheme
 from compress.kv_cache.static import StaticCache
 from compress.model.folder import ModelFolder
 from compress.model.shapes import ShapeFolder
-from compress.quantize.scheme import Schemes
 from compress.runtime.attention import attention
 from compress.runtime.build import build
 from compress.runtime.network import Attend, Network
-from compress.runtime.random import RandomWeights
+from compress.runtime.random import RandomModel, RandomWeights
 from compress.runtime.sampling import GREEDY, Sampling
 from compress.runtime.weights import nbytes, waits
 
@@ -251,18 +250,13 @@ def open_decoder(path: Path, device: str, sampling: Sampling = GREEDY) -> Decode
     )
 
 
-def open_random(
-    shape: str, schemes: Schemes | None, cache: CacheScheme | None, device: str
-) -> Decoder:
-    """A decoder of random weights in a shape (``compress.model.shapes``), picklable by name.
-
-    schemes: of its weights, None: 16 bits; cache: of its cache, None: 16 bits
-    """
+def open_random(model: RandomModel, device: str) -> Decoder:
+    """A decoder of random weights, picklable by name. Raises UserError for a shape that is not known."""
     target = torch.device(device)
-    folder = ShapeFolder(shape)
-    network, kernels = build(RandomWeights(folder, schemes, target), target)
+    folder = ShapeFolder(model.shape)
+    network, kernels = build(RandomWeights(folder, model.schemes, target), target)
     scales = None
-    if cache is not None and cache.static:
+    if model.cache is not None and model.cache.static:
         one = torch.full((1,), FIXED, device=target)
         scales = [Scales(one, one)] * len(network.blocks)
     return Decoder(
@@ -271,6 +265,6 @@ def open_random(
         vocabulary=int(folder.config["vocab_size"]),
         dtype=folder.dtype,
         device=target,
-        scheme=cache,
+        scheme=model.cache,
         scales=scales,
     )

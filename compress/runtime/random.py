@@ -3,11 +3,12 @@ device, never written to a file."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from compress.kv_cache.scheme import CacheScheme
 from compress.model.families import family_of
 from compress.model.shapes import ShapeFolder
 from compress.quantize.qtensor import QTensor
@@ -15,6 +16,16 @@ from compress.quantize.scheme import Scheme, Schemes, make_grid, to_codes
 
 # What calibration would fix; any number does for speed.
 INPUT_SCALE = 0.05
+
+
+@dataclass(frozen=True)
+class RandomModel:
+    """A model of a shape (``compress.model.shapes``). schemes, cache: the numbers of its weights and of its
+    cache; None: 16 bits"""
+
+    shape: str
+    schemes: Schemes | None = None
+    cache: CacheScheme | None = None
 
 
 class RandomWeights:

@@ -13,6 +13,7 @@ import compress
 from compress.errors import UserError
 from compress.export import compressed_tensors
 from compress.export.formats import Weights
+from compress.kv_cache.scheme import CacheScheme, StateScheme
 from compress.model.folder import ModelFolder
 from compress.quantize.inputs import InputScheme
 from compress.quantize.rounding import Nearest
@@ -21,6 +22,7 @@ from compress.quantize.stage import quantize
 from compress.runtime.build import build
 from compress.runtime.decoder import Decoder, open_decoder, open_random
 from compress.runtime.load import load_dense
+from compress.runtime.random import RandomModel
 from compress.runtime.sampling import Sampling
 from compress.runtime.weights import Side
 
@@ -198,15 +200,23 @@ def test_sampling_is_seeded_and_keeps_to_the_likeliest(tiny: ModelFolder, tokens
     assert written(Sampling(temperature=1.0, top_k=1)) == written(Sampling())
 
 
-def test_a_random_model_of_a_shape(tmp_path: Path, tiny: ModelFolder) -> None:
+def test_a_random_model_of_a_shape(tiny: ModelFolder) -> None:
     """Any config: the numbers differ from the folder's, sizes and kernels do not."""
     schemes = Schemes(Scheme(4, "auto"), head=Scheme(8, "channel", True))
-    decoder = open_random(str(tiny.path / "config.json"), schemes, None, "cpu")
+    config = str(tiny.path / "config.json")
+    decoder = open_random(RandomModel(config, schemes), "cpu")
     assert sum(decoder.kernels.values()) == 22
     prompt = torch.randint(256, (2, 9))
     assert decoder.start(prompt, 2).shape == (2, 1)
+    assert torch.isfinite(decoder.logits).all()
+    # The cache of random states has fixed scales where calibration would find them.
+    fp8 = StateScheme("float", 8, "tensor")
+    cached = open_random(RandomModel(config, None, CacheScheme(fp8, fp8)), "cpu")
+    cached.start(prompt, 2)
+    cached.step()
+    assert torch.isfinite(cached.logits).all()
     with pytest.raises(UserError, match=r"shape:no-such is not known: known are llama-3\.2-1b"):
-        open_random("no-such", None, None, "cpu")
+        open_random(RandomModel("no-such"), "cpu")
 
 
 def test_load_gives_a_model_that_generates_on_the_kernels(
