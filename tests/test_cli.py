@@ -91,7 +91,8 @@ def test_a_run_folder_holds_what_it_should(
             8 * weights / base["size"]["parameters"]
         )
         (ours,), (theirs,) = candidate["speed"]["points"], base["speed"]["points"]
-        assert ours["kernels"] == {"int4-cpu": 21}
+        # 21 linears, the head, and attention in 3 blocks, by whatever runs on this machine.
+        assert sum(ours["kernels"].values()) == 25
         assert (ours["batch"], ours["input_length"], ours["output_length"]) == (1, 8, 4)
         assert len(theirs["rounds"]["tokens_per_s"]) == 2
         assert candidate["speed"]["checkpoint_bytes"] == weights
@@ -171,11 +172,24 @@ def test_bench_measures_every_point_by_every_engine(
     assert str(cwd) not in json.dumps(found)
     speed = found["folders"]["checkpoint"]["compress"]
     assert [point["batch"] for point in speed["points"]] == [2, 1]
-    assert speed["points"][0]["kernels"] == {"int4-cpu": 21}
+    assert sum(speed["points"][0]["kernels"].values()) == 25
     assert speed["load"]["engines"] == ["compress", "transformers"]
 
 
+def test_bench_measures_a_shape_without_a_folder(tiny: ModelFolder, tmp_path: Path) -> None:
+    config = f"shape:{tiny.path / 'config.json'}"
+    quantized = f"{config},scheme=int4,scheme.group_size=32,head=int8,kv_cache=int8"
+    done = compress("bench", config, quantized, *QUICK[5:], "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads(done.stdout)["folders"].values()
+    dense, packed = (found["compress"]["points"][0] for found in (first, second))
+    assert packed["bytes_per_step"] < 0.5 * dense["bytes_per_step"]
+    assert sum(packed["kernels"].values()) == 25
+
+
 MISTAKES = [
+    (["bench", "shape:gpt-9"], "shape:gpt-9 is not known: known are llama-3.2-1b"),
+    (["bench", "shape:llama-2-7b,data=x"], "a shape takes scheme=, head= and kv_cache="),
     (["recipe=awq-int5"], "recipe=awq-int5 is not known: known are awq-int3, awq-int4"),
     (["recipe=rtn-int4", "scheme.gruop_size=3"], "known are bits, group_size, inputs, symmetric"),
     (
