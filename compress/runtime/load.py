@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from compress.errors import UserError
 from compress.export.formats import Weights
 from compress.export.packing import pack_rows, unpack_rows
-from compress.kernels import int4_cpu, int8_cpu, w8a8
+from compress.kernels import cpu_linear, int4_cpu, int8_cpu, w8a8
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder
 from compress.model.skeleton import assign, empty_model
@@ -38,6 +38,8 @@ class PackedWeight(Protocol):
 
 def pack(q: QTensor, device: torch.device, dtype: torch.dtype) -> tuple[str, PackedWeight] | None:
     """The weight in the layout of the kernel that runs it here, and that kernel's name; None if none does."""
+    if cpu_linear.supports(q, device, dtype):
+        return cpu_linear.name(q), cpu_linear.CpuWeight.pack(q)
     if int4_cpu.supports(q, device, dtype):
         return int4_cpu.NAME, int4_cpu.Int4Weight.pack(q)
     if int8_cpu.supports(q, device, dtype):
