@@ -284,9 +284,11 @@ void multiply(
 #pragma GCC unroll 4
       for (int c = 0; c < CHAINS; ++c) sum[t][c] = _mm512_setzero_ps();
     for (const std::int64_t end = std::min(k + w.group, w.columns); k < end; k += COLUMNS) {
-#pragma GCC unroll 8
-      for (std::int64_t line = 0; line < STEP; line += 64)
-        _mm_prefetch(codes + AHEAD + line, _MM_HINT_T0);
+      // Codes of a byte last long enough for the CPU's own prefetching.
+      if constexpr (Codes<FORMAT>::REGISTERS < 8)
+#pragma GCC unroll 4
+        for (std::int64_t line = 0; line < STEP; line += 64)
+          _mm_prefetch(codes + AHEAD + line, _MM_HINT_T0);
       unpack.each(reinterpret_cast<const __m512i*>(codes), [&](int pair, __m512i values) {
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) {
@@ -330,8 +332,11 @@ void multiply_rows(
   };
   std::int64_t k = 0;
   for (; k + COLUMNS <= columns; k += COLUMNS) {
+    // The next rows as one stream: the CPU foresees a row at a time, not R short ones side by side.
+    if constexpr (R > 1)
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) _mm_prefetch(rows + r * columns + k + AHEAD / 2, _MM_HINT_T0);
+      for (int r = 0; r < R; ++r)
+        _mm_prefetch(rows + R * columns + R * k + COLUMNS * r, _MM_HINT_T1);
     add(k, 0xffffffff);
   }
   if (k < columns) add(k, (1u << (columns - k)) - 1);
@@ -343,7 +348,8 @@ void multiply_rows(
 
 template <int T>
 void multiply_dense(const Weight& w, std::int64_t block, const BFloat16* x, __m512* y) {
-  constexpr int R = T < TOKENS ? 4 : 2;
+  // One token: a row after the other as memory has them. More: rows that share what is read of x.
+  constexpr int R = T == 1 ? 1 : 4;
   alignas(64) float sums[T * ROWS] = {};
   const std::int64_t rows = std::min(ROWS, w.rows - block * ROWS);
   const auto* from = reinterpret_cast<const BFloat16*>(w.codes) + block * ROWS * w.columns;
@@ -623,6 +629,8 @@ Tensor dequantize(
 // Tokens of a stretch of the context at least, and stretches of a long one at most. Neither depends on the
 // threads, so neither do the results.
 constexpr std::int64_t LEAST = 128, STRETCHES = 16;
+// Tokens whose values are added at once: they stay in the first cache while more heads come for them.
+constexpr std::int64_t TILE = 32;
 
 struct Attention {
   const BFloat16* qkv;  // (batch, heads + 2 kv_heads, head_dim)
@@ -677,20 +685,23 @@ inline __m512 add_across(const __m512* x) {
   return merge(merge(quads[0], quads[1]), merge(quads[2], quads[3]));
 }
 
-// Scores of up to 16 keys; those beyond count are -infinity.
+// Scores of 16 keys, or of fewer with -infinity behind them.
+template <bool WHOLE>
 inline __m512 score(
     const BFloat16* q, const BFloat16* keys, std::int64_t stride, std::int64_t count,
     std::int64_t head_dim) {
   __m512 sum[16];
+#pragma GCC unroll 16
   for (auto& value : sum) value = _mm512_setzero_ps();
   for (std::int64_t d = 0; d < head_dim; d += COLUMNS) {
     const __m512i query = load(q + d);
 #pragma GCC unroll 16
     for (std::int64_t i = 0; i < 16; ++i)
-      sum[i] = dot(sum[i], load(keys + std::min(i, count - 1) * stride + d), query);
+      sum[i] = dot(sum[i], load(keys + (WHOLE ? i : std::min(i, count - 1)) * stride + d), query);
   }
-  const __mmask16 mask = count < 16 ? (1u << count) - 1 : 0xffff;
-  return _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), mask, add_across(sum));
+  const __m512 scores = add_across(sum);
+  if (WHOLE) return scores;
+  return _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), (1u << count) - 1, scores);
 }
 
 // Adds the values of some tokens to those of H heads. probabilities (H, pitch); weighted (H, head_dim)
@@ -719,6 +730,14 @@ void add_values(
       _mm512_storeu_ps(weighted + h * head_dim + d + 16, odd[h]);
     }
   }
+}
+
+// Asks memory for tokens that come next; heads read them in another order than they lie there.
+inline void fetch(
+    const BFloat16* from, std::int64_t tokens, std::int64_t stride, std::int64_t head_dim) {
+  for (std::int64_t i = 0; i < tokens; ++i)
+    for (std::int64_t d = 0; d < head_dim; d += COLUMNS)
+      _mm_prefetch(from + i * stride + d, _MM_HINT_T0);
 }
 
 // One stretch of the context for one kv head and the query heads that share it.
@@ -753,17 +772,22 @@ void attend(const Attention& a, std::int64_t unit) {
   for (std::int64_t h = 0; h < shared; ++h)
     rotate(a, batch, token + (kv * shared + h) * D, queries.data() + h * D);
   const __m512 scaling = _mm512_set1_ps(a.scaling);
-  for (std::int64_t i = 0; i < count; i += 16)
+  const std::int64_t stride = a.key_strides[2];
+  for (std::int64_t i = 0; i < count; i += 16) {
+    fetch(keys + (i + 16) * stride, 16, stride, D);
     for (std::int64_t h = 0; h < shared; ++h) {
-      const __m512 scores = score(
-          queries.data() + h * D, keys + i * a.key_strides[2], a.key_strides[2], count - i, D);
+      const BFloat16 *q = queries.data() + h * D, *from = keys + i * stride;
+      const __m512 scores = count - i >= 16 ? score<true>(q, from, stride, 16, D)
+                                            : score<false>(q, from, stride, count - i, D);
       _mm512_storeu_ps(probabilities.data() + h * pitch + i, _mm512_mul_ps(scores, scaling));
     }
+  }
   for (std::int64_t h = 0; h < shared; ++h) {
     float* row = probabilities.data() + h * pitch;
-    largest[h] = *std::max_element(row, row + count);
-    const __m512 top = _mm512_set1_ps(largest[h]);
-    __m512 sum = _mm512_setzero_ps();
+    __m512 top = _mm512_loadu_ps(row), sum = _mm512_setzero_ps();
+    for (std::int64_t i = 16; i < pitch; i += 16) top = _mm512_max_ps(top, _mm512_loadu_ps(row + i));
+    largest[h] = _mm512_reduce_max_ps(top);
+    top = _mm512_set1_ps(largest[h]);
     for (std::int64_t i = 0; i < pitch; i += 16) {
       const __m512 p = exponential(_mm512_sub_ps(_mm512_loadu_ps(row + i), top));
       _mm512_storeu_ps(row + i, p);
@@ -771,13 +795,14 @@ void attend(const Attention& a, std::int64_t unit) {
     }
     sums[h] = _mm512_reduce_add_ps(sum);
   }
-  // In pieces that stay in the first cache while heads beyond the fourth come for them again.
-  for (std::int64_t i = 0; i < count; i += LEAST)
+  const std::int64_t value_stride = a.value_strides[2];
+  for (std::int64_t i = 0; i < count; i += TILE) {
+    fetch(values + (i + TILE) * value_stride, TILE, value_stride, D);
     for (std::int64_t h = 0; h < shared; h += 4) {
       const auto add = [&]<int H>() {
         add_values<H>(
-            probabilities.data() + h * pitch + i, pitch, values + i * a.value_strides[2],
-            a.value_strides[2], std::min(LEAST, count - i), D, weighted + h * D);
+            probabilities.data() + h * pitch + i, pitch, values + i * value_stride, value_stride,
+            std::min(TILE, count - i), D, weighted + h * D);
       };
       switch (shared - h) {
         case 1: add.template operator()<1>(); break;
@@ -786,6 +811,7 @@ void attend(const Attention& a, std::int64_t unit) {
         default: add.template operator()<4>();
       }
     }
+  }
 }
 
 // The stretches of one head, added up. y bf16 (head_dim)

@@ -26,9 +26,9 @@ STORED = (2, 3, 4, 8)
 DENSE = 16
 # What cpu.cpp calls the floating-point formats.
 FLOATS = {4: 104, 8: 108}
-# Tokens up to which the kernel is faster than the product of the whole weight in bf16, dequantized for it or
-# not.
-FEW, FEW_DENSE = 16, 8
+# Tokens up to which the kernel is faster than torch's product with the whole weight in bf16, dequantized for
+# it where it is not in bf16: codes of a byte are two products each.
+FEW = {2: 128, 3: 128, 4: 128, 8: 48, DENSE: 64}
 
 
 def reference(x: Tensor, q: QTensor) -> Tensor:
@@ -97,7 +97,7 @@ class CpuWeight:
     def dense(cls, W: Tensor) -> CpuWeight:
         """A weight in 16 bits, of which no copy is made."""
         out_features, in_features = W.shape
-        few = FEW_DENSE * in_features
+        few = FEW[DENSE] * in_features
         return cls(W, None, None, DENSE, in_features, out_features, in_features, few)
 
     @classmethod
@@ -115,7 +115,7 @@ class CpuWeight:
             min(q.group_size, in_features),
             out_features,
             in_features,
-            FEW * in_features,
+            FEW[bits] * in_features,
             q.inputs,
             q.input_scale,
         )

@@ -65,7 +65,7 @@ def test_products(scheme: Scheme, shape: tuple[int, int]) -> None:
     q = quantized(scheme, shape)
     assert supports(q, CPU, BF16)
     weight = CpuWeight.pack(q)
-    for tokens in (1, 2, 3, 7, 16, 40):
+    for tokens in (1, 2, 3, 7, 16, 40, 129):
         x = torch.randn(tokens, shape[1]).to(BF16)
         y = weight.matmul(x)
         assert (y.shape, y.dtype) == ((tokens, shape[0]), BF16)
@@ -95,14 +95,14 @@ def test_sixteen_bits_without_a_copy(shape: tuple[int, int]) -> None:
     weight = CpuWeight.dense(W)
     assert weight.codes is W
     assert weight.nbytes == W.nbytes
-    for tokens in (1, 2, 3, 7, 16):
+    for tokens in (1, 2, 3, 7, 16, 40, 65):
         x = torch.randn(tokens, shape[1]).to(BF16)
         assert off(weight.matmul(x), x.float() @ W.float().T) < ROUNDING, tokens
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8", "bf16"])
 @pytest.mark.parametrize("fusion", range(16))
-@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("tokens", [1, 3, 70])
 @pytest.mark.parametrize("rows", [192, 80])
 def test_what_surrounds_the_product(kind: str, fusion: int, tokens: int, rows: int) -> None:
     norm, bias, gated, added = (bool(fusion & bit) for bit in (1, 2, 4, 8))
