@@ -18,6 +18,7 @@ from typing import Any
 
 import datasets
 
+from compress.environment import cache_dir
 from compress.errors import UserError
 
 # File suffix -> name of the loader in `datasets`.
@@ -29,14 +30,6 @@ LOADERS = {
     ".text": "text",
     ".parquet": "parquet",
 }
-
-
-def cache_dir() -> Path:
-    """The user cache of this project: ``$XDG_CACHE_HOME/compress`` or ``~/.cache/compress``."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    path = Path(base).expanduser() / "compress"
-    path.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 def _version(package: str) -> str:

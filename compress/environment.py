@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -42,6 +43,14 @@ def version_of(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def cache_dir() -> Path:
+    """The user cache of this project: ``$XDG_CACHE_HOME/compress`` or ``~/.cache/compress``."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    path = Path(base).expanduser() / "compress"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _commit() -> str | None:

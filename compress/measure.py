@@ -22,10 +22,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from calibration.texts import cache_dir, load_texts
+from calibration.texts import load_texts
 from calibration.tokens import TokenBlocks, evaluation_windows
 from compress.config import ContextConfig, EvalConfig, SpeedConfig
-from compress.environment import environment
+from compress.environment import cache_dir, environment
 from compress.errors import UserError
 from compress.export.formats import FORMATS, Weights
 from compress.model.families import Family, family_of

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from calibration.texts import cache_dir
+from compress.environment import cache_dir
 from compress.errors import UserError
 from compress.model.folder import READABLE, ModelFolder
 
