@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compress.kernels.fusion import Fusion, around
 from compress.quantize.qtensor import QTensor
 
 NAME = "int4-cpu"
@@ -76,3 +77,7 @@ class Int4Weight:
             x.flatten(0, -2), self.packed, self.group_size, self.scales_and_offsets
         )
         return y.unflatten(0, x.shape[:-1])
+
+    def fused(self, x: Tensor, fusion: Fusion, residual: Tensor | None = None) -> Tensor:
+        """The product with what surrounds it, step by step."""
+        return around(self.matmul, x, fusion, residual)

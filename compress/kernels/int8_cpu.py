@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compress.kernels.fusion import Fusion, around
 from compress.quantize.qtensor import QTensor
 
 NAME = "int8-cpu"
@@ -59,3 +60,7 @@ class Int8Weight:
         else:
             y = torch.ops.aten._weight_int8pack_mm(flat, self.weight, self.scale)
         return y.unflatten(0, x.shape[:-1])
+
+    def fused(self, x: Tensor, fusion: Fusion, residual: Tensor | None = None) -> Tensor:
+        """The product with what surrounds it, step by step."""
+        return around(self.matmul, x, fusion, residual)

@@ -6,8 +6,8 @@ matrix unit; many through torch's product with W dequantized for the call. A tok
 instructions a weight whatever the format, which is what a Hopper GPU has to spare at the speed of its memory.
 
 Layout. A tile is 128 columns of 8 rows, a linear run of 32-bit words; K is filled up with zeros. A lane of
-four holds 32 columns of a row: column c is lane c / 4 % 4, place c % 4 + 4 (c / 16), so that what a lane reads
-is what the matrix unit wants from it and nothing is exchanged. Two neighbours lie 16 bits apart in a word:
+four holds 32 columns of a row: column c is lane c / 4 % 4, place c % 4 + 4 (c / 16), so that a lane reads
+what the matrix unit wants from it and nothing is exchanged. Two neighbours lie 16 bits apart in a word:
 one operation unpacks both. 3 bits are a plane of 2 and a plane of 1. Scales and zero points of a chunk of 8
 rows lie side by side, a run for each group. Weights in 16 bits stay as they are.
 
@@ -143,7 +143,9 @@ def _rounds(inputs: InputScheme, columns: int) -> bool:
 def pack_plane(codes: Tensor, bits: int) -> Tensor:
     """Codes uint8 (out, in) below 2^bits -> int32 (chunks of 8 rows, tiles, words)."""
     chunks, tiles = -(-codes.shape[0] // ROWS), -(-codes.shape[1] // TILE)
-    out = torch.empty(chunks, tiles, TILE * ROWS * bits // 32, dtype=torch.int32, device=codes.device)
+    out = torch.empty(
+        chunks, tiles, TILE * ROWS * bits // 32, dtype=torch.int32, device=codes.device
+    )
     step = max(1, CODES_AT_ONCE // (ROWS * tiles * TILE))
     place = torch.arange(32 // bits, device=codes.device)
     shift = (place // 2 * bits + place % 2 * 16).to(torch.int32)
@@ -180,7 +182,11 @@ def _in_chunks(part: Tensor, groups: int) -> Tensor:
     """One number a row and group, (out, groups at hand), as int32 words (chunks, groups, words), each of as
     many rows as fit."""
     part = torch.nn.functional.pad(part, (0, groups - part.shape[1], 0, -len(part) % ROWS))
-    return part.unflatten(0, (-1, ROWS)).transpose(1, 2).contiguous().view(torch.int32)
+    # Cloned: sizes of 1 would keep strides that no view in words can have.
+    part = (
+        part.unflatten(0, (-1, ROWS)).transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    )
+    return part.view(torch.int32)
 
 
 @dataclass(frozen=True)
@@ -188,7 +194,7 @@ class TritonWeight:
     """A weight as the kernels read it.
 
     words: int32 (chunks, tiles, words), or the weight itself in 16 bits (out, in)
-    bits: int32, the plane of bit 0 of 3-bit codes
+    bits: int32, the plane of the upper bit of 3-bit codes
     scale, zero: int32 (chunks, groups, words) of a group; scale float32 (row blocks, tiles) in blocks
     row_scale: float32 (out,) where a row has one
     shape: (out, in); scale_dtype: of what scale holds
@@ -213,7 +219,7 @@ class TritonWeight:
         codes, scale = q.codes.to(device), q.scale.to(device)
         zero = None if q.zero is None else q.zero.to(device)
         if layout.bits == 3:
-            words, bits = pack_plane(codes >> 1, 2), pack_plane(codes & 1, 1)
+            words, bits = pack_plane(codes & 3, 2), pack_plane(codes >> 2, 1)
         else:
             words, bits = pack_plane(codes, layout.bits), None
         row_scale, kept = None, scale
@@ -262,7 +268,8 @@ class TritonWeight:
 
     def key(self, tokens: int) -> Key:
         device, _ = tuning.device_facts(self.words.device)
-        return Key(device, self.name, self.layout.group, *self.shape, tuning.bucket(tokens))
+        N, K = self.shape
+        return Key(device, self.name, self.layout.group, N, K, tuning.bucket(tokens))
 
     def matmul(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in its dtype."""
@@ -353,11 +360,14 @@ class TritonWeight:
 
     def _pointers(self, blank: Tensor) -> tuple[Tensor, ...]:
         """blank: stands in for what this weight has not"""
-        parts = (self.words, self.bits, self.scale, self.zero, self.row_scale)
+        # The interpreter does not calculate in bfloat16.
+        wide = self.words.dtype == torch.bfloat16 and blank.device.type == "cpu"
+        words = self.words.float() if wide else self.words
+        parts = (words, self.bits, self.scale, self.zero, self.row_scale)
         return tuple(blank if part is None else part for part in parts)
 
     def _constants(self, half: torch.dtype, device: torch.device) -> dict[str, Any]:
-        from compress.kernels.triton_linear import tl
+        import triton.language as tl
 
         types = {
             torch.float16: tl.float16,
@@ -381,7 +391,9 @@ class TritonWeight:
     ) -> tuple[Tensor, Tensor]:
         """x (tokens, in) behind its norm and its rounding, in dtype, and the scales of its levels: float32
         (tokens,) or (tiles, tokens)."""
-        from compress.kernels.triton_linear import prepare_kernel, tl
+        import triton.language as tl
+
+        from compress.kernels.triton_linear import prepare_kernel
 
         M, K = x.shape
         per = None if self.inputs is None else self.inputs.per
@@ -408,17 +420,13 @@ class TritonWeight:
         )
         return y, scale
 
-    def _launch(
-        self, x: Tensor, fusion: Fusion, residual: Tensor | None, config: Config
-    ) -> Tensor:
+    def _launch(self, x: Tensor, fusion: Fusion, residual: Tensor | None, config: Config) -> Tensor:
         from compress.kernels.triton_linear import linear_kernel, reduce_kernel
 
         (M, K), (N, _) = x.shape, self.shape
         norm, scale = fusion.norm, x
         wide = config.path == "wide"
-        if self.inputs is not None or (
-            norm is not None and (wide or len(x) > tuning.NORM_ROWS)
-        ):
+        if self.inputs is not None or (norm is not None and (wide or len(x) > tuning.NORM_ROWS)):
             x, scale = self._rounded(x, x.dtype, norm, fusion.eps)
             norm = None
         half = x.dtype if x.dtype in MAGIC else torch.bfloat16

@@ -9,6 +9,8 @@ import triton.language as tl
 TILE = tl.constexpr(128)
 # 1.5 * 2**23: a float32 below 2**22 that it is added to and taken from is rounded, ties to even.
 ROUNDER = tl.constexpr(12582912.0)
+# 0x80008000 as a signed number.
+SIGNS = tl.constexpr(0x80008000 - 2**32)
 
 
 @triton.jit
@@ -23,12 +25,44 @@ def _words(ptr, chunk, tile, tiles, S: tl.constexpr, R: tl.constexpr, BITS: tl.c
 
 
 @triton.jit
+def _fields(w, BITS: tl.constexpr):
+    """Words shifted by each multiple of BITS below 16, in their order along new dimensions."""
+    if BITS == 8:
+        return tl.join(w, w >> 8)
+    else:
+        fourth = tl.join(tl.join(w, w >> 8), tl.join(w >> 4, w >> 12))
+        if BITS == 4:
+            return fourth
+        else:
+            return tl.join(fourth, fourth >> 2)
+
+
+@triton.jit
+def _bits(w):
+    """Words shifted so that each of their 16 pairs of bits comes to lie at bit 2."""
+    even = tl.join(
+        tl.join(tl.join(w << 2, w >> 6), tl.join(w >> 2, w >> 10)),
+        tl.join(tl.join(w, w >> 8), tl.join(w >> 4, w >> 12)),
+    )
+    odd = tl.join(
+        tl.join(tl.join(w << 1, w >> 7), tl.join(w >> 3, w >> 11)),
+        tl.join(tl.join(w >> 1, w >> 9), tl.join(w >> 5, w >> 13)),
+    )
+    return tl.join(even, odd)
+
+
+@triton.jit
 def _halves(pairs, HALF: tl.constexpr, DTYPE: tl.constexpr):
-    """Words of two 16-bit floats as these, in one dimension more. DTYPE is HALF but for the interpreter,
-    which does not calculate in bfloat16."""
-    low = pairs.to(tl.int16).to(HALF, bitcast=True)
-    high = (pairs >> 16).to(tl.int16).to(HALF, bitcast=True)
-    return tl.join(low, high).to(DTYPE)
+    """Words of two 16-bit floats as these, in one dimension more. DTYPE is HALF, or float32: the interpreter
+    does not calculate in bfloat16."""
+    if HALF == tl.bfloat16 and tl.float32 == DTYPE:
+        low = (pairs << 16).to(tl.float32, bitcast=True)
+        high = (pairs & -65536).to(tl.float32, bitcast=True)
+        return tl.join(low, high)
+    else:
+        low = pairs.to(tl.int16).to(HALF, bitcast=True)
+        high = (pairs >> 16).to(tl.int16).to(HALF, bitcast=True)
+        return tl.join(low, high).to(DTYPE)
 
 
 @triton.jit
@@ -41,70 +75,80 @@ def _columns(x, S: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def _codes(w_ptr, bits_ptr, chunk, tile, tiles, magic, N, K, S: tl.constexpr, R: tl.constexpr,
-           BITS: tl.constexpr, FLOAT: tl.constexpr, HALF: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+           BITS: tl.constexpr, FLOAT: tl.constexpr, WIDE: tl.constexpr, HALF: tl.constexpr,
+           DTYPE: tl.constexpr):  # fmt: skip
     """One tile a slice, DTYPE (S, R, TILE): floats; or integers plus BASE, which ``_levels`` takes off.
     Weights in 16 bits lie as they are, row after row.
 
     Codes become floats in the mantissa of 128 (bfloat16) or 1024 (float16), two in one operation and without
-    the slow conversion. ``magic`` is that number twice: as a constant it would cost an operation more.
+    the slow conversion. ``magic`` is that number twice.
     """
-    if BITS == 3:
-        # Bits 1 and 2 are one plane, bit 0 the other. The shifts are known when this is compiled.
-        field = tl.arange(0, 8)[None, None, None, None, :]
-        w = _words(w_ptr, chunk, tile, tiles, S, R, 2)[:, :, :, :, None]
-        upper = tl.where(field == 0, w << 1, w >> tl.maximum(2 * field - 1, 0)) & 0x00060006
-        upper = tl.reshape(upper, (S, R, 4, 16))
-        w = _words(bits_ptr, chunk, tile, tiles, S, R, 1)
-        lower = (w >> tl.arange(0, 16)[None, None, None, :]) & 0x00010001
-        return _columns(_halves((upper | magic) | lower, HALF, DTYPE), S, R)
     if BITS == 16:
         rows = tl.reshape(chunk[:, None] * 8 + tl.arange(0, 8)[None, :], (R,))
         start = tl.minimum(rows, N - 1).to(tl.int64) * K
         k = tile[:, None] * 128 + tl.arange(0, 128)[None, :]
         at = w_ptr + start[None, :, None] + k[:, None, :]
         return tl.load(at, mask=(k < K)[:, None, :], other=0.0)
-    words = _words(w_ptr, chunk, tile, tiles, S, R, BITS)
-    w = words[:, :, :, :, None] >> (tl.arange(0, 16 // BITS) * BITS)[None, None, None, None, :]
-    if FLOAT:
-        # e4m3 in the upper bits of a wider float is off by a power of two, subnormal numbers included.
-        sign = (w << 8) & 0x80008000
-        if HALF == tl.float16:
-            found = _halves(sign | ((w << 7) & 0x3F803F80), HALF, DTYPE)
-            return _columns(found * tl.full((1,), 2.0**8, DTYPE), S, R)
-        found = _halves(sign | ((w << 4) & 0x07F007F0), HALF, DTYPE)
-        return _columns(found * tl.full((1,), 2.0**120, DTYPE), S, R)
-    if BITS == 8 and HALF == tl.bfloat16:
-        # 128 has no room for 8 bits: the upper and the lower 4 of them, 128 less; each step is exact.
-        upper = _halves(((w >> 4) & 0x000F000F) | magic, HALF, DTYPE)
-        lower = _halves((w & 0x000F000F) | magic, HALF, DTYPE)
-        upper = (upper - tl.full((1,), 136.0, DTYPE)) * tl.full((1,), 16.0, DTYPE)
-        return _columns(upper + (lower - tl.full((1,), 128.0, DTYPE)), S, R)
-    MASK: tl.constexpr = ((1 << BITS) - 1) * 0x00010001
-    return _columns(_halves((w & MASK) | magic, HALF, DTYPE), S, R)
+    else:
+        PLANE: tl.constexpr = 2 if BITS == 3 else BITS
+        words = _words(w_ptr, chunk, tile, tiles, S, R, PLANE)
+        # Written in one of two ways, whichever the compiler makes less of: without moving anything between
+        # threads, and without an operation for each constant.
+        MAGIC: tl.constexpr = 0x64006400 if HALF == tl.float16 else 0x43004300
+        if WIDE or FLOAT or BITS == 3:
+            w = _fields(words, PLANE)
+            one = MAGIC
+        else:
+            w = (
+                words[:, :, :, :, None]
+                >> (tl.arange(0, 16 // BITS) * BITS)[None, None, None, None, :]
+            )
+            one = magic
+        if BITS == 3:
+            # The lower two bits are one plane, the upper one another.
+            lower = tl.reshape((w & 0x00030003) | one, (S, R, 4, 16))
+            upper = _bits(_words(bits_ptr, chunk, tile, tiles, S, R, 1))
+            upper = tl.reshape(upper & 0x00040004, (S, R, 4, 16))
+            found = _halves(upper | lower, HALF, DTYPE)
+        elif FLOAT:
+            # e4m3 in the upper bits of a wider float is off by a power of two, subnormal numbers included.
+            if HALF == tl.float16:
+                found = _halves(((w << 8) & SIGNS) | ((w << 7) & 0x3F803F80), HALF, DTYPE)
+                found = found * tl.full((1,), 2.0**8, DTYPE)
+            else:
+                found = _halves(((w << 8) & SIGNS) | ((w << 4) & 0x07F007F0), HALF, DTYPE)
+                found = found * tl.full((1,), 2.0**120, DTYPE)
+        elif BITS == 8 and HALF == tl.bfloat16:
+            # 128 has no room for 8 bits: the upper and the lower 4 of them, 128 less; each step is exact.
+            upper = _halves(((w >> 4) & 0x000F000F) | one, HALF, DTYPE)
+            lower = _halves((w & 0x000F000F) | one, HALF, DTYPE)
+            upper = (upper - tl.full((1,), 136.0, DTYPE)) * tl.full((1,), 16.0, DTYPE)
+            found = upper + (lower - tl.full((1,), 128.0, DTYPE))
+        else:
+            MASK: tl.constexpr = ((1 << BITS) - 1) * 0x00010001
+            found = _halves((w & MASK) | one, HALF, DTYPE)
+        return _columns(found, S, R)
 
 
 @triton.jit
-def _zeros(zero_ptr, chunk, group, groups, S: tl.constexpr, R: tl.constexpr, DTYPE: tl.constexpr):
-    """Zero points DTYPE (S, R), from 4 in a word."""
+def _levels(codes, BITS: tl.constexpr, FLOAT: tl.constexpr, ZERO: tl.constexpr, HALF: tl.constexpr,
+            DTYPE: tl.constexpr):  # fmt: skip
+    """Codes less BASE and ZERO: the zero point of all, or the middle of those there are."""
+    if BITS == 16 or FLOAT:
+        return codes
+    else:
+        WIDE: tl.constexpr = 1024 if HALF == tl.float16 else 128
+        BASE: tl.constexpr = -128 if BITS == 8 and HALF == tl.bfloat16 else WIDE
+        return codes - tl.full((1,), ZERO + BASE, DTYPE)
+
+
+@triton.jit
+def _zeros(zero_ptr, chunk, group, groups, S: tl.constexpr, R: tl.constexpr, ZERO: tl.constexpr):
+    """Zero points less ZERO, float32 (S, R). 4 share a word."""
     start = (chunk[None, :] * groups + group[:, None]) * 2
     words = tl.load(zero_ptr + start[:, :, None] + tl.arange(0, 2)[None, None, :])
     zero = (words[:, :, :, None] >> (tl.arange(0, 4) * 8)[None, None, None, :]) & 255
-    return tl.reshape(zero, (S, R)).to(tl.float32).to(DTYPE)
-
-
-@triton.jit
-def _levels(codes, zero, ZERO: tl.constexpr, BITS: tl.constexpr, FLOAT: tl.constexpr,
-            HALF: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """Codes (S, R, columns) less BASE and zero point: zero (S, R), or ZERO where there is none."""
-    if BITS == 16 or FLOAT:
-        return codes
-    WIDE: tl.constexpr = 1024 if HALF == tl.float16 else 128
-    BASE: tl.constexpr = -128 if BITS == 8 and HALF == tl.bfloat16 else WIDE
-    if ZERO < 0:
-        return codes - (zero + tl.full((1,), BASE, DTYPE))[:, :, None]
-    if ZERO + BASE == 0:
-        return codes
-    return codes - tl.full((1,), ZERO + BASE, DTYPE)
+    return tl.reshape(zero - ZERO, (S, R)).to(tl.float32)
 
 
 @triton.jit
@@ -115,81 +159,62 @@ def _scales(scale_ptr, chunk, group, groups, S: tl.constexpr, R: tl.constexpr, G
         # Blocks of 128 rows and columns.
         scale = tl.load(scale_ptr + (chunk // 16)[None, :] * groups + group[:, None])
         return tl.reshape(tl.broadcast_to(scale[:, :, None], (S, R // 8, 8)), (S, R))
-    WORDS: tl.constexpr = 8 if SCALE == tl.float32 else 4
-    start = (chunk[None, :] * groups + group[:, None]) * WORDS
-    words = tl.load(scale_ptr + start[:, :, None] + tl.arange(0, WORDS)[None, None, :])
-    if SCALE == tl.float32:
-        return tl.reshape(words, (S, R)).to(tl.float32, bitcast=True)
-    return tl.reshape(_halves(words, SCALE, tl.float32), (S, R))
+    else:
+        WORDS: tl.constexpr = 8 if SCALE == tl.float32 else 4
+        start = (chunk[None, :] * groups + group[:, None]) * WORDS
+        words = tl.load(scale_ptr + start[:, :, None] + tl.arange(0, WORDS)[None, None, :])
+        if SCALE == tl.float32:
+            return tl.reshape(words, (S, R)).to(tl.float32, bitcast=True)
+        else:
+            return tl.reshape(_halves(words, SCALE, tl.float32), (S, R))
 
 
 @triton.jit
-def _add(acc, squares, codes, row_zero, part: tl.constexpr, step, last, chunk, x_ptr, norm_ptr,
-         x_scale_ptr, scale_ptr, zero_ptr, tiles, M, K, B: tl.constexpr, S: tl.constexpr,
-         R: tl.constexpr, BITS: tl.constexpr, FLOAT: tl.constexpr, GROUP: tl.constexpr,
-         ZERO: tl.constexpr, SCALE: tl.constexpr, HALF: tl.constexpr, DTYPE: tl.constexpr,
-         ONE: tl.constexpr, NORM: tl.constexpr, X_SCALE: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """The product of one group of columns a slice, added; and the squares of x where they are wanted.
-
-    codes: (S, R, columns), ``part`` counts groups within the tile; step: the first of S tiles, before last
-    """
-    COLUMNS: tl.constexpr = codes.shape[2]
-    slice_tile = step + tl.arange(0, S)
-    tile = tl.minimum(slice_tile, tiles - 1)
-    k = slice_tile[:, None] * 128 + part * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+def _tokens(x_ptr, norm_ptr, squares, slice_tile, last, M, K, part: tl.constexpr, PARTS: tl.constexpr,
+            S: tl.constexpr, B: tl.constexpr, ONE: tl.constexpr, NORM: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """x of one tile a slice, (S, TILE, B), times the gain where there is a norm, and its squares added up.
+    Zeros in place of all groups of the tile but ``part``: cheaper than taking the weights apart."""
+    place = tl.arange(0, 128)[None, :]
+    k = slice_tile[:, None] * 128 + place
     # What is beyond the end multiplies zeros.
     inside = k < tl.minimum(last * 128, K)
-    tokens = tl.arange(0, B)
+    if PARTS > 1:
+        inside = inside & (place // (128 // PARTS) == part)
     if ONE:
         x = tl.load(x_ptr + k, mask=inside, other=0.0)
-        if NORM:
-            wide = x.to(tl.float32)
-            squares += wide * wide
-            gain = tl.load(norm_ptr + k, mask=inside, other=0.0).to(tl.float32)
-            x = (wide * gain).to(DTYPE)
-        # Every column of the product is the same: the matrix unit takes no fewer.
-        x = tl.broadcast_to(x[:, :, None], (S, COLUMNS, B))
     else:
+        tokens = tl.arange(0, B)
         at = x_ptr + tokens[None, None, :] * K + k[:, :, None]
         x = tl.load(at, mask=inside[:, :, None] & (tokens < M)[None, None, :], other=0.0)
-        if NORM:
-            wide = x.to(tl.float32)
-            squares += wide * wide
-            gain = tl.load(norm_ptr + k, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        wide = x.to(tl.float32)
+        squares += wide * wide
+        gain = tl.load(norm_ptr + k, mask=inside, other=0.0).to(tl.float32)
+        if ONE:
+            x = (wide * gain).to(DTYPE)
+        else:
             x = (wide * gain[:, :, None]).to(DTYPE)
-    GROUPS: tl.constexpr = 1 if GROUP <= 0 or GROUP >= 128 else 128 // GROUP
-    RUN: tl.constexpr = GROUP // 128 if GROUP > 128 else 1
-    group = tile // RUN * GROUPS + part
-    groups = (tiles + RUN - 1) // RUN * GROUPS
-    zero = row_zero
-    if ZERO < 0 and GROUP != 0:
-        zero = _zeros(zero_ptr, chunk, group, groups, S, R, DTYPE)
-    levels = _levels(codes, zero, ZERO, BITS, FLOAT, HALF, DTYPE)
-    if WIDE:
-        product = tl.dot(tl.trans(tl.reshape(x, (COLUMNS, B))), tl.trans(tl.reshape(levels, (R, COLUMNS))))  # fmt: skip
-        factor = tl.full((1, 1), 1.0, tl.float32)
-        if GROUP != 0:
-            factor = tl.reshape(_scales(scale_ptr, chunk, group, groups, S, R, GROUP, SCALE), (1, R))
-        if X_SCALE == 2:
-            x_scale = tl.load(x_scale_ptr + tile[:, None] * M + tokens[None, :], mask=(tokens < M)[None, :], other=0.0)  # fmt: skip
-            factor = factor * tl.reshape(x_scale, (B, 1))
-        return acc + product * factor, squares
-    if GROUP == 0 and X_SCALE != 2:
-        return tl.dot(levels, x, acc), squares
-    product = tl.dot(levels, x)
-    if GROUP != 0:
-        product *= _scales(scale_ptr, chunk, group, groups, S, R, GROUP, SCALE)[:, :, None]
-    if X_SCALE == 2:
-        x_scale = tl.load(x_scale_ptr + tile[:, None] * M + tokens[None, :], mask=(tokens < M)[None, :], other=0.0)  # fmt: skip
-        product *= x_scale[:, None, :]
-    return acc + product, squares
+    if ONE:
+        # All columns of the product are the same: the matrix unit takes no fewer.
+        x = tl.broadcast_to(x[:, :, None], (S, 128, B))
+    return x, squares
 
 
 @triton.jit
-def _halved(codes, S: tl.constexpr, R: tl.constexpr):
-    """(S, R, columns) as its first and its second half of the columns."""
-    HALF: tl.constexpr = codes.shape[2] // 2
-    return tl.split(tl.permute(tl.reshape(codes, (S, R, 2, HALF)), (0, 1, 3, 2)))
+def _dot(levels, x, acc, S: tl.constexpr, R: tl.constexpr, B: tl.constexpr, WIDE: tl.constexpr):
+    if WIDE:
+        return tl.dot(tl.reshape(levels, (R, 128)), tl.reshape(x, (128, B)), acc)
+    else:
+        return tl.dot(levels, x, acc)
+
+
+@triton.jit
+def _spread(each, S: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr):
+    """One a slice and row, for the sums of all tokens."""
+    if WIDE:
+        return tl.reshape(each, (R, 1))
+    else:
+        return each[:, :, None]
 
 
 @triton.jit(do_not_specialize=["magic", "eps", "per"])
@@ -205,8 +230,9 @@ def linear_kernel(x_ptr, norm_ptr, x_scale_ptr, w_ptr, bits_ptr, scale_ptr, zero
     float32 (SPLIT, M, N) sums, which ``reduce_kernel`` makes y of, and squares (SPLIT, M).
 
     GROUP: columns of a scale, 0 a row's own in row_scale, -1 blocks. ZERO: -1 where there are zero points, or
-    the one of all. X_SCALE: 1 one a token, 2 one a token and tile. ONE: a single token. WIDE: tokens are the rows of the product
-    (S is 1); else each slice is a warp's, and their sums are added at the end.
+    the one of all. X_SCALE: 1 one a token, 2 one a token and tile. ONE: a single token. WIDE: all warps
+    share one product (S is 1), of the large matrix unit where there is one; else each slice is a warp's, and
+    their sums are added at the end.
     """
     # A gate's chunk is followed by that of its up row, which a thread then holds beside it.
     order = tl.arange(0, R // 8)
@@ -219,41 +245,74 @@ def linear_kernel(x_ptr, norm_ptr, x_scale_ptr, w_ptr, bits_ptr, scale_ptr, zero
     step0 = tl.program_id(1) * per
     last = tl.minimum(step0 + per, tiles)
     tokens = tl.arange(0, B)
-    row_zero = tl.zeros((1, 1), DTYPE)
-    if ZERO < 0 and GROUP == 0:
-        row_zero = _zeros(zero_ptr, chunk, tl.zeros((1,), tl.int32), 1, 1, R, DTYPE)
     PARTS: tl.constexpr = 1 if GROUP <= 0 or GROUP >= 128 else 128 // GROUP
+    RUN: tl.constexpr = GROUP // 128 if GROUP > 128 else 1
+    groups = 1 if GROUP == 0 else (tiles + RUN - 1) // RUN * PARTS
     if WIDE:
-        acc = tl.zeros((B, R), tl.float32)
+        acc = tl.zeros((R, B), tl.float32)
     else:
         acc = tl.zeros((S, R, B), tl.float32)
+    # What zero points take off again, times the sums of x, which the matrix unit adds up as well.
+    off = acc
+    ones = tl.full((S, R, 128), 1.0, DTYPE)
     if ONE:
-        squares = tl.zeros((S, 128 // PARTS), tl.float32)
+        squares = tl.zeros((S, 128), tl.float32)
     else:
-        squares = tl.zeros((S, 128 // PARTS, B), tl.float32)
+        squares = tl.zeros((S, 128, B), tl.float32)
+    MIDDLE: tl.constexpr = 1 << (BITS - 1) if ZERO < 0 else ZERO
     for step in tl.range(step0, last, S, num_stages=STAGES):
-        tile = tl.minimum(step + tl.arange(0, S), tiles - 1)
-        codes = _codes(w_ptr, bits_ptr, chunk, tile, tiles, magic, N, K, S, R, BITS, FLOAT, HALF, DTYPE)
-        if PARTS == 1:
-            acc, squares = _add(acc, squares, codes, row_zero, 0, step, last, chunk, x_ptr, norm_ptr,
-                x_scale_ptr, scale_ptr, zero_ptr, tiles, M, K, B, S, R, BITS, FLOAT, GROUP, ZERO, SCALE,
-                HALF, DTYPE, ONE, NORM, X_SCALE, WIDE)  # fmt: skip
-        else:
-            halves = _halved(codes, S, R)
-            for half in tl.static_range(2):
-                if PARTS == 2:
-                    acc, squares = _add(acc, squares, halves[half], row_zero, half, step, last, chunk, x_ptr, norm_ptr,
-                        x_scale_ptr, scale_ptr, zero_ptr, tiles, M, K, B, S, R, BITS, FLOAT, GROUP, ZERO, SCALE,
-                        HALF, DTYPE, ONE, NORM, X_SCALE, WIDE)  # fmt: skip
-                else:
-                    quarters = _halved(halves[half], S, R)
-                    for quarter in tl.static_range(2):
-                        acc, squares = _add(acc, squares, quarters[quarter], row_zero, 2 * half + quarter, step, last,
-                            chunk, x_ptr, norm_ptr, x_scale_ptr, scale_ptr, zero_ptr, tiles, M, K, B, S, R, BITS, FLOAT,
-                            GROUP, ZERO, SCALE, HALF, DTYPE, ONE, NORM, X_SCALE, WIDE)  # fmt: skip
+        slice_tile = step + tl.arange(0, S)
+        tile = tl.minimum(slice_tile, tiles - 1)
+        codes = _codes(
+            w_ptr, bits_ptr, chunk, tile, tiles, magic, N, K, S, R, BITS, FLOAT, WIDE, HALF, DTYPE
+        )
+        levels = _levels(codes, BITS, FLOAT, MIDDLE, HALF, DTYPE)
+        if X_SCALE == 2:
+            at = x_scale_ptr + tile[:, None] * M + tokens[None, :]
+            x_scale = tl.load(at, mask=(tokens < M)[None, :], other=0.0)
+        for part in tl.static_range(PARTS):
+            x, squares = _tokens(
+                x_ptr,
+                norm_ptr,
+                squares,
+                slice_tile,
+                last,
+                M,
+                K,
+                part,
+                PARTS,
+                S,
+                B,
+                ONE,
+                NORM,
+                DTYPE,
+            )
+            group = tile // RUN * PARTS + part
+            if GROUP == 0 and X_SCALE != 2:
+                acc = _dot(levels, x, acc, S, R, B, WIDE)
+                if ZERO < 0:
+                    off = _dot(ones, x, off, S, R, B, WIDE)
+            else:
+                product = _dot(levels, x, tl.zeros_like(acc), S, R, B, WIDE)
+                if ZERO < 0:
+                    sums = _dot(ones, x, tl.zeros_like(acc), S, R, B, WIDE)
+                    zero = _zeros(zero_ptr, chunk, group, groups, S, R, MIDDLE)
+                    product -= _spread(zero, S, R, WIDE) * sums
+                if GROUP != 0:
+                    scale = _scales(scale_ptr, chunk, group, groups, S, R, GROUP, SCALE)
+                    product *= _spread(scale, S, R, WIDE)
+                if X_SCALE == 2:
+                    if WIDE:
+                        product *= tl.reshape(x_scale, (1, B))
+                    else:
+                        product *= x_scale[:, None, :]
+                acc += product
+    if ZERO < 0 and GROUP == 0:
+        zero = _zeros(zero_ptr, chunk, tl.zeros((1,), tl.int32), 1, 1, R, MIDDLE)
+        acc -= _spread(zero, 1, R, WIDE) * off
     real = tokens < M
     if WIDE:
-        y = tl.trans(acc)
+        y = acc
     else:
         y = tl.sum(acc, 0)
     if GROUP == 0 and BITS < 16:
@@ -331,6 +390,13 @@ def reduce_kernel(sums_ptr, squares_ptr, bias_ptr, residual_ptr, y_ptr, eps, M, 
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _parts(each, R: tl.constexpr, PARTS: tl.constexpr):
+    """One a group of the tile and row, (PARTS, R), for every column of the tile: (1, R, TILE)."""
+    each = tl.broadcast_to(tl.permute(each, (1, 0))[:, :, None], (R, PARTS, 128 // PARTS))
+    return tl.reshape(each, (1, R, 128))
+
+
 @triton.jit(do_not_specialize=["magic"])
 def dequantize_kernel(w_ptr, bits_ptr, scale_ptr, zero_ptr, row_scale_ptr, out_ptr, magic, N, K, tiles,
                       R: tl.constexpr, BITS: tl.constexpr, FLOAT: tl.constexpr, GROUP: tl.constexpr,
@@ -341,24 +407,23 @@ def dequantize_kernel(w_ptr, bits_ptr, scale_ptr, zero_ptr, row_scale_ptr, out_p
     rows = tl.program_id(0) * R + tl.arange(0, R)
     chunk = tl.minimum(chunk, (N + 7) // 8 - 1)
     tile = tl.program_id(1) + tl.zeros((1,), tl.int32)
-    codes = _codes(w_ptr, bits_ptr, chunk, tile, tiles, magic, N, K, 1, R, BITS, FLOAT, HALF, DTYPE)
-    # One group a slice: (groups of the tile, R, columns).
-    GROUPS: tl.constexpr = 1 if GROUP <= 0 or GROUP >= 128 else 128 // GROUP
+    codes = _codes(
+        w_ptr, bits_ptr, chunk, tile, tiles, magic, N, K, 1, R, BITS, FLOAT, True, HALF, DTYPE
+    )
+    PARTS: tl.constexpr = 1 if GROUP <= 0 or GROUP >= 128 else 128 // GROUP
     RUN: tl.constexpr = GROUP // 128 if GROUP > 128 else 1
-    codes = tl.permute(tl.reshape(codes, (R, GROUPS, 128 // GROUPS)), (1, 0, 2))
-    group = tl.program_id(1) // RUN * GROUPS + tl.arange(0, GROUPS)
-    groups = (tiles + RUN - 1) // RUN * GROUPS
-    zero = tl.zeros((1, 1), DTYPE)
-    if ZERO < 0 and GROUP == 0:
-        zero = _zeros(zero_ptr, chunk, tl.zeros((1,), tl.int32), 1, 1, R, DTYPE)
-    elif ZERO < 0:
-        zero = _zeros(zero_ptr, chunk, group, groups, GROUPS, R, DTYPE)
-    w = _levels(codes, zero, ZERO, BITS, FLOAT, HALF, DTYPE)
+    groups = 1 if GROUP == 0 else (tiles + RUN - 1) // RUN * PARTS
+    MIDDLE: tl.constexpr = 1 << (BITS - 1) if ZERO < 0 else ZERO
+    w = _levels(codes, BITS, FLOAT, MIDDLE, HALF, DTYPE).to(tl.float32)
+    parts = tl.program_id(1) // RUN * PARTS + tl.arange(0, PARTS)
+    if ZERO < 0:
+        parts_or_none = parts * 0 if GROUP == 0 else parts
+        w -= _parts(_zeros(zero_ptr, chunk, parts_or_none, groups, PARTS, R, MIDDLE), R, PARTS)
     if SCALED and GROUP != 0:
-        w = w.to(tl.float32) * _scales(scale_ptr, chunk, group, groups, GROUPS, R, GROUP, SCALE)[:, :, None]  # fmt: skip
-    elif SCALED and BITS < 16:
-        w = w.to(tl.float32) * tl.load(row_scale_ptr + rows, mask=rows < N, other=0.0)[None, :, None]
-    w = tl.reshape(tl.permute(w, (1, 0, 2)), (R, 128))
+        w *= _parts(_scales(scale_ptr, chunk, parts, groups, PARTS, R, GROUP, SCALE), R, PARTS)
+    elif SCALED:
+        w *= tl.load(row_scale_ptr + rows, mask=rows < N, other=0.0)[None, :, None]
+    w = tl.reshape(w, (R, 128))
     k = tl.program_id(1) * 128 + tl.arange(0, 128)
     at = rows.to(tl.int64)[:, None] * K + k[None, :]
     mask = (rows < N)[:, None] & (k < K)[None, :]
@@ -373,9 +438,12 @@ def _nearest(x, FLOAT: tl.constexpr):
         # A step is 2^-3 of the power of two below; below 2^-6, where numbers are subnormal, that of 2^-6.
         exponent = tl.maximum((x.to(tl.int32, bitcast=True) >> 23) & 255, 121)
         step = ((exponent - 3) << 23).to(tl.float32, bitcast=True)
-        return ((x / step + ROUNDER) - ROUNDER) * step
-    x = (x + ROUNDER) - ROUNDER
-    return tl.minimum(tl.maximum(x, -127.0), 127.0)
+        # One over it, exactly.
+        steps = ((257 - exponent) << 23).to(tl.float32, bitcast=True)
+        return ((x * steps + ROUNDER) - ROUNDER) * step
+    else:
+        x = (x + ROUNDER) - ROUNDER
+        return tl.minimum(tl.maximum(x, -127.0), 127.0)
 
 
 @triton.jit(do_not_specialize=["eps"])

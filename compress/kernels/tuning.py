@@ -1,7 +1,7 @@
 """How a packed linear runs on which device: what was measured there, or a guess from its shape.
 
-Measuring is a function that somebody calls (``tune``); looking up (``Table.config``) never measures, so that a
-step can be captured as a graph. What was measured is kept in a JSON file in the user's cache.
+Measuring is a function that somebody calls (``tune``); looking up (``Table.config``) never measures, so that
+a step can be captured as a graph. What was measured is kept in a JSON file in the user's cache.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ SHARED = 96 * 1024
 
 @dataclass(frozen=True)
 class Config:
-    """path: ``thin``, each warp takes its own slice of the columns and tokens fill up the matrix unit;
-        ``wide``, tokens are rows of the matrix unit; ``dense``, the weight is dequantized and torch multiplies
+    """path: ``thin``, each warp takes its own slice of the columns; ``wide``, all share a product of the
+        large matrix unit; ``dense``, the weight is dequantized and torch multiplies
     rows: of the weight, a program takes
     slices: warps of a thin program
     stages: tiles in flight
@@ -59,7 +59,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Key:
-    """device: its name; format, group: of the weight; N, K: outputs, inputs; tokens: upper end of the bucket"""
+    """device: its name; format, group: of the weight; N, K: outputs, inputs; tokens: end of the bucket"""
 
     device: str
     format: str

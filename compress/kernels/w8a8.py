@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from compress.kernels.fusion import Fusion, around
 from compress.quantize.inputs import InputScheme
 from compress.quantize.qtensor import QTensor
 
@@ -91,6 +92,10 @@ class W8A8Weight:
         flat = x.flatten(0, -2)
         y = self._dynamic(flat) if self.inputs.outliers == "dynamic" else self._fixed(flat)
         return y.unflatten(0, x.shape[:-1])
+
+    def fused(self, x: Tensor, fusion: Fusion, residual: Tensor | None = None) -> Tensor:
+        """The product with what surrounds it, step by step."""
+        return around(self.matmul, x, fusion, residual)
 
     def _fixed(self, x: Tensor) -> Tensor:
         if self.columns is None or self.others is None or self.kept is None:

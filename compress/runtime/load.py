@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from compress.errors import UserError
 from compress.export.formats import Weights
 from compress.export.packing import pack_rows, unpack_rows
-from compress.kernels import int4_cpu, int8_cpu, w8a8
+from compress.kernels import int4_cpu, int8_cpu, packed_linear, w8a8
+from compress.kernels.fusion import Fusion
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder
 from compress.model.skeleton import assign, empty_model
@@ -35,6 +36,8 @@ class PackedWeight(Protocol):
 
     def matmul(self, x: Tensor) -> Tensor: ...
 
+    def fused(self, x: Tensor, fusion: Fusion, residual: Tensor | None = None) -> Tensor: ...
+
 
 def pack(q: QTensor, device: torch.device, dtype: torch.dtype) -> tuple[str, PackedWeight] | None:
     """The weight in the layout of the kernel that runs it here, and that kernel's name; None if none does."""
@@ -42,6 +45,8 @@ def pack(q: QTensor, device: torch.device, dtype: torch.dtype) -> tuple[str, Pac
         return int4_cpu.NAME, int4_cpu.Int4Weight.pack(q)
     if int8_cpu.supports(q, device, dtype):
         return int8_cpu.NAME, int8_cpu.Int8Weight.pack(q)
+    if packed_linear.supports(q, device, dtype):
+        return packed_linear.name(q), packed_linear.TritonWeight.pack(q, device)
     if w8a8.supports(q, device, dtype):
         return w8a8.NAME, w8a8.W8A8Weight.pack(q, device)
     return None
@@ -56,8 +61,7 @@ class PackedLinear(nn.Module):
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.weight.matmul(x)
-        return y if self.bias is None else y + self.bias
+        return self.weight.fused(x, Fusion(bias=self.bias))
 
 
 class PackedEmbedding(nn.Module):
@@ -67,10 +71,16 @@ class PackedEmbedding(nn.Module):
     embedding would give.
     """
 
-    def __init__(self, q: QTensor):
+    def __init__(self, q: QTensor, device: torch.device | None = None):
         super().__init__()
         self.hidden, self.bits = q.shape[1], q.bits
-        self.packed, self.scale, self.zero = pack_rows(q.codes, q.bits), q.scale, q.zero
+        self.packed, self.scale = pack_rows(q.codes, q.bits).to(device), q.scale.to(device)
+        self.zero = None if q.zero is None else q.zero.to(device)
+
+    @staticmethod
+    def takes(q: QTensor) -> bool:
+        """Whether rows of such a weight can be looked up."""
+        return q.type == "int" and q.block is None
 
     def forward(self, tokens: Tensor) -> Tensor:
         rows = tokens.flatten()
@@ -121,12 +131,13 @@ def load_packed(folder: ModelFolder, device: torch.device) -> tuple[Any, dict[st
         value = weights.get(name)
         if isinstance(value, QTensor):
             base = name.removesuffix(".weight")
-            packed = pack(value, device, folder.dtype)
+            takes = base != embedding or PackedEmbedding.takes(value)
+            packed = pack(value, device, folder.dtype) if takes else None
             if packed is not None:
                 kernel, weight = packed
                 kernels[kernel] += 1
                 if base == embedding:
-                    _replace_embedding(model, folder, base, value, weight)
+                    _replace_embedding(model, folder, base, value, weight, device)
                 else:
                     _replace_linear(model, base, value, weight)
                 continue
@@ -152,14 +163,19 @@ def _replace_linear(model: Any, base: str, q: QTensor, weight: PackedWeight) -> 
 
 
 def _replace_embedding(
-    model: Any, folder: ModelFolder, base: str, q: QTensor, weight: PackedWeight
+    model: Any,
+    folder: ModelFolder,
+    base: str,
+    q: QTensor,
+    weight: PackedWeight,
+    device: torch.device,
 ) -> None:
     """Rows are looked up in codes; a tied head runs the same integers through the kernel."""
     if model.get_submodule(base).weight.shape != q.shape:
         raise UserError(f"{base}.weight has shape {tuple(q.shape)}, which config.json contradicts")
     if folder.tied_head:
         _replace_linear(model, family_of(folder.config).head, q, weight)
-    model.set_submodule(base, PackedEmbedding(q))
+    model.set_submodule(base, PackedEmbedding(q, device))
 
 
 def _ready(model: Any, folder: ModelFolder, device: torch.device) -> Any:
