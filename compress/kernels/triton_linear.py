@@ -329,7 +329,7 @@ def linear_kernel(x_ptr, norm_ptr, x_scale_ptr, w_ptr, bits_ptr, scale_ptr, zero
         at = (split * M + tokens)[None, :] * N + rows[:, None]
         tl.store(y_ptr + at, y, mask=(rows < N)[:, None] & real[None, :])
         if NORM:
-            first = tl.program_id(0) == 0
+            first = tl.program_id(0) + tokens * 0 == 0
             tl.store(squares_ptr + split * M + tokens, total, mask=real & first)
     else:
         if NORM:

@@ -89,7 +89,9 @@ def stage_bytes(key: Key, config: Config) -> int:
     """Shared memory of one stage: weights and tokens of a tile for every slice."""
     slices = config.slices if config.path == "thin" else 1
     tokens = 1 if key.tokens == 1 else max(8 if config.path == "thin" else 16, key.tokens)
-    return slices * TILE * (config.rows * bits_of(key.format) // 8 + 2 * tokens)
+    # Tokens are read once for each group of the tile.
+    copies = TILE // key.group if 0 < key.group < TILE else 1
+    return slices * TILE * (config.rows * bits_of(key.format) // 8 + 2 * tokens * copies)
 
 
 def default(key: Key, processors: int) -> Config:
