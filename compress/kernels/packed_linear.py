@@ -375,7 +375,7 @@ class TritonWeight:
             torch.float32: tl.float32,
         }
         # The interpreter calculates in float16 and float32 only.
-        calculates = device.type == "cuda" or half == torch.float16
+        calculates = device.type != "cpu" or half == torch.float16
         return {
             "BITS": self.layout.bits,
             "FLOAT": self.layout.float,

@@ -31,7 +31,7 @@ TILE = 128
 MOST_ROWS = 512
 # Up to so many tokens every program computes the norm on its way, to save a launch.
 NORM_ROWS = 2
-# Shared memory of a program, so that two fit on a multiprocessor of a data-centre GPU and one on any other.
+# Shared memory of a program at most: two fit on a multiprocessor of a data-centre GPU, one on any other.
 SHARED = 96 * 1024
 
 
@@ -95,10 +95,11 @@ def stage_bytes(key: Key, config: Config) -> int:
 
 
 def default(key: Key, processors: int) -> Config:
-    """A guess: programs for every multiprocessor twice, tiles in flight as far as shared memory goes."""
+    """A guess: programs for every multiprocessor twice, tiles in flight as far as shared memory goes when all
+    of them run at once."""
     if key.tokens > 64:
         return Config("dense")
-    path, rows = ("wide", 64) if key.tokens > 32 else ("thin", 32)
+    path, rows = ("wide", 64) if key.tokens > 32 else ("thin", 64 if key.tokens <= 8 else 32)
     slices = 8 if key.tokens == 1 and key.K >= 8192 else 4
     while rows > 16 and path == "thin" and key.N // rows < 2 * processors:
         rows //= 2
@@ -107,7 +108,9 @@ def default(key: Key, processors: int) -> Config:
     while key.N // rows * split < processors and tiles // (2 * split) >= 2 * slices:
         split *= 2
     config = Config(path, rows, slices, 2, split)
-    stages = max(2, min(5, SHARED // stage_bytes(key, config)))
+    beside = min(8, -(-key.N // rows * split // processors))
+    room = min(SHARED, 2 * SHARED // max(1, beside))
+    stages = max(2, min(5, room // stage_bytes(key, config)))
     return Config(path, rows, slices, stages, split)
 
 
