@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from compress.kernels import cpu_linear, dense, int4_cpu, int8_cpu, w8a8
+from compress.kernels import cpu_linear, dense, int4_cpu, int8_cpu, packed_linear, w8a8
 from compress.kernels.fusion import Fusion, around
 from compress.quantize.qtensor import QTensor
 
@@ -34,6 +34,8 @@ def pack(q: QTensor, device: torch.device, dtype: torch.dtype) -> tuple[str, Pac
         return int4_cpu.NAME, int4_cpu.Int4Weight.pack(q)
     if int8_cpu.supports(q, device, dtype):
         return int8_cpu.NAME, int8_cpu.Int8Weight.pack(q)
+    if packed_linear.supports(q, device, dtype):
+        return packed_linear.name(q), packed_linear.TritonWeight.pack(q, device)
     if w8a8.supports(q, device, dtype):
         return w8a8.NAME, w8a8.W8A8Weight.pack(q, device)
     return None
@@ -43,6 +45,8 @@ def pack_dense(weight: Tensor) -> tuple[str, PackedWeight]:
     """The same of a weight that was never quantized; it is kept as it is."""
     if cpu_linear.supports_dense(weight):
         return cpu_linear.PLAIN_NAME, cpu_linear.CpuWeight.dense(weight)
+    if packed_linear.supports_dense(weight):
+        return packed_linear.DENSE_NAME, packed_linear.TritonWeight.dense(weight)
     return dense.PLAIN, dense.DenseWeight(weight)
 
 
@@ -80,4 +84,6 @@ def nbytes(weight: PackedWeight) -> int:
     """Bytes of the tensors that a weight keeps, which a product with few rows reads once."""
     if isinstance(weight, Side):
         return sum(map(nbytes, weight.weights))
+    if isinstance(weight, packed_linear.TritonWeight | cpu_linear.CpuWeight):
+        return weight.nbytes
     return sum(part.nbytes for part in vars(weight).values() if isinstance(part, Tensor))
