@@ -143,7 +143,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         todo = {path.name: path for path in asked.checkpoint}
         for name in () if asked.checkpoint else asked.only:
-            todo[name] = compressed(CASES[name], base, Path(scratch) / name.replace(" ", "-"))
+            todo[name] = compressed(CASES[name], base, Path(scratch) / str(len(todo)))
         for name, folder in todo.items():
             results[name] = check(folder, prompts, device)
             cells, passed = row(name, results[name])
