@@ -26,11 +26,12 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Protocol, Self
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -47,7 +48,8 @@ DIED = "its process died"
 
 
 class Decoder(Protocol):
-    """Something that decodes greedily. ``kernels`` says what runs: name -> number of linears."""
+    """Something that decodes greedily. ``kernels`` says what runs: name -> number of linears. One that starts
+    processes has a ``close()`` too, which ends them."""
 
     vocabulary: int
     kernels: dict[str, int]
@@ -191,11 +193,18 @@ class _Candidate:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._pipe.close()
         if kind is None:
-            # It reads the end of the pipe, and lets its engine end what that started.
+            # It reads the end of the pipe, and closes its decoder.
             self._process.join(GRACE)
         self._end()
 
     def _end(self) -> None:
+        """With the processes that it started, which would outlive it."""
+        started: list[psutil.Process] = []
+        with suppress(psutil.NoSuchProcess):
+            started = psutil.Process(self._process.pid).children(recursive=True)
+        for child in started:
+            with suppress(psutil.NoSuchProcess):
+                child.terminate()
         self._process.terminate()
         self._process.join(GRACE)
         self._process.kill()
@@ -267,6 +276,7 @@ def _serve(pipe: Connection, open_decoder: Callable[[], Decoder], load: Load) ->
             try:
                 point, number = pipe.recv()
             except (EOFError, OSError):
+                getattr(decoder, "close", lambda: None)()
                 return
             try:
                 answer = _request(decoder, point, load, number)

@@ -116,7 +116,7 @@ def test_a_checkpoint_verifies_until_it_is_touched(
     extra.unlink()
 
 
-def test_evaluate_and_bench_any_folder(
+def test_evaluate_any_folder(
     sweep: tuple[Path, subprocess.CompletedProcess[str]], tiny: ModelFolder, text_file: Path
 ) -> None:
     cwd, _ = sweep
@@ -138,37 +138,24 @@ def test_evaluate_and_bench_any_folder(
 
 
 def test_bench_measures_every_point_by_every_engine(
-    sweep: tuple[Path, subprocess.CompletedProcess[str]], tiny: ModelFolder
+    sweep: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     cwd, _ = sweep
     (checkpoint,) = cwd.glob("outputs/model/awq-int3/*/checkpoint")
-    done = compress(
-        "bench",
-        str(tiny.path),
-        str(checkpoint),
-        "engine=compress,transformers",
-        "speed.batches=[2,1]",
-        *QUICK[5:],
-        "--out",
-        "found.json",
-        cwd=cwd,
-    )
+    words = ["engine=compress,transformers", "speed.batches=[2,1]", *QUICK[5:]]
+    done = compress("bench", str(checkpoint), *words, "--out", "found.json", cwd=cwd)
     assert done.returncode == 0, done.stderr
-    assert "batch 2, 8/4, tokens/s: model (compress)" in done.stderr
+    assert "batch 2, 8/4, tokens/s: checkpoint (compress)" in done.stderr
     assert (cwd / "found.md").read_text() == done.stdout[:-1]
     rows = [line.split("|")[1:5] for line in done.stdout.splitlines() if line.startswith("|")]
     names = [[cell.strip() for cell in row] for row in rows]
-    assert names[2:10] == [
-        [batch, "8/4", folder, engine]
+    assert names[2:6] == [
+        [batch, "8/4", "checkpoint", engine]
         for batch in ("1", "2")
-        for folder in ("model", "checkpoint")
         for engine in ("compress", "transformers")
     ]
     found = json.loads((cwd / "found.json").read_text())
-    assert found["command"] == (
-        "compress bench model checkpoint engine=compress,transformers speed.batches=[2,1] "
-        "speed.patterns=[[8,4]] speed.repeats=2"
-    )
+    assert found["command"] == " ".join(["compress bench checkpoint", *words])
     assert str(cwd) not in json.dumps(found)
     speed = found["folders"]["checkpoint"]["compress"]
     assert [point["batch"] for point in speed["points"]] == [2, 1]
@@ -185,6 +172,16 @@ def test_bench_measures_a_shape_without_a_folder(tiny: ModelFolder, tmp_path: Pa
     dense, packed = (found["compress"]["points"][0] for found in (first, second))
     assert packed["bytes_per_step"] < 0.5 * dense["bytes_per_step"]
     assert sum(packed["kernels"].values()) == 25
+
+
+def test_bench_prints_json_for_programs(
+    sweep: tuple[Path, subprocess.CompletedProcess[str]], tiny: ModelFolder
+) -> None:
+    cwd, _ = sweep
+    folders = [str(tiny.path), str(next(cwd.glob("outputs/model/awq-int3/*/checkpoint")))]
+    done = compress("bench", *folders, *QUICK[5:], "--json", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert list(json.loads(done.stdout)["folders"]) == ["model", "checkpoint"]
 
 
 MISTAKES = [

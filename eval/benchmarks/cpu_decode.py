@@ -184,7 +184,7 @@ def main() -> None:
     point = Point(1, *asked.pattern)
     result: dict[str, Any] = {"environment": environment(CPU), "results": {}}
     with exported(asked.int4) as int4:
-        lines = [["threads", "", "tokens/s", f"{OURS} is faster", "TTFT ms", "of roofline"]]
+        lines = [["threads", "", "tokens/s", f"{OURS} over it", "TTFT ms", "of roofline"]]
         lines[0] += ["peak MB", "kernel"]
         for threads in asked.threads:
             if asked.profile:

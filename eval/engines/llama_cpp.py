@@ -50,6 +50,12 @@ class LlamaCppDecoder:
     def bytes_per_step(self, batch: int, context: int) -> int | None:
         return self._weights + batch * context * self._states
 
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        # The script reads the end of its input, and ends.
+        self._process.stdin.close()
+        self._process.wait()
+
     def _line(self) -> str:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()

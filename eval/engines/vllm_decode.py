@@ -1,8 +1,9 @@
 """vLLM's offline engine as a decoder: requests of token ids, the engine's own steps.
 
-On CUDA the engine runs in this process, with its graphs, so that its memory is seen; on a CPU it needs one
-process beside for its threads, as ``vllm serve`` does. Sampling is greedy, nothing stops early, nothing
-is detokenized, and no prompt is found in a cache of prefixes.
+On CUDA the engine runs in this process, with its graphs, so that its memory is seen; on a CPU it needs
+processes beside for its threads, as ``vllm serve`` does, and they spin for a second after every request:
+with few cores that slows down whoever is next in turn, so speed.together=false is fairer there. Sampling is
+greedy, nothing stops early, nothing is detokenized, and no prompt is found in a cache of prefixes.
 """
 
 from __future__ import annotations
@@ -63,6 +64,9 @@ class VllmDecoder:
     def bytes_per_step(self, batch: int, context: int) -> int | None:
         return None
 
+    def close(self) -> None:
+        self.engine.engine_core.shutdown()
+
 
 def open_vllm(path: Path, device: str, *, longest: int, most: int) -> VllmDecoder:
     """A decoder over the folder at ``path``; picklable by name, for a process of its own.
@@ -72,7 +76,9 @@ def open_vllm(path: Path, device: str, *, longest: int, most: int) -> VllmDecode
     on_cuda = torch.device(device).type == "cuda"
     os.environ.update(QUIET)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if on_cuda else "1"
+    # As many threads as the others get; left to itself it would bind one to every core.
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     # Its own choice is a graphics card that is there.
     if not on_cuda:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

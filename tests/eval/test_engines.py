@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGUFWriter
 
 from compress.model.folder import ModelFolder
+from eval.benchmarks.cpu_decode import STEPS, profiled, ratios, rows, told
+from eval.engines.llama_cpp import LlamaCppDecoder
 from eval.engines.transformers_decode import open_transformers
 from eval.engines.vllm_decode import VllmDecoder, cache_bytes
+from eval.speed import Point
 
 
 def test_transformers_hands_over_what_generate_writes(
@@ -102,3 +110,100 @@ def test_vllm_s_cache_has_room_for_what_is_asked() -> None:
     assert cache_bytes(config, 300, 5) <= (5 * 384 + 1024) * token
     grouped = {**config, "num_key_value_heads": 1, "head_dim": 64}
     assert 4 * cache_bytes(grouped, 300, 5) == cache_bytes(config, 300, 5)
+
+
+# Counts up from the first token of the prompt; a prompt that starts with 99 ends it.
+NODE = """#!{python}
+import json, sys
+print(json.dumps({{"release": "b1 " + " ".join(sys.argv[2:])}}), flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    if asked["prompt"][0] == 99:
+        sys.exit(3)
+    for i in range(asked["tokens"]):
+        print(asked["prompt"][0] + i, flush=True)
+"""
+
+
+@pytest.fixture
+def llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LlamaCppDecoder:
+    """Of a tiny GGUF file, with a node that only counts."""
+    gguf = tmp_path / "model.F32.gguf"
+    writer = GGUFWriter(gguf, "llama")
+    writer.add_block_count(3)
+    writer.add_embedding_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    for name, shape in (("token_embd", (10, 64)), ("output", (10, 64)), ("blk.0.attn_q", (64, 64))):
+        writer.add_tensor(f"{name}.weight", np.zeros(shape, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    node = tmp_path / "node"
+    node.write_text(NODE.format(python=sys.executable))
+    node.chmod(node.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    return LlamaCppDecoder(Path("modules"), gguf, threads=2, context=256)
+
+
+def test_llama_cpp_answers_line_by_line(llama: LlamaCppDecoder) -> None:
+    assert llama.vocabulary == 10
+    (name,) = llama.kernels
+    assert name.startswith("llama.cpp b1 modules ")
+    assert name.endswith("model.F32.gguf 2 256 F32")
+    prompt = torch.tensor([[7, 1, 1]])
+    assert [llama.start(prompt, 3).tolist(), llama.step().tolist()] == [[[7]], [[8]]]
+    llama.step()
+    assert llama.start(prompt - 4, 1).tolist() == [[3]]
+    # Without the embedding, which is not the head; 3 layers of keys and values, 2 heads of 16, float16.
+    assert llama.bytes_per_step(1, 100) == 4 * (640 + 4096) + 100 * 3 * 2 * 2 * 16 * 2
+    with pytest.raises(ValueError, match="one sequence at a time, not 2"):
+        llama.start(torch.zeros(2, 3), 1)
+    llama.close()
+    assert llama._process.returncode == 0
+
+
+def test_a_node_that_ends_is_told(llama: LlamaCppDecoder) -> None:
+    with pytest.raises(RuntimeError, match="node ended with exit code 3"):
+        llama.start(torch.tensor([[99]]), 2)
+
+
+def test_a_profile_tells_where_all_of_a_step_goes(tiny: ModelFolder) -> None:
+    decoder = open_transformers(tiny.path, "cpu")
+    # The profiler watches this thread: the model itself, not generate's thread.
+    model, token = decoder.model, torch.zeros(1, 1, dtype=torch.int64)
+
+    class Plain:
+        vocabulary, kernels = 320, {}
+
+        def start(self, prompt: torch.Tensor, tokens: int) -> torch.Tensor:
+            assert tokens == 3 * STEPS + 1
+            return token
+
+        @torch.no_grad()
+        def step(self) -> torch.Tensor:
+            model(token, use_cache=False)
+            return token
+
+        def bytes_per_step(self, batch: int, context: int) -> None: ...
+
+    found = profiled(Plain(), Point(1, 8, 4))
+    inside = sum(entry["ms"] for entry in found["operations"].values())
+    assert inside + found["outside_ms"] == pytest.approx(found["profiled_step_ms"])
+    assert 0 < found["outside_ms"] < found["profiled_step_ms"]
+    assert found["operations"]["aten::mm"]["calls"] == 3 * 7 + 1
+    assert "| outside of operations" in told(found)
+
+
+def test_ratios_are_of_rounds() -> None:
+    ours, theirs = ({"rounds": {"tokens_per_s": r}} for r in ([2.0, 9.0, 8.0], [1.0, 3.0, 4.0]))
+    assert ratios(ours, theirs) == [2.0, 2.0, 2.5]
+    point = {"tokens_per_s": 8.0, "tokens_per_s_iqr": 1.0, "ttft_ms": 3.0, "peak_rss": 5e6}
+    point |= {"share_of_roofline": None, "kernels": {"k": 1}} | ours
+    refused = {"refused": "no"}
+    found = {"compress int4": {"points": [point]}, "other": {"points": [refused]}}
+    assert rows(2, found) == [
+        ["2", "compress int4", "8.0 ±0.5", "1.00x (1.00 to 1.00)", "3", "-", "5", "k"],
+        ["2", "other", "no", "-", "-", "-", "-", "-"],
+    ]
