@@ -9,7 +9,7 @@ PEER := .venv-llmcompressor
 KV_PEERS := .venv-kv-peers
 LLAMA_CPP := .node-llama-cpp
 
-.PHONY: help setup demo test check test-gpu golden serve-check bench-peers bench-int8 bench-kv bench-kv-speed bench-pruning bench-distill bench-cpu-decode clean
+.PHONY: help setup demo test check test-gpu golden serve-check bench-peers bench-int8 bench-kv bench-kv-speed bench-kernels bench-pruning bench-distill bench-cpu-decode clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -73,6 +73,9 @@ bench-kv: setup $(KV_PEERS)/.ready  ## caches in few bits beside transformers' o
 
 bench-kv-speed: setup  ## decode attention over packed caches beside 16 bits: needs a GPU
 	$(BIN)/python -m eval.benchmarks.kv_speed
+
+bench-kernels: setup  ## linears from packed weights beside 16 bits on the shapes of an 8B model: needs a GPU
+	$(BIN)/python -m eval.benchmarks.kernel_speed --tune
 
 $(PEER)/.ready:
 	$(PYTHON) -m venv $(PEER)

@@ -41,7 +41,7 @@ BLOCK = -1
 # Words are addressed with 32 bits.
 MOST_WORDS = 2**31
 # Codes that are packed at a time, each for a moment in 4 bytes.
-CODES_AT_ONCE = 2**26
+CODES_AT_ONCE = 2**24
 # torch's integer matmul takes more tokens than this on CUDA, and sizes in steps of 8.
 INT_ROWS, INT_STEP = 17, 8
 REDUCE = 256
@@ -59,9 +59,10 @@ class Layout:
     group: int
     zero: int = 0
 
-    @property
-    def name(self) -> str:
-        return "fp8" if self.float and self.bits == 8 else f"w{self.bits}"
+    def name(self, inputs: InputScheme | None) -> str:
+        """Bits of weights and inputs, as in "w4a16", "fp8-w8a8": what a report calls the kernel."""
+        kind = "fp8-" if self.float and self.bits == 8 else ""
+        return f"{kind}w{self.bits}a{16 if inputs is None else 8}"
 
 
 def layout_of(q: QTensor) -> Layout | None:
@@ -93,14 +94,10 @@ def _group(q: QTensor) -> int | None:
 
 
 def name(q: QTensor) -> str:
-    """What a report calls its kernel: bits of weights and inputs, as in "w4a16", "fp8-w8a8"."""
+    """What a report calls its kernel."""
     layout = layout_of(q)
     assert layout is not None, "supports() comes first"
-    inputs = 16 if q.inputs is None else 8
-    return f"{'fp8-' if layout.float else ''}w{layout.bits}a{inputs}"
-
-
-DENSE_NAME = "w16a16"
+    return layout.name(q.inputs)
 
 
 def reference(
@@ -275,7 +272,7 @@ class TritonWeight:
 
     @property
     def name(self) -> str:
-        return f"{self.layout.name}a{16 if self.inputs is None else 8}"
+        return self.layout.name(self.inputs)
 
     def key(self, tokens: int) -> Key:
         device, _ = tuning.device_facts(self.words.device)
@@ -502,3 +499,37 @@ class TritonWeight:
                 **after,
             )
         return y
+
+
+def copies(weight: TritonWeight, many: int) -> list[TritonWeight]:
+    """The weight and others like it, each in memory of its own."""
+    return [weight] + [
+        replace(
+            weight,
+            words=weight.words.clone(),
+            bits=None if weight.bits is None else weight.bits.clone(),
+            scale=None if weight.scale is None else weight.scale.clone(),
+        )
+        for _ in range(many - 1)
+    ]
+
+
+def copies_beyond_cache(nbytes: int, device: torch.device) -> int:
+    """How many weights of so many bytes pass through the cache four times before the first comes again."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return 1 + -(-4 * cache // nbytes)
+
+
+def tune(
+    weight: TritonWeight, tokens: int, dtype: torch.dtype, into: tuning.Table | None = None
+) -> dict[Config, float]:
+    """Find the fastest configuration for such a weight and so many tokens, and keep it (``tuning.tune``).
+    Takes a second or so for each candidate, most of it to compile. Returns microseconds."""
+    device = weight.words.device
+    x = torch.randn(tokens, weight.shape[1], dtype=dtype, device=device)
+    weights = copies(weight, copies_beyond_cache(weight.nbytes, device))
+
+    def runs(config: Config) -> list[Callable[[], Tensor]]:
+        return [lambda w=w: w.fused(x, PLAIN, config=config) for w in weights]  # type: ignore[misc]
+
+    return tuning.tune(weight.key(tokens), runs, tuning.table() if into is None else into)

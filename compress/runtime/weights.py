@@ -46,7 +46,8 @@ def pack_dense(weight: Tensor) -> tuple[str, PackedWeight]:
     if cpu_linear.supports_dense(weight):
         return cpu_linear.PLAIN_NAME, cpu_linear.CpuWeight.dense(weight)
     if packed_linear.supports_dense(weight):
-        return packed_linear.DENSE_NAME, packed_linear.TritonWeight.dense(weight)
+        packed = packed_linear.TritonWeight.dense(weight)
+        return packed.name, packed
     return dense.PLAIN, dense.DenseWeight(weight)
 
 

@@ -122,6 +122,20 @@ def test_programs_of_any_size(slices: int, rows: int) -> None:
     check(quantized("w4-g64", 72), 1, config)
 
 
+@pytest.mark.parametrize("path", ["thin", "wide"])
+def test_programs_that_share_columns(path: str) -> None:
+    """Up to the order of the sums, and the same twice."""
+    torch.manual_seed(0)
+    q = quantized("w4-g256-sym", 40)
+    weight, x = TritonWeight.pack(q, DEVICE), torch.randn(3, q.shape[1], device=DEVICE)
+    whole, parts, again, most = (
+        weight.fused(x, PLAIN, config=Config(path, 32, 1, 2, split)) for split in (1, 2, 2, 64)
+    )
+    assert torch.allclose(parts, whole, rtol=1e-5, atol=1e-5 * float(whole.abs().max()))
+    assert torch.allclose(most, whole, rtol=1e-5, atol=1e-5 * float(whole.abs().max()))
+    assert torch.equal(parts, again)
+
+
 def test_many_rows() -> None:
     torch.manual_seed(0)
     check(quantized("w4-g128-sym", 960), 1, Config("thin", rows=64, slices=1, stages=2))
