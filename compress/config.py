@@ -103,12 +103,14 @@ class ContextConfig:
 class SpeedConfig:
     """Decode speed: every pattern [tokens in, tokens out] at every batch size, by every engine of ENGINES.
     together: all candidates in memory at one time and in turns, one request a round; false: one after the
-    other. warmup: requests before ``repeats`` timed ones, at each point. threads null = torch's default."""
+    other. tune: on CUDA, measure first how products of these sizes run best, and keep it for later runs.
+    warmup: requests before ``repeats`` timed ones, at each point. threads null = torch's default."""
 
     patterns: list[list[int]] = field(default_factory=lambda: [[128, 32]])
     batches: list[int] = field(default_factory=lambda: [1])
     engines: list[str] = field(default_factory=lambda: ["compress"])
     together: bool = True
+    tune: bool = False
     warmup: int = 1
     repeats: int = 5
     seed: int = 0

@@ -108,7 +108,8 @@ def measure_speed(
     """Speed and memory of each candidate under the same load.
 
     decoders: name -> a picklable function that opens the decoder, called in the candidate's process
-    Returns name -> {load_s, first_request_s (the first of all, cold), load_peak_rss, loaded_rss, loaded_cuda,
+    Returns name -> {load_s, first_request_s (the first of all, cold), idle_rss (before it was opened),
+    load_peak_rss, loaded_rss, loaded_cuda,
     memory_since_load, read_kernel, points}, or of one that was not opened {refused, points}. A point is
     {batch, input_length, output_length} with {ttft_ms, ttft_ms_iqr, ttft_ms_p90, itl_ms_mean, itl_ms_p50,
     itl_ms_p90, itl_ms_p99, tokens_per_s, tokens_per_s_iqr, peak_rss, peak_cuda, kernels, bytes_per_step,
@@ -293,6 +294,7 @@ def _open(open_decoder: Callable[[], Decoder], load: Load) -> tuple[dict[str, An
         torch.set_num_threads(load.threads)
     give_back()
     mark_peak()
+    idle = rss(tree=True)
     start = time.perf_counter()
     decoder = open_decoder()
     seconds = time.perf_counter() - start
@@ -300,6 +302,7 @@ def _open(open_decoder: Callable[[], Decoder], load: Load) -> tuple[dict[str, An
     give_back()
     facts = {
         "load_s": seconds,
+        "idle_rss": idle,
         "load_peak_rss": peak,
         "loaded_rss": rss(tree=True),
         "loaded_cuda": allocated_cuda(),

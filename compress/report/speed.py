@@ -86,13 +86,23 @@ def _named(folder: str, engine: str, point: Point, base: Point, together: bool) 
 
 
 def _loads(candidates: list[tuple[str, str, Mapping[str, Any]]]) -> str:
-    rows = [["", "engine", "MB on disk", "opened in s", "first request s", "MB after load"]]
+    rows = [
+        [
+            "",
+            "engine",
+            "MB on disk",
+            "opened in s",
+            "first request s",
+            "MB loaded",
+            "most meanwhile",
+        ]
+    ]
     for folder, engine, speed in candidates:
         name = f"{engine} {speed['version'] or ''}".strip()
         stored = speed["checkpoint_bytes"]
         cells = [folder, name, ABSENT if stored is None else f"{stored / 1e6:.1f}"]
         if "refused" in speed:
-            rows.append([*cells, *[ABSENT] * 3])
+            rows.append([*cells, *[ABSENT] * 4])
             continue
         asked = speed.get("first_request_s")
         rows.append(
@@ -100,7 +110,8 @@ def _loads(candidates: list[tuple[str, str, Mapping[str, Any]]]) -> str:
                 *cells,
                 f"{speed['load_s']:.1f}",
                 ABSENT if asked is None else f"{asked:.2f}",
-                f"{(speed['loaded_cuda'] or speed['loaded_rss']) / 1e6:.0f}",
+                f"{(speed['loaded_cuda'] or speed['loaded_rss'] - speed['idle_rss']) / 1e6:.0f}",
+                f"{(speed['load_peak_rss'] - speed['idle_rss']) / 1e6:.0f}",
             ]
         )
     return markdown(rows)
@@ -167,6 +178,8 @@ def _legend(results: Results, environment: Mapping[str, Any]) -> str:
         f"{how[1]}.",
         "TTFT: request to first token. ITL: gap between tokens after the first, its median and 99th "
         "percentile. Peak MB: while decoding.",
+        "MB loaded: what opening a candidate added, on the GPU where there is one; most meanwhile: of the "
+        "host's memory, while it was opened.",
     ]
     points = [(f, e, s, point) for f, e, s in speeds for point in s["points"]]
     read = [point["read_gb_s"] for *_, point in points if point.get("read_gb_s")]

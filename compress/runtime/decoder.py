@@ -25,7 +25,7 @@ from compress.runtime.build import build
 from compress.runtime.network import Attend, Network
 from compress.runtime.random import RandomModel, RandomWeights
 from compress.runtime.sampling import GREEDY, Sampling
-from compress.runtime.weights import nbytes, waits
+from compress.runtime.weights import nbytes, tune, waits
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +128,14 @@ class Decoder:
             columns.append(self.step())
         found = torch.cat(columns, 1).tolist()
         return [row[: row.index(end) + 1] if end in row else row for row in found]
+
+    def tune(self, batches: Sequence[int]) -> None:
+        """Measure on the device how products of these many rows run best, and keep it: see kernels.tuning."""
+        for batch in batches:
+            for linear in self._network.linears:
+                tune(linear.weight, batch, self._dtype)
+        # Graphs hold what was looked up when they were captured.
+        self._request = None
 
     def bytes_per_step(self, batch: int, context: int) -> int:
         """Bytes that a step must read at the least: every weight once, as it is stored, but of the embedding
@@ -232,13 +240,16 @@ class Request:
         self.cache.pack_host()
 
 
-def open_decoder(path: Path, device: str, sampling: Sampling = GREEDY) -> Decoder:
-    """A decoder over the folder at ``path``; picklable by name, for a process of its own."""
+def open_decoder(
+    path: Path, device: str, sampling: Sampling = GREEDY, tune_for: Sequence[int] = ()
+) -> Decoder:
+    """A decoder over the folder at ``path``; picklable by name, for a process of its own. tune_for: batch
+    sizes, see ``Decoder.tune``"""
     target = torch.device(device)
     folder = ModelFolder(path)
     network, kernels = build(Weights(folder), target)
     scheme = scheme_of(folder)
-    return Decoder(
+    decoder = Decoder(
         network,
         kernels,
         vocabulary=int(folder.config["vocab_size"]),
@@ -248,10 +259,12 @@ def open_decoder(path: Path, device: str, sampling: Sampling = GREEDY) -> Decode
         scales=None if scheme is None else scales_of(folder, scheme, target),
         sampling=sampling,
     )
+    decoder.tune(tune_for)
+    return decoder
 
 
-def open_random(model: RandomModel, device: str) -> Decoder:
-    """A decoder of random weights, picklable by name. Raises UserError for a shape that is not known."""
+def open_random(model: RandomModel, device: str, tune_for: Sequence[int] = ()) -> Decoder:
+    """The same of random weights. Raises UserError for a shape that is not known."""
     target = torch.device(device)
     folder = ShapeFolder(model.shape)
     network, kernels = build(RandomWeights(folder, model.schemes, target), target)
@@ -259,7 +272,7 @@ def open_random(model: RandomModel, device: str) -> Decoder:
     if model.cache is not None and model.cache.static:
         one = torch.full((1,), FIXED, device=target)
         scales = [Scales(one, one)] * len(network.blocks)
-    return Decoder(
+    decoder = Decoder(
         network,
         kernels,
         vocabulary=int(folder.config["vocab_size"]),
@@ -268,3 +281,5 @@ def open_random(model: RandomModel, device: str) -> Decoder:
         scheme=model.cache,
         scales=scales,
     )
+    decoder.tune(tune_for)
+    return decoder

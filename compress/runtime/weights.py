@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from compress.kernels import cpu_linear, dense, int4_cpu, int8_cpu, packed_linear, w8a8
+from compress.kernels import cpu_linear, dense, int4_cpu, int8_cpu, packed_linear, tuning, w8a8
 from compress.kernels.fusion import Fusion, around
 from compress.quantize.qtensor import QTensor
 
@@ -79,6 +79,18 @@ def waits(weight: PackedWeight) -> bool:
         return any(map(waits, weight.weights))
     inputs = getattr(weight, "inputs", None)
     return inputs is not None and inputs.outliers == "dynamic"
+
+
+def tune(weight: PackedWeight, rows: int, dtype: torch.dtype) -> None:
+    """Measure how a product of so many rows runs best, where there is a choice that was not measured yet."""
+    if isinstance(weight, Side):
+        for part in weight.weights:
+            tune(part, rows, dtype)
+        return
+    if not isinstance(weight, packed_linear.TritonWeight):
+        return
+    if weight.key(rows).text not in tuning.table().found:
+        packed_linear.tune(weight, rows, dtype)
 
 
 def nbytes(weight: PackedWeight) -> int:

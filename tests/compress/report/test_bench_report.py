@@ -42,6 +42,8 @@ def speed(points: list[dict[str, Any]], *, together: bool = True, **changes: Any
         "version": "0.1.0",
         "checkpoint_bytes": 1e8,
         "load_s": 1.25,
+        "idle_rss": 400e6,
+        "load_peak_rss": 650e6,
         "loaded_rss": 500e6,
         "loaded_cuda": None,
         "first_request_s": 0.5,
@@ -84,7 +86,7 @@ def test_a_row_for_every_point_and_candidate() -> None:
         "int4-cpu+dense",
     ]
     assert rows[7][3:] == ["refused"] + ["-"] * 7
-    assert ["base", "compress 0.1.0", "100.0", "1.2", "0.50", "500"] in rows
+    assert ["base", "compress 0.1.0", "100.0", "1.2", "0.50", "100", "250"] in rows
     assert "- Refused: int4 (compress), batch 64, 128/32: OutOfMemoryError: no" in report
     assert "(22.5 GB/s by torch.sum)" in report
     assert "median of 3 interleaved rounds" in report
@@ -106,7 +108,7 @@ def test_engines_have_a_column_and_a_base_each() -> None:
         "- int4 against base (compress): 128/32 no longer faster from batch 8 on (0.90x)" in report
     )
     assert "- int4 against base (vllm): no point that both answered" in report
-    assert ["int4", "vllm 0.1.0", "100.0", "-", "-", "-"] in rows
+    assert ["int4", "vllm 0.1.0", "100.0", "-", "-", "-", "-"] in rows
 
 
 def test_crossover() -> None:
