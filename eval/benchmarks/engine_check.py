@@ -141,10 +141,11 @@ def main() -> None:
     lines = [["", *(f"equal, batch {b}" for b in BATCHES), "largest gap", "repeats", "kernels"]]
     results, failed = {}, []
     with tempfile.TemporaryDirectory() as scratch:
-        todo = {path.name: path for path in asked.checkpoint}
-        for name in () if asked.checkpoint else asked.only:
-            todo[name] = compressed(CASES[name], base, Path(scratch) / str(len(todo)))
-        for name, folder in todo.items():
+        given = {path.name: path for path in asked.checkpoint}
+        for number, name in enumerate(given or asked.only):
+            folder = given.get(name)
+            if folder is None:
+                folder = compressed(CASES[name], base, Path(scratch) / str(number))
             results[name] = check(folder, prompts, device)
             cells, passed = row(name, results[name])
             lines.append(cells)
