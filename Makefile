@@ -8,7 +8,7 @@ VLLM := .venv-vllm
 PEER := .venv-llmcompressor
 KV_PEERS := .venv-kv-peers
 
-.PHONY: help setup demo test check test-gpu golden serve-check bench-peers bench-int8 bench-kv bench-kv-speed bench-pruning bench-distill clean
+.PHONY: help setup demo test check test-gpu golden serve-check bench-peers bench-int8 bench-cpu-kernels bench-kv bench-kv-speed bench-pruning bench-distill clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -55,6 +55,9 @@ serve-check: setup $(VLLM)/.ready  ## compress the demo model and let vLLM's CPU
 bench-int8: setup  ## LLM.int8 with fixed columns beside bitsandbytes and 16 bits, on the GPU if there is one
 	$(BIN)/python -m eval.benchmarks.int8_speed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.benchmarks.outlier_model --keep outputs/outlier-model
+
+bench-cpu-kernels: setup  ## the CPU kernels beside torch's, as a share of what memory gives
+	$(BIN)/python -m eval.benchmarks.cpu_kernels
 
 bench-pruning: setup  ## who chooses best, depth or width, repair at an equal budget: an hour and more on 2 cores
 	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.benchmarks.pruning
