@@ -33,7 +33,7 @@ def test_a_line_for_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_wrong_product_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_kernels.CpuWeight, "matmul", lambda weight, x: x.new_ones(2, 64))
-    with pytest.raises(RuntimeError, match="int2-avx512 is .* off"):
+    with pytest.raises(RuntimeError, match=r"int2-avx512 is .* off"):
         cpu_kernels.candidates(64, 128, 2)
 
 
