@@ -9,7 +9,7 @@ PEER := .venv-llmcompressor
 KV_PEERS := .venv-kv-peers
 LLAMA_CPP := .node-llama-cpp
 
-.PHONY: help setup demo test check test-gpu golden serve-check bench-peers bench-int8 bench-kv bench-kv-speed bench-kernels bench-pruning bench-distill bench-cpu-decode clean
+.PHONY: help setup demo test check test-gpu golden serve-check bench-peers bench-int8 bench-cpu-kernels bench-kv bench-kv-speed bench-kernels bench-pruning bench-distill bench-cpu-decode bench-gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -57,6 +57,9 @@ bench-int8: setup  ## LLM.int8 with fixed columns beside bitsandbytes and 16 bit
 	$(BIN)/python -m eval.benchmarks.int8_speed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.benchmarks.outlier_model --keep outputs/outlier-model
 
+bench-cpu-kernels: setup  ## the CPU kernels beside torch's, as a share of what memory gives
+	$(BIN)/python -m eval.benchmarks.cpu_kernels
+
 bench-pruning: setup  ## who chooses best, depth or width, repair at an equal budget: an hour and more on 2 cores
 	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.benchmarks.pruning
 
@@ -93,6 +96,15 @@ $(LLAMA_CPP)/.ready:
 
 bench-cpu-decode: setup $(LLAMA_CPP)/.ready  ## decoding on this CPU beside transformers and llama.cpp (needs node)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.benchmarks.cpu_decode --node-modules $(LLAMA_CPP)/node_modules
+
+GPU_BENCH := $(BIN)/compress bench 'speed.patterns=[[128,128]]' speed.tune=true speed.repeats=3
+# The candidates of a shape: 16 bits first.
+CANDIDATES = shape:$(1) shape:$(1),scheme=int4,scheme.symmetric=true,head=int8 shape:$(1),scheme=int3,scheme.symmetric=true,head=int8 shape:$(1),scheme=fp8
+
+bench-gpu: setup  ## whole decode steps on the shapes of 8B, 1B and 13B models: needs a GPU of 80 GB
+	$(GPU_BENCH) $(call CANDIDATES,llama-3.1-8b) 'speed.batches=[1,4,16,32,64,128,256]' --out outputs/decode-8b.json
+	$(GPU_BENCH) $(call CANDIDATES,llama-3.2-1b) 'speed.batches=[1,16]' --out outputs/decode-1b.json
+	$(GPU_BENCH) $(call CANDIDATES,llama-2-13b) 'speed.batches=[1,16]' --out outputs/decode-13b.json
 
 clean:  ## remove the environments
 	rm -rf .venv $(VLLM) $(PEER) $(KV_PEERS) $(LLAMA_CPP)

@@ -96,6 +96,7 @@ class CpuWeight:
     @classmethod
     def dense(cls, W: Tensor) -> CpuWeight:
         """A weight in 16 bits, of which no copy is made."""
+        assert cpu_library.available(), "supports_dense() comes first"
         out_features, in_features = W.shape
         few = FEW[DENSE] * in_features
         return cls(W, None, None, DENSE, in_features, out_features, in_features, few)
@@ -103,6 +104,7 @@ class CpuWeight:
     @classmethod
     def pack(cls, q: QTensor) -> CpuWeight:
         """Arrange once at load."""
+        assert cpu_library.available(), "supports() comes first"
         out_features, in_features = q.shape
         bits = _stored(q)
         # Codes of fewer bits than are stored move up until their zero is in the middle of those.
