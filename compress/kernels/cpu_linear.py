@@ -163,6 +163,20 @@ class CpuWeight:
             return self._run(x, PLAIN, None)
         return linear(x, self.codes if self.scales is None else self.dequantize())
 
+    def rows(self, index: Tensor) -> Tensor:
+        """Some rows of the weight, bf16 (n, in), as ``dequantize`` gives them. index: int64 (n,)"""
+        if self.scales is None:
+            return self.codes[index]
+        block = index // ROWS
+        few = replace(
+            self,
+            codes=self.codes[block],
+            scales=self.scales[block],
+            zeros=None if self.zeros is None else self.zeros[block],
+            out_features=ROWS * len(index),
+        )
+        return few.dequantize()[torch.arange(len(index)) * ROWS + index % ROWS]
+
     def dequantize(self) -> Tensor:
         """The weight bf16 (out, in), each element rounded once."""
         return torch.ops.compress.dequantize.default(

@@ -314,6 +314,26 @@ class TritonWeight:
     def _thin(self, config: Config) -> Callable[[Tensor], Tensor]:
         return lambda x: self.fused(x, PLAIN, config=config)
 
+    def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """Some rows of the weight, (n, in), as ``dequantize`` gives them. index: int64 (n,)"""
+        if self.layout.bits == 16:
+            return self.words[index].to(dtype)
+        assert self.layout.group != BLOCK, "blocks hold the scales of many rows"
+        chunk = index // ROWS
+        own = torch.arange(ROWS, device=index.device)
+        beside = (chunk[:, None] * ROWS + own).clamp(max=self.shape[0] - 1).flatten()
+        few = replace(
+            self,
+            words=self.words[chunk],
+            bits=None if self.bits is None else self.bits[chunk],
+            scale=None if self.scale is None else self.scale[chunk],
+            zero=None if self.zero is None else self.zero[chunk],
+            row_scale=None if self.row_scale is None else self.row_scale[beside],
+            shape=torch.Size((ROWS * len(index), self.shape[1])),
+        )
+        place = torch.arange(len(index), device=index.device) * ROWS + index % ROWS
+        return few.dequantize(dtype)[place]
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in), each product of level and scale rounded once."""
         if self.layout.bits == 16:

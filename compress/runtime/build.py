@@ -18,7 +18,7 @@ from compress.model.families import Family, family_of
 from compress.model.folder import Shapes
 from compress.model.skeleton import model_of
 from compress.quantize.qtensor import QTensor, stack
-from compress.runtime.embedding import PackedEmbedding
+from compress.runtime.embedding import packed_embedding
 from compress.runtime.network import Block, Heads, Linear, Network
 from compress.runtime.weights import PackedWeight, Side, pack, pack_dense, unpacked
 
@@ -58,10 +58,15 @@ class Builder:
         """count: linears of the checkpoint that this is"""
         if isinstance(value, Tensor):
             # A copy: what was read from a file may be a view of its memory map.
-            name, weight = pack_dense(value.to(self.device, self.dtype, copy=True))
-        else:
-            found = pack(value, self.device, self.dtype)
-            name, weight = found or unpacked(value, self.device, self.dtype)
+            return self.keep(value.to(self.device, self.dtype, copy=True), count)
+        found = pack(value, self.device, self.dtype)
+        name, weight = found or unpacked(value, self.device, self.dtype)
+        self.kernels[name] += count
+        return weight
+
+    def keep(self, value: Tensor, count: int) -> PackedWeight:
+        """A weight of 16 bits on the device, as it is."""
+        name, weight = pack_dense(value)
         self.kernels[name] += count
         return weight
 
@@ -161,10 +166,9 @@ def _ends(builder: Builder, family: Family) -> tuple[Any, PackedWeight]:
     source = builder.source
     value = source.get(f"{family.embedding}.weight")
     if isinstance(value, QTensor):
-        embed: Any = PackedEmbedding(value).to(builder.device)
-    else:
-        table = value = value.to(builder.device, builder.dtype, copy=True)
-        embed = lambda tokens: embedding(tokens, table)  # noqa: E731 - not worth a class
-    if source.folder.tied_head:
-        return embed, builder.arrange(value, 1)
-    return embed, builder.weight([family.head])
+        tied = builder.arrange(value, 1) if source.folder.tied_head else None
+        embed = packed_embedding(value, tied, builder.device, builder.dtype)
+        return embed, tied or builder.weight([family.head])
+    table = value.to(builder.device, builder.dtype, copy=True)
+    head = builder.keep(table, 1) if source.folder.tied_head else builder.weight([family.head])
+    return lambda tokens: embedding(tokens, table), head

@@ -1,11 +1,40 @@
-"""The embedding of a checkpoint whose embedding is quantized."""
+"""The embedding of a checkpoint whose embedding is quantized: rows of a tied head's weight, where its
+kernel's layout can give them, or codes of its own."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from compress.kernels.cpu_linear import CpuWeight
+from compress.kernels.packed_linear import TritonWeight
 from compress.quantize.qtensor import QTensor
+from compress.runtime.weights import PackedWeight
+
+
+def packed_embedding(
+    q: QTensor, head: PackedWeight | None, device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    """tokens int64 (...) -> (..., hidden). head: the weight that a tied head made of the same QTensor"""
+    if isinstance(head, CpuWeight) or (isinstance(head, TritonWeight) and q.block is None):
+        return HeadRows(head, dtype)
+    return PackedEmbedding(q).to(device)
+
+
+class HeadRows(nn.Module):
+    """Rows of the head's weight as they are looked up: there is no other copy."""
+
+    def __init__(self, head: CpuWeight | TritonWeight, dtype: torch.dtype):
+        super().__init__()
+        self.head, self.dtype = head, dtype
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        index = tokens.flatten()
+        if isinstance(self.head, CpuWeight):
+            rows = self.head.rows(index)
+        else:
+            rows = self.head.rows(index, self.dtype)
+        return rows.unflatten(0, tokens.shape)
 
 
 class PackedEmbedding(nn.Module):

@@ -23,7 +23,7 @@ from compress.model.families import family_of
 from compress.model.folder import ModelFolder
 from compress.model.skeleton import assign, empty_model
 from compress.quantize.qtensor import QTensor
-from compress.runtime.embedding import PackedEmbedding
+from compress.runtime.embedding import packed_embedding
 from compress.runtime.weights import PackedWeight, pack
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def load_packed(folder: ModelFolder, device: torch.device) -> tuple[Any, dict[st
                 kernel, weight = packed
                 kernels[kernel] += 1
                 if base == embedding:
-                    _replace_embedding(model, folder, base, value, weight)
+                    _replace_embedding(model, folder, base, value, weight, device)
                 else:
                     _replace_linear(model, base, value, weight)
                 continue
@@ -113,19 +113,24 @@ def _replace_linear(model: Any, base: str, q: QTensor, weight: PackedWeight) -> 
 
 
 def _replace_embedding(
-    model: Any, folder: ModelFolder, base: str, q: QTensor, weight: PackedWeight
+    model: Any,
+    folder: ModelFolder,
+    base: str,
+    q: QTensor,
+    weight: PackedWeight,
+    device: torch.device,
 ) -> None:
     """Rows are looked up in codes; a tied head runs the same integers through the kernel."""
     if model.get_submodule(base).weight.shape != q.shape:
         raise UserError(f"{base}.weight has shape {tuple(q.shape)}, which config.json contradicts")
     if folder.tied_head:
         _replace_linear(model, family_of(folder.config).head, q, weight)
-    model.set_submodule(base, PackedEmbedding(q))
+    tied = weight if folder.tied_head else None
+    model.set_submodule(base, packed_embedding(q, tied, device, folder.dtype))
 
 
 def _ready(model: Any, folder: ModelFolder, device: torch.device) -> Any:
-    packed = any(isinstance(module, PackedEmbedding) for module in model.modules())
-    if folder.tied_head and not packed:
+    if folder.tied_head and isinstance(model.get_input_embeddings(), nn.Embedding):
         model.tie_weights()
     missing = [name for name, p in model.named_parameters() if p.is_meta]
     if missing:

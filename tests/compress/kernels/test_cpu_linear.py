@@ -222,3 +222,13 @@ def test_wrong_sizes_are_refused(changes: dict[str, Any]) -> None:
     torch.ops.compress.linear(**given)
     with pytest.raises(RuntimeError):
         torch.ops.compress.linear(**{**given, **changes})
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rows_are_those_of_the_dequantized_weight(bits: int, symmetric: bool) -> None:
+    scheme = Scheme(bits, 32, symmetric)
+    W = torch.randn(50, 96, generator=torch.Generator().manual_seed(bits))
+    weight = CpuWeight.pack(to_codes(W, make_grid(W, scheme, torch.bfloat16), scheme))
+    index = torch.tensor([49, 0, 16, 16, 31])
+    assert torch.equal(weight.rows(index), weight.dequantize()[index])

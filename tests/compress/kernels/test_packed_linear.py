@@ -330,3 +330,16 @@ def test_a_foreign_table_is_not_used(
     with caplog.at_level(logging.WARNING):
         assert Table.load(tmp_path / "configs.json").found == {}
     assert "is not used" in caplog.text
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("group", [32, "channel"])
+def test_rows_are_those_of_the_dequantized_weight(bits: int, group: int | str) -> None:
+    scheme = Scheme(bits, group, True)
+    W = torch.randn(50, 192, generator=torch.Generator().manual_seed(bits))
+    weight = TritonWeight.pack(
+        to_codes(W, make_grid(W, scheme, torch.float16), scheme), torch.device("cpu")
+    )
+    index = torch.tensor([49, 0, 8, 8, 31])
+    found = weight.rows(index, torch.float16)
+    assert torch.equal(found, weight.dequantize(torch.float16)[index])
