@@ -114,7 +114,8 @@ def default(key: Key, processors: int) -> Config:
     config = Config(path, rows, slices, 2, split)
     beside = min(8, -(-key.N // rows * split // processors))
     room = min(SHARED, 2 * SHARED // max(1, beside))
-    stages = max(2, min(5, room // stage_bytes(key, config)))
+    # A thin program takes its last tile out of the way before it fetches the next.
+    stages = max(2, min(5, room // stage_bytes(key, config) + (path == "thin")))
     return Config(path, rows, slices, stages, split)
 
 

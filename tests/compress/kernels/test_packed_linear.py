@@ -292,7 +292,8 @@ def test_configurations_without_a_measurement() -> None:
             for N, K in ((4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096), (512, 2048)):
                 one = key(tokens, N, K, name)
                 config = tuning.default(one, 132)
-                assert config.stages * tuning.stage_bytes(one, config) <= tuning.SHARED
+                held = config.stages - (config.path == "thin")
+                assert held * tuning.stage_bytes(one, config) <= tuning.SHARED
                 assert config.path == ("wide" if tokens > 32 else "thin")
                 if N >= 4096:
                     assert math.ceil(N / config.rows) * config.split >= 128
