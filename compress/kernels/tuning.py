@@ -33,7 +33,7 @@ MOST_ROWS = 512
 # Up to so many tokens every program computes the norm on its way, to save a launch.
 NORM_ROWS = 2
 # Shared memory of a program at most: two fit on a multiprocessor of a data-centre GPU, one on any other.
-SHARED = 96 * 1024
+SHARED = 80 * 1024
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,15 @@ def default(key: Key, processors: int) -> Config:
     # Another kernel adds up the parts: worth it only where most of the device would idle.
     while key.N // rows * split < processors and tiles // (2 * split) >= 2 * slices:
         split *= 2
+    while (
+        path == "thin" and slices > 1 and 2 * stage_bytes(key, Config(path, rows, slices)) > SHARED
+    ):
+        slices //= 2
     config = Config(path, rows, slices, 2, split)
     beside = min(8, -(-key.N // rows * split // processors))
     room = min(SHARED, 2 * SHARED // max(1, beside))
-    stages = max(2, min(5, room // stage_bytes(key, config)))
+    # A thin program takes its last tile out of the way before it fetches the next.
+    stages = max(2, min(5, room // stage_bytes(key, config) + (path == "thin")))
     return Config(path, rows, slices, stages, split)
 
 

@@ -127,12 +127,14 @@ def test_programs_that_share_columns(path: str) -> None:
     """Up to the order of the sums, and the same twice."""
     torch.manual_seed(0)
     q = quantized("w4-g256-sym", 40)
-    weight, x = TritonWeight.pack(q, DEVICE), torch.randn(3, q.shape[1], device=DEVICE)
+    # Only the interpreter takes float32, which shows more.
+    dtype, close = (torch.float32, 1e-5) if DEVICE.type == "cpu" else (FP16, 2e-3)
+    weight, x = TritonWeight.pack(q, DEVICE), torch.randn(3, q.shape[1], device=DEVICE, dtype=dtype)
     whole, parts, again, most = (
         weight.fused(x, PLAIN, config=Config(path, 32, 1, 2, split)) for split in (1, 2, 2, 64)
     )
-    assert torch.allclose(parts, whole, rtol=1e-5, atol=1e-5 * float(whole.abs().max()))
-    assert torch.allclose(most, whole, rtol=1e-5, atol=1e-5 * float(whole.abs().max()))
+    for other in (parts, most):
+        assert torch.allclose(other, whole, rtol=close, atol=close * float(whole.abs().max()))
     assert torch.equal(parts, again)
 
 
@@ -290,7 +292,8 @@ def test_configurations_without_a_measurement() -> None:
             for N, K in ((4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096), (512, 2048)):
                 one = key(tokens, N, K, name)
                 config = tuning.default(one, 132)
-                assert config.stages * tuning.stage_bytes(one, config) <= 2 * tuning.SHARED
+                held = config.stages - (config.path == "thin")
+                assert held * tuning.stage_bytes(one, config) <= tuning.SHARED
                 assert config.path == ("wide" if tokens > 32 else "thin")
                 if N >= 4096:
                     assert math.ceil(N / config.rows) * config.split >= 128
