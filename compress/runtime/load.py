@@ -125,6 +125,8 @@ def _replace_embedding(
         raise UserError(f"{base}.weight has shape {tuple(q.shape)}, which config.json contradicts")
     if folder.tied_head:
         _replace_linear(model, family_of(folder.config).head, q, weight)
+        # They share a weight that is no parameter: nobody is to tie them anew, as lm-eval would.
+        model.all_tied_weights_keys = {}
     tied = weight if folder.tied_head else None
     model.set_submodule(base, packed_embedding(q, tied, device, folder.dtype))
 
