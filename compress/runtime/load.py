@@ -126,7 +126,7 @@ def _replace_embedding(
     if folder.tied_head:
         _replace_linear(model, family_of(folder.config).head, q, weight)
         # They share a weight that is no parameter: nobody is to tie them anew, as lm-eval would.
-        model.all_tied_weights_keys = {}
+        model.config.tie_word_embeddings = False
     tied = weight if folder.tied_head else None
     model.set_submodule(base, packed_embedding(q, tied, device, folder.dtype))
 
