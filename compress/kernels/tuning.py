@@ -108,10 +108,13 @@ def default(key: Key, processors: int) -> Config:
     # Another kernel adds up the parts: worth it only where most of the device would idle.
     while key.N // rows * split < processors and tiles // (2 * split) >= 2 * slices:
         split *= 2
-    while (
-        path == "thin" and slices > 1 and 2 * stage_bytes(key, Config(path, rows, slices)) > SHARED
-    ):
-        slices //= 2
+    while path == "thin" and 2 * stage_bytes(key, Config(path, rows, slices)) > SHARED:
+        if rows > 16:
+            rows //= 2
+        elif slices > 1:
+            slices //= 2
+        else:
+            break
     config = Config(path, rows, slices, 2, split)
     beside = min(8, -(-key.N // rows * split // processors))
     room = min(SHARED, 2 * SHARED // max(1, beside))
