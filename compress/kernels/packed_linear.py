@@ -477,7 +477,9 @@ class TritonWeight:
             "SPLIT": split,
         }
         bias = y if fusion.bias is None else fusion.bias
-        linear_kernel[(-(-N // config.rows), split)](
+        block = 16 if wide else 8
+        block = max(block, min(tuning.MOST_TOKENS, 1 << (M - 1).bit_length()))
+        linear_kernel[(-(-N // config.rows), split, -(-M // block))](
             x,
             x if norm is None else norm,
             scale,
@@ -495,7 +497,7 @@ class TritonWeight:
             tiles,
             S=slices,
             R=config.rows,
-            B=max(16 if wide else 8, 1 << (M - 1).bit_length()),
+            B=block,
             STAGES=config.stages,
             X_SCALE=0 if self.inputs is None else 2 if self.inputs.per == "group" else 1,
             ONE=M == 1 and not wide,
@@ -552,4 +554,6 @@ def tune(
     def runs(config: Config) -> list[Callable[[], Tensor]]:
         return [lambda w=w: w.fused(x, PLAIN, config=config) for w in weights]  # type: ignore[misc]
 
-    return tuning.tune(weight.key(tokens), runs, tuning.table() if into is None else into)
+    _, processors = tuning.device_facts(device)
+    table = tuning.table() if into is None else into
+    return tuning.tune(weight.key(tokens), runs, table, processors)

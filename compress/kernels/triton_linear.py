@@ -170,7 +170,7 @@ def _scales(scale_ptr, chunk, group, groups, S: tl.constexpr, R: tl.constexpr, G
 
 
 @triton.jit
-def _tokens(x_ptr, norm_ptr, squares, slice_tile, last, M, K, part: tl.constexpr, PARTS: tl.constexpr,
+def _tokens(x_ptr, norm_ptr, tokens, squares, slice_tile, last, M, K, part: tl.constexpr, PARTS: tl.constexpr,
             S: tl.constexpr, B: tl.constexpr, ONE: tl.constexpr, NORM: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """x of one tile a slice, (S, TILE, B), times the gain where there is a norm, and its squares added up.
     Zeros in place of all groups of the tile but ``part``: cheaper than taking the weights apart."""
@@ -183,7 +183,6 @@ def _tokens(x_ptr, norm_ptr, squares, slice_tile, last, M, K, part: tl.constexpr
     if ONE:
         x = tl.load(x_ptr + k, mask=inside, other=0.0)
     else:
-        tokens = tl.arange(0, B)
         at = x_ptr + tokens[None, None, :] * K + k[:, :, None]
         x = tl.load(at, mask=inside[:, :, None] & (tokens < M)[None, None, :], other=0.0)
     if NORM:
@@ -226,7 +225,7 @@ def linear_kernel(x_ptr, norm_ptr, x_scale_ptr, w_ptr, bits_ptr, scale_ptr, zero
                   X_SCALE: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
                   RESIDUAL: tl.constexpr, SPLIT: tl.constexpr, ONE: tl.constexpr,
                   WIDE: tl.constexpr):  # fmt: skip
-    """Grid (programs over the rows, splits of K). y (M, N), or (M, N / 2) where it is gated; with SPLIT > 1
+    """Grid (programs over the rows, splits of K, blocks of B tokens). y (M, N), or (M, N / 2) where it is gated; with SPLIT > 1
     float32 (SPLIT, M, N) sums, which ``reduce_kernel`` makes y of, and squares (SPLIT, M).
 
     GROUP: columns of a scale, 0 a row's own in row_scale, -1 blocks. ZERO: -1 where there are zero points, or
@@ -244,7 +243,7 @@ def linear_kernel(x_ptr, norm_ptr, x_scale_ptr, w_ptr, bits_ptr, scale_ptr, zero
     chunk = tl.minimum(chunk, (N + 7) // 8 - 1)
     step0 = tl.program_id(1) * per
     last = tl.minimum(step0 + per, tiles)
-    tokens = tl.arange(0, B)
+    tokens = tl.program_id(2) * B + tl.arange(0, B)
     PARTS: tl.constexpr = 1 if GROUP <= 0 or GROUP >= 128 else 128 // GROUP
     RUN: tl.constexpr = GROUP // 128 if GROUP > 128 else 1
     groups = 1 if GROUP == 0 else (tiles + RUN - 1) // RUN * PARTS
@@ -274,6 +273,7 @@ def linear_kernel(x_ptr, norm_ptr, x_scale_ptr, w_ptr, bits_ptr, scale_ptr, zero
             x, squares = _tokens(
                 x_ptr,
                 norm_ptr,
+                tokens,
                 squares,
                 slice_tile,
                 last,
@@ -478,13 +478,3 @@ def prepare_kernel(x_ptr, norm_ptr, fixed_ptr, y_ptr, x_scale_ptr, eps, M, K, BL
         tile = tl.arange(0, BLOCK // 128)
         tl.store(x_scale_ptr + tile * M + m, scales, mask=tile * 128 < K)
     tl.store(y_ptr + m * K + k, x.to(y_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def read_kernel(x_ptr, out_ptr, words, BLOCK: tl.constexpr, STEPS: tl.constexpr):
-    """Reads int32 words and keeps one of each program: what a kernel that does nothing else can read."""
-    at = tl.program_id(0).to(tl.int64) * (BLOCK * STEPS) + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.int32)
-    for step in tl.static_range(STEPS):
-        total ^= tl.load(x_ptr + at + step * BLOCK, mask=at + step * BLOCK < words, other=0)
-    tl.store(out_ptr + tl.program_id(0), tl.sum(total, 0))

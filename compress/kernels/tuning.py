@@ -9,10 +9,11 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,14 @@ PATHS = ("thin", "wide", "dense")
 TILE = 128
 # Tokens of the last bucket that is looked up; beyond, everything is as in it.
 MOST_ROWS = 512
+# Tokens of a program of the wide path, and up to how many it is the guess rather than a dequantized weight,
+# which costs reading it, writing it in 16 bits and reading that.
+MOST_TOKENS, WIDE_ROWS = 128, 256
+# What ``tune`` tries, one after the other, each from the best so far.
+AXES = {
+    "thin": {"rows": (16, 32, 64), "slices": (2, 4, 8), "stages": (1, 2, 3, 4), "split": (1, 2, 4)},
+    "wide": {"rows": (32, 64, 128), "stages": (2, 3, 4), "split": (1, 2, 4, 8)},
+}
 # Up to so many tokens every program computes the norm on its way, to save a launch.
 NORM_ROWS = 2
 # Shared memory of a program at most: two fit on a multiprocessor of a data-centre GPU, one on any other.
@@ -89,7 +98,8 @@ def bits_of(name: str) -> int:
 def stage_bytes(key: Key, config: Config) -> int:
     """Shared memory of one stage: weights and tokens of a tile for every slice."""
     slices = config.slices if config.path == "thin" else 1
-    tokens = 1 if key.tokens == 1 else max(8 if config.path == "thin" else 16, key.tokens)
+    least = 8 if config.path == "thin" else 16
+    tokens = 1 if key.tokens == 1 else max(least, min(MOST_TOKENS, key.tokens))
     # Tokens are read once for each group of the tile.
     copies = TILE // key.group if 0 < key.group < TILE else 1
     return slices * TILE * (config.rows * bits_of(key.format) // 8 + 2 * tokens * copies)
@@ -98,9 +108,13 @@ def stage_bytes(key: Key, config: Config) -> int:
 def default(key: Key, processors: int) -> Config:
     """A guess: programs for every multiprocessor twice, tiles in flight as far as shared memory goes when all
     of them run at once."""
-    if key.tokens > 64:
+    if key.tokens > (64 if bits_of(key.format) == 16 else WIDE_ROWS):
         return Config("dense")
-    path, rows = ("wide", 64) if key.tokens > 32 else ("thin", 64 if key.tokens <= 8 else 32)
+    return _fitted(key, "wide" if key.tokens > 32 else "thin", processors)
+
+
+def _fitted(key: Key, path: str, processors: int) -> Config:
+    rows = 64 if path == "wide" or key.tokens <= 8 else 32
     slices = 8 if key.tokens == 1 and key.K >= 8192 else 4
     while rows > 16 and path == "thin" and key.N // rows < 2 * processors:
         rows //= 2
@@ -123,29 +137,27 @@ def default(key: Key, processors: int) -> Config:
     return Config(path, rows, slices, stages, split)
 
 
-def candidates(key: Key) -> list[Config]:
-    """What ``tune`` tries."""
-    found = [Config("dense")] if key.tokens > 8 else []
-    tiles = -(-key.K // TILE)
+def starts(key: Key, processors: int) -> list[Config]:
+    """Where ``tune`` begins: a guess for each path that may be the fastest."""
+    found = []
     if key.tokens <= 64:
-        for rows in (16, 32, 64):
-            for slices in (2, 4, 8):
-                for split in (1, 2, 4):
-                    if tiles // split >= slices:
-                        found += [Config("thin", rows, slices, n, split) for n in (1, 2, 3, 4)]
-    if 8 < key.tokens <= 128:
-        for rows in (32, 64, 128):
-            for split in (1, 2, 4, 8):
-                if tiles // split >= 4:
-                    found += [Config("wide", rows, 4, n, split) for n in (2, 3, 4)]
-    limit = 2 * SHARED
-    return [
-        c
-        for c in found
-        if c.path == "dense" or stage_bytes(key, c) * max(1, c.stages) <= limit
-        # Its sums stay in registers.
-        if c.path != "thin" or c.rows * max(8, key.tokens) <= 2048
-    ]
+        found.append(_fitted(key, "thin", processors))
+    if key.tokens > 8:
+        found += [_fitted(key, "wide", processors), Config("dense")]
+    return found
+
+
+def fits(key: Key, config: Config) -> bool:
+    """Whether a program has the shared memory and the registers for it, and each part of K some tiles."""
+    if config.path == "dense":
+        return True
+    slices = config.slices if config.path == "thin" else 4
+    sums = config.rows * min(MOST_TOKENS, max(8, key.tokens))
+    return (
+        stage_bytes(key, config) * config.stages <= 2 * SHARED
+        and -(-key.K // TILE) // config.split >= slices
+        and (config.path == "wide" or sums <= 2048)
+    )
 
 
 @dataclass
@@ -199,24 +211,33 @@ def device_facts(device: torch.device) -> tuple[str, int]:
 
 
 def tune(
-    key: Key,
-    runs: Callable[[Config], Sequence[Callable[[], Any]]],
-    into: Table,
-    configs: Iterable[Config] | None = None,
+    key: Key, runs: Callable[[Config], Sequence[Callable[[], Any]]], into: Table, processors: int
 ) -> dict[Config, float]:
-    """Time the candidates on the device and keep the fastest in ``into``, and in its file.
+    """Time configurations on the device and keep the fastest in ``into``, and in its file.
 
-    runs: config -> the same product with copies of the weight that together exceed the cache several times;
-    what a config cannot do on this device is left out. Returns microseconds a call. Raises RuntimeError if
-    none runs.
+    Each path is searched from its guess along one axis after the other: a dozen kernels to compile instead of
+    a hundred. runs: config -> the same product with copies of the weight that together exceed the cache
+    several times; what a config cannot do on this device is left out. Returns microseconds a call. Raises
+    RuntimeError if none runs.
     """
     times: dict[Config, float] = {}
-    for config in candidates(key) if configs is None else configs:
-        try:
-            times[config] = _microseconds(runs(config))
-        except Exception as error:
-            # The compiler says in many ways that something does not fit; none of them may end the others.
-            log.debug("%s does not run with %s: %s", key.text, config, error)
+
+    def timed(config: Config) -> float:
+        if config not in times:
+            try:
+                times[config] = _microseconds(runs(config))
+            except Exception as error:
+                # The compiler says in many ways that something does not fit; none of them may end the others.
+                log.debug("%s does not run with %s: %s", key.text, config, error)
+                return math.inf
+        return times[config]
+
+    for start in starts(key, processors):
+        best = start
+        timed(best)
+        for axis, values in AXES.get(start.path, {}).items():
+            near = [replace(best, **{axis: value}) for value in values]  # type: ignore[arg-type]
+            best = min([best, *(c for c in near if fits(key, c))], key=timed)
     if not times:
         raise RuntimeError(f"no configuration runs {key.text}")
     into.found[key.text] = min(times, key=lambda config: times[config])

@@ -92,8 +92,8 @@ def written(decoder: Decoder, prompts: list[list[int]], batch: int) -> list[list
 def judged(
     exact: Any, half: Any, prompts: list[list[int]], answers: list[list[int]]
 ) -> dict[str, Any]:
-    """How many tokens are the reference's own, and the gaps of the others; beside them the gaps of what it picks
-    in 16 bits. exact, half: the reference in float32 and in the checkpoint's type"""
+    """How many tokens are the reference's own, and the gaps of the others; beside them the gaps of what it
+    picks in 16 bits. exact, half: the reference in float32 and in the checkpoint's type"""
     equal, gaps, floor = 0, [], []
     for prompt, answer in zip(prompts, answers, strict=True):
         tokens = torch.tensor([prompt + answer], device=exact.device)

@@ -28,18 +28,15 @@ from compress.kernels import packed_linear, tuning
 from compress.kernels.fusion import PLAIN, Fusion, around
 from compress.kernels.packed_linear import TritonWeight, copies, copies_beyond_cache
 from compress.model.folder import write_json
+from compress.model.shapes import SHAPES, shape_config
 from compress.quantize.inputs import InputScheme
 from compress.quantize.qtensor import QTensor
 from compress.quantize.scheme import Scheme, make_grid, to_codes
 from compress.report.table import markdown
+from eval.bandwidth import read_bandwidth
 from eval.benchmarks.timing import measure
 
-# hidden size, intermediate size, outputs of queries, keys and values together, of queries alone, vocabulary
-MODELS = {
-    "llama-3.1-8b": (4096, 14336, 6144, 4096, 128256),
-    "llama-3.2-1b": (2048, 8192, 3072, 2048, 128256),
-    "llama-2-13b": (5120, 13824, 15360, 5120, 32000),
-}
+MODELS = ("llama-3.1-8b", "llama-3.2-1b", "llama-2-13b")
 FORMATS = {
     "w4-g128": Scheme(4, 128, True),
     "w4-g64-asym": Scheme(4, 64),
@@ -54,20 +51,22 @@ LINEARS = ("qkv", "o", "gate-up", "down", "head")
 EPS = 1e-5
 # What a rounded result may be off: bf16 keeps 8 bits, and a level of 8-bit inputs may fall the other way.
 TOLERANCE = 0.01
-READ_BYTES = 2**31
 # Quantized at once, in float32 for a moment.
 ROWS_AT_ONCE = 2**14
 
 
 def shape_of(model: str, name: str) -> tuple[int, int]:
     """Outputs and inputs."""
-    hidden, intermediate, qkv, queries, vocabulary = MODELS[model]
+    config = shape_config(model)
+    hidden, intermediate = config["hidden_size"], config["intermediate_size"]
+    heads = config["num_attention_heads"]
+    size = config.get("head_dim", hidden // heads)
     return {
-        "qkv": (qkv, hidden),
-        "o": (hidden, queries),
+        "qkv": ((heads + 2 * config["num_key_value_heads"]) * size, hidden),
+        "o": (hidden, heads * size),
         "gate-up": (2 * intermediate, hidden),
         "down": (hidden, intermediate),
-        "head": (vocabulary, hidden),
+        "head": (config["vocab_size"], hidden),
     }[name]
 
 
@@ -104,28 +103,6 @@ def through(calls: Sequence[Callable[[], Tensor]]) -> Callable[[], Tensor]:
         return calls[-1]()
 
     return run
-
-
-def read_bandwidth(device: torch.device) -> float:
-    """Bytes a second of a kernel that only reads, the best of a few sizes."""
-    from compress.kernels.triton_linear import read_kernel
-
-    words = READ_BYTES // 4
-    buffer = torch.zeros(words, dtype=torch.int32, device=device)
-    calls: dict[str, Callable[[], Tensor]] = {}
-    for block, steps in ((1024, 4), (2048, 4), (2048, 8), (4096, 4)):
-        programs = -(-words // (block * steps))
-        out = torch.empty(programs, dtype=torch.int32, device=device)
-
-        def run(
-            block: int = block, steps: int = steps, programs: int = programs, out: Tensor = out
-        ) -> Tensor:
-            read_kernel[(programs,)](buffer, out, words, BLOCK=block, STEPS=steps, num_warps=4)
-            return out
-
-        calls[f"{block} x {steps}"] = run
-    times = measure(calls, device)
-    return READ_BYTES / (1e-6 * min(statistics.median(found) for found in times.values()))
 
 
 class Bench:
@@ -226,7 +203,7 @@ class Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="*", choices=list(MODELS), default=["llama-3.1-8b"])
+    parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=list(MODELS))
     parser.add_argument("--linears", nargs="*", choices=LINEARS, default=list(LINEARS))
     parser.add_argument("--formats", nargs="*", choices=[*FORMATS, SIXTEEN])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 4, 16, 64, 128])

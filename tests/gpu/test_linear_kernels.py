@@ -128,11 +128,10 @@ def test_captured_and_replayed(name: str, tokens: int) -> None:
 def test_tuning_keeps_the_fastest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     q = quantized("w4-g128", (4096, 4096), torch.bfloat16)
     weight = TritonWeight.pack(q, CUDA)
-    few = [Config("thin", 16, 4, 3), Config("thin", 32, 4, 3), Config("thin", 32, 8, 2)]
-    monkeypatch.setattr(tuning, "candidates", lambda key: few)
+    monkeypatch.setitem(tuning.AXES, "thin", {"rows": (16, 32), "stages": (2, 3)})
     table = Table(tmp_path / "configs.json")
     times = packed_linear.tune(weight, 1, torch.bfloat16, table)
-    assert set(times) == set(few)
+    assert 2 <= len(times) <= 5
     best = min(times, key=lambda config: times[config])
     assert Table.load(tmp_path / "configs.json").found == {weight.key(1).text: best}
     # A weight is not read faster than 20 TB/s.

@@ -107,6 +107,14 @@ def test_every_format(name: str, tokens: int, rows: int, dtype: torch.dtype) -> 
     check(quantized(name, rows, dtype), tokens, THIN, dtype=dtype)
 
 
+@pytest.mark.parametrize("name", ["w4-g64", "fp8-block+fp8-group"])
+def test_more_tokens_than_a_program_takes(name: str) -> None:
+    torch.manual_seed(0)
+    fusion = Fusion(torch.rand(quantized(name, 64).shape[1]) + 0.5, 1e-5, gated=True)
+    config = Config("wide", rows=32, stages=2, split=2)
+    check(quantized(name, 64), 150, config, fusion=fusion, with_residual=True)
+
+
 @pytest.mark.parametrize("name", ["w4-g64", "w3-g128-sym", "w8-g128", "fp8-block+fp8-group"])
 def test_wide_products(name: str) -> None:
     torch.manual_seed(0)
@@ -297,12 +305,39 @@ def test_configurations_without_a_measurement() -> None:
                 assert config.path == ("wide" if tokens > 32 else "thin")
                 if N >= 4096:
                     assert math.ceil(N / config.rows) * config.split >= 128
-        assert tuning.default(key(128), 132).path == "dense"
+        assert tuning.default(key(512, name=name), 132).path == "dense"
+    assert tuning.default(key(256), 132).path == "wide"
+    assert tuning.default(key(128, name="w16a16"), 132).path == "dense"
     assert [tuning.bucket(n) for n in (1, 2, 8, 9, 33, 64, 65, 9999)] == [
         1, 8, 8, 16, 64, 64, 128, 512
     ]  # fmt: skip
-    assert Config("dense") not in tuning.candidates(key(1))
-    assert Config("dense") in tuning.candidates(key(64))
+    paths = {n: [c.path for c in tuning.starts(key(n), 132)] for n in (1, 16, 256)}
+    assert paths == {1: ["thin"], 16: ["thin", "wide", "dense"], 256: ["wide", "dense"]}
+
+
+def test_tuning_finds_the_fastest_axis_by_axis(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device of known times: where one configuration fails, and another is the best of all."""
+    best = Config("thin", 16, 8, 1, 2)
+
+    def microseconds(calls: list[Config]) -> float:
+        (config,) = calls
+        if config.stages == 3:
+            raise ValueError("out of resources")
+        axes = ("rows", "slices", "stages", "split")
+        return 1.0 + sum(getattr(config, axis) != getattr(best, axis) for axis in axes)
+
+    monkeypatch.setattr(tuning, "_microseconds", microseconds)
+    table = Table(tmp_path / "configs.json")
+    times = tuning.tune(key(), lambda config: [config], table, 132)  # type: ignore[arg-type, list-item, return-value]
+    assert Table.load(tmp_path / "configs.json").config(key(), 132) == best
+    assert len(times) < 14
+    assert all(config.stages != 3 for config in times)
+    monkeypatch.setattr(tuning, "AXES", {})
+    monkeypatch.setattr(tuning, "starts", lambda key, processors: [Config(stages=3)])
+    with pytest.raises(RuntimeError, match="no configuration runs"):
+        tuning.tune(key(), lambda config: [config], table, 132)  # type: ignore[arg-type, list-item, return-value]
 
 
 def test_the_table_is_kept_and_found_again(tmp_path: Path) -> None:
