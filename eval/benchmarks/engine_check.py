@@ -17,6 +17,7 @@ of the first.
 from __future__ import annotations
 
 import argparse
+import functools
 import subprocess
 import sys
 import tempfile
@@ -88,31 +89,45 @@ def written(decoder: Decoder, prompts: list[list[int]], batch: int) -> list[list
     return found
 
 
-@torch.inference_mode()
-def judged(
-    exact: Any, half: Any, prompts: list[list[int]], answers: list[list[int]]
-) -> dict[str, Any]:
-    """How many tokens are the reference's own, and the gaps of the others; beside them the gaps of what it
-    picks in 16 bits. exact, half: the reference in float32 and in the checkpoint's type"""
-    equal, gaps, floor = 0, [], []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        tokens = torch.tensor([prompt + answer], device=exact.device)
-        logits, others = (
-            model(tokens).logits[0, len(prompt) - 1 : -1].float() for model in (exact, half)
+class Judge:
+    """The reference in float32 and in the checkpoint's type, and what it thinks of answers."""
+
+    def __init__(self, folder: ModelFolder, device: torch.device):
+        self._exact, self._half = (
+            load_served(folder, device, dtype) for dtype in (torch.float32, folder.dtype)
         )
-        own, theirs = (
-            (logits.amax(1) - logits.gather(1, picked[:, None]).squeeze(1)) / logits.std(1)
-            for picked in (tokens[0, len(prompt) :], others.argmax(1))
+        # Other batches mostly give the same answers.
+        self._gaps = functools.cache(self._gaps_of)
+
+    def __call__(self, prompts: list[list[int]], answers: list[list[int]]) -> dict[str, Any]:
+        """How many tokens are the reference's own, and the gaps of the others; beside them the gaps of what
+        it picks in 16 bits."""
+        own, floor = [], []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            theirs, its = self._gaps(tuple(prompt), tuple(answer))
+            own += theirs
+            floor += its
+        return {
+            "tokens": len(own),
+            "equal": own.count(0.0),
+            "gaps": sorted((gap for gap in own if gap), reverse=True),
+            "16_bit_gaps": sorted((gap for gap in floor if gap), reverse=True),
+        }
+
+    @torch.inference_mode()
+    def _gaps_of(
+        self, prompt: tuple[int, ...], answer: tuple[int, ...]
+    ) -> tuple[list[float], list[float]]:
+        tokens = torch.tensor([prompt + answer], device=self._exact.device)
+        exact, half = (
+            model(tokens).logits[0, len(prompt) - 1 : -1].float()
+            for model in (self._exact, self._half)
         )
-        equal += int((own == 0).sum())
-        gaps += own[own > 0].tolist()
-        floor += theirs[theirs > 0].tolist()
-    return {
-        "tokens": equal + len(gaps),
-        "equal": equal,
-        "gaps": sorted(gaps, reverse=True),
-        "16_bit_gaps": sorted(floor, reverse=True),
-    }
+        own, its = (
+            (exact.amax(1) - exact.gather(1, picked[:, None]).squeeze(1)) / exact.std(1)
+            for picked in (tokens[0, len(prompt) :], half.argmax(1))
+        )
+        return own.tolist(), its.tolist()
 
 
 def check(path: Path, prompts: list[list[int]], device: torch.device) -> dict[str, Any]:
@@ -122,12 +137,11 @@ def check(path: Path, prompts: list[list[int]], device: torch.device) -> dict[st
     again = written(decoder, prompts, BATCHES[-1])
     kernels = dict(decoder.kernels)
     del decoder
-    folder = ModelFolder(path)
-    exact, half = (load_served(folder, device, dtype) for dtype in (torch.float32, folder.dtype))
+    judge = Judge(ModelFolder(path), device)
     return {
         "kernels": kernels,
         "repeats": again == answers[BATCHES[-1]],
-        "batches": {b: judged(exact, half, prompts, answers[b]) for b in BATCHES},
+        "batches": {b: judge(prompts, answers[b]) for b in BATCHES},
     }
 
 
