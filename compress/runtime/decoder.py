@@ -172,7 +172,9 @@ class Decoder:
         request = self._request
         if request is not None and (request.batch, request.capacity) == (batch, capacity):
             return request
+        # With what the last one's graph holds.
         self._request = None
+        self.logits = torch.empty(0, device=self._device)
         heads = self._network.heads
         cache = StaticCache(
             (len(self._network.blocks), batch, heads.keys, heads.size),

@@ -34,7 +34,8 @@ class Sampling:
     def pick(self, logits: Tensor, generator: torch.Generator) -> Tensor:
         """Tokens int64 (batch,)."""
         if self.temperature == 0:
-            return logits.argmax(-1)
+            # Half the time of argmax on a CPU; the first of equals, both.
+            return logits.max(-1).indices
         probabilities = self.probabilities(logits)
         # The largest of p / e with e exponential is token i with probability p_i: a draw that, unlike
         # torch.multinomial, never waits for the device.
