@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.export import compressed_tensors
 from compress.kv_cache.scheme import CacheScheme, StateScheme
 from compress.kv_cache.stage import quantize_cache
 from compress.model.folder import ModelFolder
@@ -20,6 +19,7 @@ from compress.runtime.cached import Caches, Reader
 from compress.runtime.decoder import Decoder, open_decoder
 from compress.runtime.load import load_dense
 from compress.runtime.sampling import Sampling
+from tests.exported import exported
 
 pytestmark = pytest.mark.gpu
 
@@ -48,22 +48,6 @@ CACHES = {
 }
 
 
-def exported(model: ModelFolder, schemes: Schemes | None, path: Path) -> ModelFolder:
-    if schemes is None:
-        return model
-    quantize(
-        model,
-        path / "record",
-        tokens=None,
-        schemes=schemes,
-        transforms=[],
-        roundings=[Nearest()],
-        device=torch.device("cpu"),
-    )
-    compressed_tensors.write(ModelFolder(path / "record"), path / "out")
-    return ModelFolder(path / "out")
-
-
 def prompts(batch: int) -> list[list[int]]:
     """Of different lengths."""
     generator = torch.Generator().manual_seed(batch)
@@ -87,7 +71,8 @@ def logits_of(decoder: Decoder, tokens: Tensor, prompt: int) -> Tensor:
 def test_replayed_steps_compute_what_the_dequantized_weights_do(
     tiny: ModelFolder, tokens: Tensor, tmp_path: Path, name: str
 ) -> None:
-    folder = exported(tiny, SCHEMES[name], tmp_path)
+    schemes = SCHEMES[name]
+    folder = tiny if schemes is None else exported(tiny, schemes, tmp_path)
     tokens = tokens[:4, : 20 + STEPS].cuda()
     decoder = open_decoder(folder.path, "cuda")
     found = logits_of(decoder, tokens, 20).float()
@@ -130,7 +115,7 @@ def test_packed_caches_in_graphs_read_what_token_by_token_reads(
 def test_every_batch_is_finite_and_repeats_itself(
     tiny: ModelFolder, tmp_path: Path, batch: int
 ) -> None:
-    decoder = open_decoder(exported(tiny, SCHEMES["int4"], tmp_path).path, "cuda")
+    decoder = open_decoder(exported(tiny, Scheme(4, 32), tmp_path).path, "cuda")
     first = decoder.generate(prompts(batch), 12)
     assert torch.isfinite(decoder.logits).all()
     assert decoder.generate(prompts(batch), 12) == first

@@ -11,20 +11,18 @@ from torch import Tensor
 
 import compress
 from compress.errors import UserError
-from compress.export import compressed_tensors
 from compress.export.formats import Weights
 from compress.kv_cache.scheme import CacheScheme, StateScheme
 from compress.model.folder import ModelFolder
 from compress.quantize.inputs import InputScheme
-from compress.quantize.rounding import Nearest
 from compress.quantize.scheme import Scheme, Schemes
-from compress.quantize.stage import quantize
 from compress.runtime.build import build
 from compress.runtime.decoder import Decoder, open_decoder, open_random
 from compress.runtime.load import load_dense
 from compress.runtime.random import RandomModel
 from compress.runtime.sampling import Sampling
 from compress.runtime.weights import Side
+from tests.exported import exported
 
 CPU = torch.device("cpu")
 STEPS = 8
@@ -108,20 +106,6 @@ def test_a_longer_request_gets_more_room(tiny: ModelFolder) -> None:
         decoder.step()
     with pytest.raises(RuntimeError, match="room for 256 tokens"):
         decoder.step()
-
-
-def exported(model: ModelFolder, schemes: Schemes, path: Path) -> ModelFolder:
-    quantize(
-        model,
-        path / "record",
-        tokens=None,
-        schemes=schemes,
-        transforms=[],
-        roundings=[Nearest()],
-        device=CPU,
-    )
-    compressed_tensors.write(ModelFolder(path / "record"), path / "out")
-    return ModelFolder(path / "out")
 
 
 SCHEMES = {

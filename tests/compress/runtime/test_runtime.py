@@ -9,31 +9,15 @@ import pytest
 import torch
 
 from compress.errors import UserError
-from compress.export import compressed_tensors
 from compress.export.formats import Weights
 from compress.model.folder import ModelFolder
-from compress.quantize.rounding import Nearest
-from compress.quantize.scheme import Scheme, Schemes
-from compress.quantize.stage import quantize
+from compress.quantize.scheme import Scheme
 from compress.runtime.build import build
 from compress.runtime.decoder import Decoder, open_decoder
 from compress.runtime.load import load_dense, load_packed
+from tests.exported import exported
 
 CPU = torch.device("cpu")
-
-
-def exported(model: ModelFolder, scheme: Scheme, path: Path) -> ModelFolder:
-    quantize(
-        model,
-        path / "record",
-        tokens=None,
-        schemes=Schemes(scheme),
-        transforms=[],
-        roundings=[Nearest()],
-        device=CPU,
-    )
-    compressed_tensors.write(ModelFolder(path / "record"), path / "out")
-    return ModelFolder(path / "out")
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
