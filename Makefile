@@ -102,7 +102,8 @@ GPU_BENCH := $(BIN)/compress bench 'speed.patterns=[[128,128]]' speed.tune=true 
 CANDIDATES = shape:$(1) shape:$(1),scheme=int4,scheme.symmetric=true,head=int8 shape:$(1),scheme=int3,scheme.symmetric=true,head=int8 shape:$(1),scheme=fp8
 
 bench-gpu: setup  ## whole decode steps on the shapes of 8B, 1B and 13B models: needs a GPU of 80 GB
-	$(GPU_BENCH) $(call CANDIDATES,llama-3.1-8b) 'speed.batches=[1,4,16,32,64,128,256]' --out outputs/decode-8b.json
+	$(GPU_BENCH) $(call CANDIDATES,llama-3.1-8b) 'speed.batches=[1,4,16,32,64]' --out outputs/decode-8b.json
+	$(GPU_BENCH) $(call CANDIDATES,llama-3.1-8b) 'speed.batches=[128,256]' speed.together=false --out outputs/decode-8b-large.json
 	$(GPU_BENCH) $(call CANDIDATES,llama-3.2-1b) 'speed.batches=[1,16]' --out outputs/decode-1b.json
 	$(GPU_BENCH) $(call CANDIDATES,llama-2-13b) 'speed.batches=[1,16]' --out outputs/decode-13b.json
 

@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -379,6 +379,7 @@ def measure_decode(
         seed=config.seed,
         threads=config.threads,
         together=config.together,
+        tune=config.tune,
         device=str(device),
     )
     labels = {
@@ -387,8 +388,7 @@ def measure_decode(
         for engine in config.engines
     }
     decoders = {
-        label: _opener(engine, folders[name], load, config.batches if config.tune else ())
-        for (name, engine), label in labels.items()
+        label: _opener(engine, folders[name], load) for (name, engine), label in labels.items()
     }
     found = measure_speed(decoders, load)
     results: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in folders}
@@ -417,19 +417,17 @@ def check_engines(config: SpeedConfig) -> None:
             )
 
 
-def _opener(
-    engine: str, folder: ModelFolder | RandomModel, load: Load, tune_for: Sequence[int]
-) -> Callable[[], Decoder]:
+def _opener(engine: str, folder: ModelFolder | RandomModel, load: Load) -> Callable[[], Decoder]:
     if isinstance(folder, RandomModel):
         if engine != "compress":
             raise UserError(
                 f"{PREFIX}{folder.shape} has no files that speed.engines={engine} could open: choose compress"
             )
-        return functools.partial(open_random, folder, load.device, tune_for=tune_for)
+        return functools.partial(open_random, folder, load.device)
     if engine == "transformers":
         return functools.partial(open_transformers, folder.path, load.device)
     if engine == "vllm":
         longest = max(point.input_length + point.output_length for point in load.points)
         most = max(point.batch for point in load.points)
         return functools.partial(open_vllm, folder.path, load.device, longest=longest, most=most)
-    return functools.partial(open_decoder, folder.path, load.device, tune_for=tune_for)
+    return functools.partial(open_decoder, folder.path, load.device)

@@ -91,7 +91,8 @@ class Point:
 @dataclass(frozen=True)
 class Load:
     """What is asked, and how often. together: all candidates in memory at one time; otherwise one after the
-    other, and then no round has two of them. device: whose bandwidth counts"""
+    other, and then no round has two of them. tune: let those that can measure first what runs best at these
+    batches. device: whose bandwidth counts"""
 
     points: tuple[Point, ...]
     warmup: int
@@ -99,6 +100,7 @@ class Load:
     seed: int
     threads: int | None
     together: bool = True
+    tune: bool = False
     device: str = "cpu"
 
 
@@ -109,7 +111,7 @@ def measure_speed(
 
     decoders: name -> a picklable function that opens the decoder, called in the candidate's process
     Returns name -> {load_s, first_request_s (the first of all, cold), idle_rss (before it was opened),
-    load_peak_rss, loaded_rss, loaded_cuda,
+    load_peak_rss, load_peak_cuda, tune_s, loaded_rss, loaded_cuda,
     memory_since_load, read_kernel, points}, or of one that was not opened {refused, points}. A point is
     {batch, input_length, output_length} with {ttft_ms, ttft_ms_iqr, ttft_ms_p90, itl_ms_mean, itl_ms_p50,
     itl_ms_p90, itl_ms_p99, tokens_per_s, tokens_per_s_iqr, peak_rss, peak_cuda, kernels, bytes_per_step,
@@ -298,12 +300,18 @@ def _open(open_decoder: Callable[[], Decoder], load: Load) -> tuple[dict[str, An
     start = time.perf_counter()
     decoder = open_decoder()
     seconds = time.perf_counter() - start
-    peak = peak_rss(tree=True)
+    peak, peak_device = peak_rss(tree=True), peak_cuda()
+    tune = getattr(decoder, "tune", None)
+    if load.tune and tune is not None:
+        tune(sorted({point.batch for point in load.points}))
+    tuned = time.perf_counter() - start - seconds
     give_back()
     facts = {
         "load_s": seconds,
         "idle_rss": idle,
+        "tune_s": tuned if load.tune else None,
         "load_peak_rss": peak,
+        "load_peak_cuda": peak_device,
         "loaded_rss": rss(tree=True),
         "loaded_cuda": allocated_cuda(),
         "memory_since_load": mark_peak(tree=True),

@@ -18,7 +18,7 @@ from compress.quantize.inputs import InputScheme
 from compress.quantize.numbers import decode_scale
 from compress.quantize.qtensor import QTensor
 
-PLAIN_NAME = "bf16-avx512"
+UNQUANTIZED = "bf16-avx512"
 # A block of codes; columns of a group are a multiple of its columns.
 ROWS, COLUMNS = 16, 32
 # Bits that codes are kept in; those of 5 to 7 take a byte.

@@ -15,7 +15,7 @@ from compress.quantize.inputs import InputScheme
 from compress.quantize.qtensor import QTensor
 
 # A weight that was dequantized; one that never was quantized.
-NAME, PLAIN = "dense", "16-bit"
+NAME, UNQUANTIZED = "dense", "16-bit"
 # 8-bit floats whose numbers are computed in wider ones.
 UPCAST = "fp8-upcast"
 

@@ -274,10 +274,12 @@ class TritonWeight:
     def name(self) -> str:
         return self.layout.name(self.inputs)
 
-    def key(self, tokens: int) -> Key:
+    def key(self, tokens: int, dtype: torch.dtype) -> Key:
         device, _ = tuning.device_facts(self.words.device)
-        N, K = self.shape
-        return Key(device, self.name, self.layout.group, N, K, tuning.bucket(tokens))
+        layout, (N, K) = self.layout, self.shape
+        kind = str(dtype).removeprefix("torch.")
+        zeros, bucket = layout.zero < 0, tuning.bucket(tokens)
+        return Key(device, kind, self.name, zeros, layout.group, N, K, bucket)
 
     def matmul(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in its dtype."""
@@ -293,7 +295,10 @@ class TritonWeight:
         """The product with what surrounds it. config: how, instead of what the table says"""
         if config is None:
             _, processors = tuning.device_facts(self.words.device)
-            config = tuning.table().config(self.key(x.numel() // x.shape[-1]), processors)
+            tokens = x.numel() // x.shape[-1]
+            config = tuning.table().config(self.key(tokens, x.dtype), processors)
+            if tokens > tuning.MOST_ROWS:
+                config = Config("dense")
         if x.device.type == "cpu" and x.dtype == torch.bfloat16:
             # The interpreter loads bfloat16 but does not calculate in it.
             wide = replace(
@@ -305,13 +310,13 @@ class TritonWeight:
             return y.to(x.dtype)
         # Rows of a gate and its up row are read in chunks.
         if config.path == "dense" or (fusion.gated and self.shape[0] % (2 * ROWS)):
-            product = self._dense if config.path == "dense" else self._thin(config)
+            product = self._dense if config.path == "dense" else self._as(config)
             return around(product, x, fusion, residual)
         flat = x.flatten(0, -2).contiguous()
         y = self._launch(flat, fusion, residual, config)
         return y.unflatten(0, x.shape[:-1])
 
-    def _thin(self, config: Config) -> Callable[[Tensor], Tensor]:
+    def _as(self, config: Config) -> Callable[[Tensor], Tensor]:
         return lambda x: self.fused(x, PLAIN, config=config)
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -556,4 +561,4 @@ def tune(
 
     _, processors = tuning.device_facts(device)
     table = tuning.table() if into is None else into
-    return tuning.tune(weight.key(tokens), runs, table, processors)
+    return tuning.tune(weight.key(tokens, dtype), runs, table, processors)

@@ -28,7 +28,7 @@ NAME = "static-attention"
 # What runs where they do not, over 16 bits.
 TORCH = "sdpa"
 # Stands in for a scheme where all is in 16 bits.
-PLAIN = StateScheme(bits=8)
+NO_SCHEME = StateScheme(bits=8)
 
 
 class StaticAttention:
@@ -51,7 +51,12 @@ class StaticAttention:
         self._angles = angles
         if fused is None:
             head_dim = cache.keys.shape[4]
-            fused = cache.device.type == "cuda" and supported(cache.scheme, head_dim, cache.device)
+            fused = (
+                cache.device.type == "cuda"
+                # In float32 the matrix unit would keep fewer bits than were asked for.
+                and cache.dtype in (torch.float16, torch.bfloat16)
+                and supported(cache.scheme, head_dim, cache.device)
+            )
         self._fused = fused
         self.kernel = NAME if fused else TORCH if cache.scheme is None else UNPACKED
 
@@ -99,7 +104,7 @@ def rotate_and_write(
     stored, scheme = cache.stored[layer], cache.scheme
     _, heads, kept_capacity, head_dim = stored.kept[0].shape
     q = qkv.new_empty(len(qkv), qkv.shape[1] // head_dim - 2 * heads, head_dim)
-    keys, values = (PLAIN, PLAIN) if scheme is None else (scheme.keys, scheme.values)
+    keys, values = (NO_SCHEME, NO_SCHEME) if scheme is None else (scheme.keys, scheme.values)
     turned = torch.empty_like(q) if keys.rotate else None
     turn_by = rotation(head_dim, cache.device) if keys.rotate or values.rotate else cache.counts
     store = [cache.counts] * 6

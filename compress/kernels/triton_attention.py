@@ -338,7 +338,7 @@ def _keep(x, kept_ptr, codes_ptr, scale_ptr, low_ptr, fixed_ptr, turn_ptr, row_h
         elif packed <= capacity:
             _quantize(x.to(tl.float32), codes_ptr, scale_ptr, low_ptr, fixed_ptr, turn_ptr,
                       row_head * capacity + packed - 1, head, D, BITS, PER, GROUPS, LOW, TURN)  # fmt: skip
-    elif place - packed < kept_capacity:
+    elif (place >= packed) & (place - packed < kept_capacity):
         tl.store(kept_ptr + (row_head * kept_capacity + place - packed) * D + cols, x)
 
 

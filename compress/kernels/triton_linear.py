@@ -452,7 +452,7 @@ def prepare_kernel(x_ptr, norm_ptr, fixed_ptr, y_ptr, x_scale_ptr, eps, M, K, BL
                    LEAST: tl.constexpr):  # fmt: skip
     """The RMSNorm of a token, rounded as ``InputScheme`` does. y (M, K): levels where it is rounded; scales
     float32 (M,), or (tiles, M). ROUND: 0 not at all, 1 a token, 2 fixed, 3 groups. Grid (tokens,)."""
-    m = tl.program_id(0)
+    m = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     inside = k < K
     x = tl.load(x_ptr + m * K + k, mask=inside, other=0.0).to(tl.float32)

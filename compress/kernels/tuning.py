@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 FILE = "kernel-configs.json"
 # Of the file: another one is of another layout of weights or other kernels, whose times say nothing.
-VERSION = 1
+VERSION = 2
 PATHS = ("thin", "wide", "dense")
 TILE = 128
 # Tokens of the last bucket that is looked up; beyond, everything is as in it.
@@ -69,10 +69,13 @@ class Config:
 
 @dataclass(frozen=True)
 class Key:
-    """device: its name; format, group: of the weight; N, K: outputs, inputs; tokens: end of the bucket"""
+    """device: its name; dtype: of x; format, group: of the weight; zeros: whether each group has a zero
+    point; N, K: outputs, inputs; tokens: end of the bucket"""
 
     device: str
+    dtype: str
     format: str
+    zeros: bool
     group: int
     N: int
     K: int
@@ -108,7 +111,10 @@ def stage_bytes(key: Key, config: Config) -> int:
 def default(key: Key, processors: int) -> Config:
     """A guess: programs for every multiprocessor twice, tiles in flight as far as shared memory goes when all
     of them run at once."""
-    if key.tokens > (64 if bits_of(key.format) == 16 else WIDE_ROWS):
+    parts = 0 < key.group < TILE
+    # Zero points of parts of a tile cost the wide path more registers than there are.
+    plain = bits_of(key.format) == 16 or (parts and key.zeros)
+    if key.tokens > (64 if plain else WIDE_ROWS):
         return Config("dense")
     return _fitted(key, "wide" if key.tokens > 32 else "thin", processors)
 
@@ -129,6 +135,8 @@ def _fitted(key: Key, path: str, processors: int) -> Config:
             slices //= 2
         else:
             break
+    while path == "wide" and rows > 32 and 2 * stage_bytes(key, Config(path, rows)) > SHARED:
+        rows //= 2
     config = Config(path, rows, slices, 2, split)
     beside = min(8, -(-key.N // rows * split // processors))
     room = min(SHARED, 2 * SHARED // max(1, beside))

@@ -104,6 +104,9 @@ class StaticCache:
             self.first.copy_(first)
         self._padded = bool(self.first.any())
         sinks = 0 if self.scheme is None or any(self.windows) else self.scheme.sinks
+        # Steps that the host did not count, as in warming up, have moved what the device counts.
+        self.counts.zero_()
+        self.length = self._packed_tokens = self._sinks = 0
         self._count(0, 0, sinks)
 
     @property

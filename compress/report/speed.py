@@ -111,7 +111,7 @@ def _loads(candidates: list[tuple[str, str, Mapping[str, Any]]]) -> str:
                 f"{speed['load_s']:.1f}",
                 ABSENT if asked is None else f"{asked:.2f}",
                 f"{(speed['loaded_cuda'] or speed['loaded_rss'] - speed['idle_rss']) / 1e6:.0f}",
-                f"{(speed['load_peak_rss'] - speed['idle_rss']) / 1e6:.0f}",
+                f"{(speed['load_peak_cuda'] or speed['load_peak_rss'] - speed['idle_rss']) / 1e6:.0f}",
             ]
         )
     return markdown(rows)
@@ -178,8 +178,8 @@ def _legend(results: Results, environment: Mapping[str, Any]) -> str:
         f"{how[1]}.",
         "TTFT: request to first token. ITL: gap between tokens after the first, its median and 99th "
         "percentile. Peak MB: while decoding.",
-        "MB loaded: what opening a candidate added, on the GPU where there is one; most meanwhile: of the "
-        "host's memory, while it was opened.",
+        "MB loaded: what opening a candidate added, on the GPU where there is one; most meanwhile: while it "
+        "was opened.",
     ]
     points = [(f, e, s, point) for f, e, s in speeds for point in s["points"]]
     read = [point["read_gb_s"] for *_, point in points if point.get("read_gb_s")]

@@ -23,6 +23,8 @@ from compress.runtime.network import Block, Heads, Linear, Network
 from compress.runtime.weights import PackedWeight, Side, pack, pack_dense, unpacked
 
 ACTIVATION = "silu"
+# Rotary embeddings whose frequencies depend on how long the text is.
+GROWING = ("dynamic", "longrope")
 
 
 class Source(Protocol):
@@ -111,6 +113,11 @@ def build(source: Source, device: torch.device) -> tuple[Network, dict[str, int]
     except (ValueError, TypeError) as error:
         raise UserError(f"{source.folder.path}/config.json is not usable: {error}") from error
     config = model.config
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in GROWING:
+        raise UserError(
+            f"rope_type={rope!r} is not run by the decode engine: its angles depend on the text's length"
+        )
     if config.hidden_act != ACTIVATION:
         raise UserError(
             f"hidden_act={config.hidden_act!r} is not run by the decode engine: it knows {ACTIVATION}"

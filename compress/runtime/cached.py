@@ -112,20 +112,24 @@ def load_served(folder: ModelFolder, device: torch.device, dtype: torch.dtype) -
 
 
 def load_running(folder: ModelFolder, device: torch.device) -> Any:
-    """As ``load_packed``, through the folder's cache too."""
+    """As ``load_packed``, through the folder's cache too, with a kernel where one takes its scheme."""
     model, _ = load_packed(folder, device)
-    read_through(model, Caches(folder, model))
+    read_through(model, Caches(folder, model), packed=True)
     return model
 
 
-def read_through(model: Any, caches: Caches) -> None:
-    """Let calls of a model and ``generate`` go through such caches, unless the caller brings one."""
+def read_through(model: Any, caches: Caches, *, packed: bool = False) -> None:
+    """Let calls of a model and ``generate`` go through such caches, unless the caller brings one. packed:
+    single tokens attend to what is stored, where a kernel can"""
     if caches.scheme is None:
         return
     plain, plain_generate = model.forward, model.generate
 
     def generate(*arguments: Any, **settings: Any) -> Any:
-        settings.setdefault("past_key_values", caches.new(settings.get("attention_mask")))
+        if settings.get("past_key_values") is None:
+            cache = settings["past_key_values"] = caches.new(settings.get("attention_mask"))
+            if packed:
+                attend_packed(model, cache)
         return plain_generate(*arguments, **settings)
 
     def forward(input_ids: Tensor, **arguments: Any) -> Any:

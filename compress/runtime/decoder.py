@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from compress.kv_cache.static import StaticCache
 from compress.model.folder import ModelFolder
 from compress.model.shapes import ShapeFolder
 from compress.runtime.attention import attention
-from compress.runtime.build import build
+from compress.runtime.build import Source, build
 from compress.runtime.network import Attend, Network
 from compress.runtime.random import RandomModel, RandomWeights
 from compress.runtime.sampling import GREEDY, Sampling
@@ -63,6 +63,7 @@ class Decoder:
         self._generator = torch.Generator(device)
         self._dtype, self._scheme, self._scales = dtype, scheme, scales
         self._packs = scheme is not None and not scheme.direct
+        self._stream: torch.cuda.Stream | None = None
         # Those the last token was picked from, (batch, vocabulary); the next step overwrites them.
         self.logits = torch.empty(0, device=device)
         self._request: Request | None = None
@@ -79,8 +80,9 @@ class Decoder:
     def start(self, prompt: Tensor, tokens: int, padding: Tensor | None = None) -> Tensor:
         """Read a prompt; the first token, computed when this returns.
 
-        tokens: how many will be asked for, this one included: the cache gets room for them, and more are
-            refused; padding: int64 (batch,) tokens on the left of each row that are none
+        tokens: how many will be asked for, this one included: the cache gets room for them, and a step
+            that it has no room for raises RuntimeError
+        padding: int64 (batch,) tokens on the left of each row that are none
         """
         batch, length = prompt.shape
         request = self._room(batch, length + tokens)
@@ -106,6 +108,7 @@ class Decoder:
             self._advance(request)
         else:
             request.graph.replay()
+        assert request.logits is not None
         self.logits = request.logits
         request.cache.advance_host()
         if request.cache.needs_pack:
@@ -189,7 +192,7 @@ class Decoder:
         cos, sin = self._network.rotary(torch.arange(capacity, device=self._device)[None])
         kernel, attend = attention(cache, (cos[0], sin[0]), heads)
         token = torch.zeros(batch, dtype=torch.int64, device=self._device)
-        request = Request(cache, attend, token, self.logits, batch, capacity)
+        request = Request(cache, attend, token, batch, capacity)
         if self._captures:
             self._capture(request)
         self._request = request
@@ -197,24 +200,31 @@ class Decoder:
         return request
 
     def _capture(self, request: Request) -> None:
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                self._advance(request)
-                if self._packs:
-                    request.cache.pack_device()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        request.reset(None)
+        if self._stream is None:
+            # One for all captures: libraries keep a workspace for each stream.
+            self._stream = torch.cuda.Stream(self._device)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            self._warm_up(request)
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
         request.graph = torch.cuda.CUDAGraph()
         if self._sampling.temperature:
             request.graph.register_generator_state(self._generator)
-        with torch.cuda.graph(request.graph):
+        with torch.cuda.graph(request.graph, stream=self._stream):
             self._advance(request)
         if self._packs:
             request.pack_graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(request.pack_graph):
+            with torch.cuda.graph(request.pack_graph, stream=self._stream):
                 request.cache.pack_device()
+
+    def _warm_up(self, request: Request) -> None:
+        """Steps and packing on an empty cache, which is empty again afterwards."""
+        for _ in range(WARM_UP):
+            self._advance(request)
+            request.reset(None)
+            if self._packs:
+                request.cache.pack_device()
+                request.reset(None)
 
 
 @dataclass
@@ -225,11 +235,11 @@ class Request:
     cache: StaticCache
     attend: Attend
     token: Tensor
-    logits: Tensor
     batch: int
     capacity: int
+    logits: Tensor | None = None
     graph: torch.cuda.CUDAGraph | None = None
-    pack_graph: torch.cuda.CUDAGraph | None = field(default=None)
+    pack_graph: torch.cuda.CUDAGraph | None = None
 
     def reset(self, padding: Tensor | None) -> None:
         self.cache.reset(padding)
@@ -242,46 +252,50 @@ class Request:
         self.cache.pack_host()
 
 
-def open_decoder(
-    path: Path, device: str, sampling: Sampling = GREEDY, tune_for: Sequence[int] = ()
-) -> Decoder:
-    """A decoder over the folder at ``path``; picklable by name, for a process of its own. tune_for: batch
-    sizes, see ``Decoder.tune``"""
-    target = torch.device(device)
+def open_decoder(path: Path, device: str, sampling: Sampling = GREEDY) -> Decoder:
+    """A decoder over the folder at ``path``; picklable by name, for a process of its own."""
+    target = _used(device)
     folder = ModelFolder(path)
-    network, kernels = build(Weights(folder), target)
     scheme = scheme_of(folder)
-    decoder = Decoder(
-        network,
-        kernels,
-        vocabulary=int(folder.config["vocab_size"]),
-        dtype=folder.dtype,
-        device=target,
-        scheme=scheme,
-        scales=None if scheme is None else scales_of(folder, scheme, target),
-        sampling=sampling,
-    )
-    decoder.tune(tune_for)
-    return decoder
+    scales = None if scheme is None else scales_of(folder, scheme, target)
+    return _decoder(Weights(folder), target, scheme, scales, sampling)
 
 
-def open_random(model: RandomModel, device: str, tune_for: Sequence[int] = ()) -> Decoder:
+def open_random(model: RandomModel, device: str) -> Decoder:
     """The same of random weights. Raises UserError for a shape that is not known."""
-    target = torch.device(device)
+    target = _used(device)
     folder = ShapeFolder(model.shape)
-    network, kernels = build(RandomWeights(folder, model.schemes, target), target)
     scales = None
     if model.cache is not None and model.cache.static:
         one = torch.full((1,), FIXED, device=target)
-        scales = [Scales(one, one)] * len(network.blocks)
-    decoder = Decoder(
+        scales = [Scales(one, one)] * int(folder.config["num_hidden_layers"])
+    weights = RandomWeights(folder, model.schemes, target)
+    return _decoder(weights, target, model.cache, scales, GREEDY)
+
+
+def _used(device: str) -> torch.device:
+    """The device, as the one that kernels and graphs take."""
+    target = torch.device(device)
+    if target.type == "cuda":
+        torch.cuda.set_device(target)
+    return target
+
+
+def _decoder(
+    source: Source,
+    device: torch.device,
+    scheme: CacheScheme | None,
+    scales: Sequence[Scales] | None,
+    sampling: Sampling,
+) -> Decoder:
+    network, kernels = build(source, device)
+    return Decoder(
         network,
         kernels,
-        vocabulary=int(folder.config["vocab_size"]),
-        dtype=folder.dtype,
-        device=target,
-        scheme=model.cache,
+        vocabulary=int(source.folder.config["vocab_size"]),
+        dtype=source.folder.dtype,
+        device=device,
+        scheme=scheme,
         scales=scales,
+        sampling=sampling,
     )
-    decoder.tune(tune_for)
-    return decoder

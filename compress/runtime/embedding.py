@@ -11,6 +11,9 @@ from compress.kernels.packed_linear import TritonWeight
 from compress.quantize.qtensor import QTensor
 from compress.runtime.weights import PackedWeight
 
+# Rows looked up at once: with each come those that share its block.
+AT_ONCE = 1024
+
 
 def packed_embedding(
     q: QTensor, head: PackedWeight | None, device: torch.device, dtype: torch.dtype
@@ -29,12 +32,14 @@ class HeadRows(nn.Module):
         self.head, self.dtype = head, dtype
 
     def forward(self, tokens: Tensor) -> Tensor:
-        index = tokens.flatten()
-        if isinstance(self.head, CpuWeight):
-            rows = self.head.rows(index)
-        else:
-            rows = self.head.rows(index, self.dtype)
+        parts = [self._rows(part) for part in tokens.flatten().split(AT_ONCE)]
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
         return rows.unflatten(0, tokens.shape)
+
+    def _rows(self, index: Tensor) -> Tensor:
+        if isinstance(self.head, CpuWeight):
+            return self.head.rows(index)
+        return self.head.rows(index, self.dtype)
 
 
 class PackedEmbedding(nn.Module):
@@ -52,6 +57,9 @@ class PackedEmbedding(nn.Module):
 
     def __init__(self, q: QTensor):
         super().__init__()
+        assert (q.type, q.block) == ("int", None), (
+            "only integers in groups or rows have an embedding's format"
+        )
         self.bits = q.bits
         planes = 8 // q.bits
         parts = q.codes.chunk(planes, dim=1)

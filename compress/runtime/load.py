@@ -109,6 +109,8 @@ def _replace_linear(model: Any, base: str, q: QTensor, weight: PackedWeight) -> 
     if linear.weight.shape != q.shape:
         raise UserError(f"{base}.weight has shape {tuple(q.shape)}, which config.json contradicts")
     # Biases are listed before the quantized weights, so a bias is in its place by now.
+    if linear.bias is not None and linear.bias.is_meta:
+        raise UserError(f"{base}.bias is missing, which config.json asks for")
     model.set_submodule(base, PackedLinear(weight, linear.bias))
 
 

@@ -106,6 +106,10 @@ class Network:
             q, k = (turn(x.float(), cos, sin).to(x.dtype) for x in (q, k))
             fill(layer, k, v)
             mask = masks[self.heads.windows[layer]]
+            shared = self.heads.queries // self.heads.keys
+            if mask is not None and shared > 1:
+                # Together they would take the path that writes out all scores.
+                k, v = (x.repeat_interleave(shared, dim=1) for x in (k, v))
             out = scaled_dot_product_attention(
                 q,
                 k,
@@ -113,7 +117,7 @@ class Network:
                 attn_mask=mask,
                 is_causal=mask is None,
                 scale=self.heads.scaling,
-                enable_gqa=self.heads.queries != self.heads.keys,
+                enable_gqa=k.shape[1] != q.shape[1],
             )
             return out.transpose(1, 2).flatten(2)
 

@@ -44,11 +44,11 @@ def pack(q: QTensor, device: torch.device, dtype: torch.dtype) -> tuple[str, Pac
 def pack_dense(weight: Tensor) -> tuple[str, PackedWeight]:
     """The same of a weight that was never quantized; it is kept as it is."""
     if cpu_linear.supports_dense(weight):
-        return cpu_linear.PLAIN_NAME, cpu_linear.CpuWeight.dense(weight)
+        return cpu_linear.UNQUANTIZED, cpu_linear.CpuWeight.dense(weight)
     if packed_linear.supports_dense(weight):
         packed = packed_linear.TritonWeight.dense(weight)
         return packed.name, packed
-    return dense.PLAIN, dense.DenseWeight(weight)
+    return dense.UNQUANTIZED, dense.DenseWeight(weight)
 
 
 def unpacked(q: QTensor, device: torch.device, dtype: torch.dtype) -> tuple[str, PackedWeight]:
@@ -89,7 +89,7 @@ def tune(weight: PackedWeight, rows: int, dtype: torch.dtype) -> None:
         return
     if not isinstance(weight, packed_linear.TritonWeight):
         return
-    if weight.key(rows).text not in tuning.table().found:
+    if weight.key(rows, dtype).text not in tuning.table().found:
         packed_linear.tune(weight, rows, dtype)
 
 

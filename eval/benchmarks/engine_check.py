@@ -9,9 +9,10 @@ batches, greedily. Then the reference reads what it wrote, in float32: a token c
 reference's likeliest is the same, and one that is not must be a near tie. Its gap is how far its logit is
 below the largest, in standard deviations of the logits over the vocabulary. Allowed is TOLERANCE, or TIMES
 the largest gap of what the reference itself picks at the same places in the checkpoint's 16 bits: where
-inputs or caches are rounded, the last bit of a bf16 number decides a whole step. Logits must be finite at
-every batch, and the same prompts twice must give the same tokens; on CUDA the second time replays the graph
-of the first.
+inputs or caches are rounded, the last bit of a bf16 number decides a whole step. No more tokens than the
+share LOST may differ beyond those where the reference in 16 bits does. Logits must be finite at every
+batch, and the same prompts twice must give the same tokens; on CUDA the second time replays the graph of the
+first.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ TOKENS = 32
 SHORTEST, LONGEST = 16, 96
 BATCHES = (64, 1, 7)
 TOLERANCE, TIMES = 0.1, 2.0
+# Share of tokens that may differ beyond those where the reference in 16 bits does.
+LOST = 0.02
 
 
 def compressed(words: tuple[str, ...], base: Path, folder: Path) -> Path:
@@ -151,10 +154,13 @@ def row(name: str, found: dict[str, Any]) -> tuple[list[str], bool]:
     gap, floor = (
         max((g for at in batches for g in at[key]), default=0.0) for key in ("gaps", "16_bit_gaps")
     )
-    passed = found["repeats"] and gap < max(TOLERANCE, TIMES * floor)
     cells = [f"{at['equal']} of {at['tokens']}" for at in batches]
-    same = sum(at["tokens"] - len(at["16_bit_gaps"]) for at in batches)
-    cells += [f"{same} of {sum(at['tokens'] for at in batches)}", f"{gap:.3f}", f"{floor:.3f}"]
+    tokens, equal = (sum(at[key] for at in batches) for key in ("tokens", "equal"))
+    same = tokens - sum(len(at["16_bit_gaps"]) for at in batches)
+    passed = (
+        found["repeats"] and gap < max(TOLERANCE, TIMES * floor) and equal > same - LOST * tokens
+    )
+    cells += [f"{same} of {tokens}", f"{gap:.3f}", f"{floor:.3f}"]
     kernels = " ".join(f"{kernel} {count}" for kernel, count in found["kernels"].items())
     return [name, *cells, "yes" if found["repeats"] else "NO", kernels], passed
 

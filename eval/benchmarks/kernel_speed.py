@@ -160,7 +160,9 @@ class Bench:
         if tuned:
             packed_linear.tune(weight, len(self.x), torch.bfloat16)
         _, processors = tuning.device_facts(self.device)
-        self.configs[name] = tuning.table().config(weight.key(len(self.x)), processors)
+        self.configs[name] = tuning.table().config(
+            weight.key(len(self.x), self.x.dtype), processors
+        )
         weights = copies(weight, copies_beyond_cache(weight.nbytes, self.device))
         self._add(
             name,

@@ -291,7 +291,7 @@ def test_the_norm_of_one_token_is_as_precise_as_the_reference_in_bfloat16() -> N
 
 
 def key(tokens: int = 1, N: int = 4096, K: int = 4096, name: str = "w4a16") -> Key:
-    return Key("gpu", name, 128, N, K, tokens)
+    return Key("gpu", "bfloat16", name, False, 128, N, K, tokens)
 
 
 def test_configurations_without_a_measurement() -> None:
@@ -307,6 +307,8 @@ def test_configurations_without_a_measurement() -> None:
                     assert math.ceil(N / config.rows) * config.split >= 128
         assert tuning.default(key(512, name=name), 132).path == "dense"
     assert tuning.default(key(256), 132).path == "wide"
+    zeros = replace(key(256), zeros=True, group=64)
+    assert tuning.default(zeros, 132).path == "dense"
     assert tuning.default(key(128, name="w16a16"), 132).path == "dense"
     assert [tuning.bucket(n) for n in (1, 2, 8, 9, 33, 64, 65, 9999)] == [
         1, 8, 8, 16, 64, 64, 128, 512

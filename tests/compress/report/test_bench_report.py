@@ -44,6 +44,7 @@ def speed(points: list[dict[str, Any]], *, together: bool = True, **changes: Any
         "load_s": 1.25,
         "idle_rss": 400e6,
         "load_peak_rss": 650e6,
+        "load_peak_cuda": None,
         "loaded_rss": 500e6,
         "loaded_cuda": None,
         "first_request_s": 0.5,

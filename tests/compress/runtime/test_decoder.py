@@ -138,6 +138,33 @@ def test_quantized_folders_decode_as_their_dequantized_weights(
     assert error.median() < 1.3 * noise.norm(dim=-1).median()
 
 
+@pytest.mark.parametrize("window", [64, 0])
+def test_warming_up_leaves_an_empty_cache(tiny: ModelFolder, window: int) -> None:
+    """What is done before a capture: with the store of 256 tokens it must not run over."""
+    keys = StateScheme(bits=4, per="channel", group_size=64) if window else StateScheme(bits=8)
+    scheme = CacheScheme(keys, StateScheme(bits=4), 4 if window else 0, window)
+    config = str(tiny.path / "config.json")
+    decoder = open_random(RandomModel(config, None, scheme), "cpu")
+    prompt = torch.randint(256, (2, 150), generator=torch.Generator().manual_seed(0))
+    expected = [decoder.start(prompt, 60), *(decoder.step() for _ in range(59))]
+    request = decoder._room(2, 210)
+    with torch.inference_mode():
+        decoder._warm_up(request)
+    fresh = decoder._room(3, 210)
+    assert torch.equal(request.cache.counts, fresh.cache.counts)
+    decoder._request = request
+    assert torch.equal(
+        torch.cat([decoder.start(prompt, 60), *(decoder.step() for _ in range(59))], 1),
+        torch.cat(expected, 1),
+    )
+
+
+def test_angles_that_grow_with_the_text_are_refused(make_model: Callable[..., ModelFolder]) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    with pytest.raises(UserError, match="rope_type='dynamic' is not run by the decode engine"):
+        build(Weights(make_model(rope_parameters=rope)), CPU)
+
+
 def test_linears_that_differ_run_side_by_side(tiny: ModelFolder, tmp_path: Path) -> None:
     network, kernels = build(Weights(exported(tiny, SCHEMES["mixed"], tmp_path)), CPU)
     sides = [isinstance(block.qkv.weight, Side) for block in network.blocks]
