@@ -7,7 +7,7 @@ x (..., in); y (..., out), half of out where it is gated
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,11 @@ class Fusion:
     eps: float = 0.0
     bias: Tensor | None = None
     gated: bool = False
+
+    def widened(self) -> Fusion:
+        """The same in float32."""
+        norm, bias = (None if part is None else part.float() for part in (self.norm, self.bias))
+        return replace(self, norm=norm, bias=bias)
 
 
 PLAIN = Fusion()

@@ -109,12 +109,8 @@ def reference(
     def product(x: Tensor) -> Tensor:
         return (x if q.inputs is None else q.inputs.round(x, q.input_scale)) @ W.T
 
-    wide = replace(
-        fusion,
-        norm=None if fusion.norm is None else fusion.norm.float(),
-        bias=None if fusion.bias is None else fusion.bias.float(),
-    )
-    return around(product, x.float(), wide, None if residual is None else residual.float())
+    residual = None if residual is None else residual.float()
+    return around(product, x.float(), fusion.widened(), residual)
 
 
 def supports(q: QTensor, device: torch.device, dtype: torch.dtype) -> bool:
@@ -301,13 +297,8 @@ class TritonWeight:
                 config = Config("dense")
         if x.device.type == "cpu" and x.dtype == torch.bfloat16:
             # The interpreter loads bfloat16 but does not calculate in it.
-            wide = replace(
-                fusion,
-                norm=None if fusion.norm is None else fusion.norm.float(),
-                bias=None if fusion.bias is None else fusion.bias.float(),
-            )
-            y = self.fused(x.float(), wide, None if residual is None else residual.float(), config)
-            return y.to(x.dtype)
+            residual = None if residual is None else residual.float()
+            return self.fused(x.float(), fusion.widened(), residual, config).to(x.dtype)
         # Rows of a gate and its up row are read in chunks.
         if config.path == "dense" or (fusion.gated and self.shape[0] % (2 * ROWS)):
             product = self._dense if config.path == "dense" else self._as(config)

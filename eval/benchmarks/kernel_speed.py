@@ -142,7 +142,10 @@ class Bench:
         if name == SIXTEEN:
             weight = TritonWeight.dense(self.W)
             expected = around(
-                lambda x: x @ self.W.float().T, self.x.float(), self._wide(), self._residual()
+                lambda x: x @ self.W.float().T,
+                self.x.float(),
+                self.fusion.widened(),
+                self._residual(),
             )
         else:
             q = quantized(self.W, FORMATS[name])
@@ -173,10 +176,6 @@ class Bench:
     def _add(self, name: str, nbytes: int, calls: Sequence[Callable[[], Tensor]]) -> None:
         self.runs[name], self.nbytes[name] = through(calls), nbytes
         self.many[name] = len(calls)
-
-    def _wide(self) -> Fusion:
-        norm = self.fusion.norm
-        return replace(self.fusion, norm=None if norm is None else norm.float())
 
     def _residual(self) -> Tensor | None:
         return None if self.residual is None else self.residual.float()
