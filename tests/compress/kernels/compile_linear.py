@@ -130,8 +130,16 @@ def main() -> None:
     capability, name, tokens, N, K, *rest = (a for a in sys.argv[1:] if a != "-v")
     parts = rest[0].split(",") if rest else []
     weight = weight_of(name, int(N), int(K))
+    layout = weight.layout
     key = tuning.Key(
-        "", weight.name, weight.layout.group, int(N), int(K), tuning.bucket(int(tokens))
+        "",
+        "bfloat16",
+        weight.name,
+        layout.zero < 0,
+        layout.group,
+        int(N),
+        int(K),
+        tuning.bucket(int(tokens)),
     )
     config = tuning.default(key, PROCESSORS)
 
