@@ -122,8 +122,9 @@ class Judge:
         self, prompt: tuple[int, ...], answer: tuple[int, ...]
     ) -> tuple[list[float], list[float]]:
         tokens = torch.tensor([prompt + answer], device=self._exact.device)
+        behind = len(answer) + 1
         exact, half = (
-            model(tokens).logits[0, len(prompt) - 1 : -1].float()
+            model(tokens, logits_to_keep=behind).logits[0, -behind:-1].float()
             for model in (self._exact, self._half)
         )
         own, its = (
@@ -192,11 +193,12 @@ def main() -> None:
             if not passed:
                 failed.append(name)
             print(" | ".join(cells), flush=True)
+            if asked.out:
+                # What is known, after each case.
+                allowed = {"tolerance": TOLERANCE, "times": TIMES, "lost": LOST}
+                facts = {"environment": environment(device), "allowed": allowed}
+                write_json(asked.out, {**facts, "cases": results})
     print(markdown(lines))
-    if asked.out:
-        facts = {"environment": environment(device), "tolerance": TOLERANCE, "times": TIMES}
-        facts["cases"] = results
-        write_json(asked.out, facts)
     if failed:
         sys.exit(f"not as the reference: {', '.join(failed)}")
 
