@@ -91,6 +91,10 @@ def one_sentence(error: BaseException, overrides: Sequence[str]) -> str:
     cause = error.__cause__ or error
     if isinstance(cause, ValidationError) and cause.full_key:
         return f"{cause.full_key}: {str(cause).splitlines()[0]}"
+    if merging := re.match(r"Error merging override (\S+)", str(error)):
+        return (
+            f"{merging[1]} has another form than its key: compress --help has the lists and numbers"
+        )
     if unknown := re.match(r"Could not override '([^']+)'", str(error)):
         return f"{unknown[1]} is not a known key: known are {', '.join(_known_keys(unknown[1], overrides))}"
     if missing := re.search(r"Could not find '([^']+)/([^'/]+)'", str(error)):

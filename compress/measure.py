@@ -32,7 +32,7 @@ from compress.errors import UserError
 from compress.export.formats import FORMATS, Weights
 from compress.model.families import Family, family_of
 from compress.model.folder import DTYPES, ModelFolder, write_json
-from compress.model.shapes import PREFIX
+from compress.model.shapes import PREFIX, shape_config
 from compress.model.skeleton import empty_model
 from compress.model.sources import open_tokenizer
 from compress.progress import track
@@ -372,6 +372,7 @@ def measure_decode(
     Returns folder -> engine -> {load, engine, version, checkpoint_bytes} and what eval.speed found.
     Raises RuntimeError if nothing could be measured.
     """
+    _check_lengths(folders, config)
     load = Load(
         points=tuple(Point(b, i, o) for i, o in config.patterns for b in config.batches),
         warmup=config.warmup,
@@ -401,6 +402,18 @@ def measure_decode(
             **found[label],
         }
     return results
+
+
+def _check_lengths(folders: Mapping[str, ModelFolder | RandomModel], config: SpeedConfig) -> None:
+    """Raises UserError for a pattern that a model does not take."""
+    longest = max(sum(pattern) for pattern in config.patterns)
+    for name, folder in folders.items():
+        found = folder.config if isinstance(folder, ModelFolder) else shape_config(folder.shape)
+        limit = found.get("max_position_embeddings")
+        if limit is not None and longest > limit:
+            raise UserError(
+                f"speed.patterns needs {longest} tokens, {name} takes {limit}: choose less"
+            )
 
 
 def _bytes_on_disk(folder: ModelFolder | RandomModel) -> int | None:

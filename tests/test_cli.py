@@ -185,6 +185,8 @@ def test_bench_prints_json_for_programs(
 
 
 MISTAKES = [
+    (["bench", "shape:llama-2-7b", "speed.patterns=[32,16]"], "has another form than its key"),
+    (["bench", "shape:llama-2-7b", "speed.patterns=[[200000,16]]"], "takes 131072: choose less"),
     (["bench", "shape:gpt-9"], "shape:gpt-9 is not known: known are llama-3.2-1b"),
     (["bench", "shape:llama-2-7b,data=x"], "a shape takes scheme=, head= and kv_cache="),
     (["recipe=awq-int5"], "recipe=awq-int5 is not known: known are awq-int3, awq-int4"),

@@ -140,11 +140,12 @@ def crossover(speed: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     told = []
     for pattern, by_batch in ratios.items():
         lost = min((batch for batch, ratio in by_batch.items() if ratio <= 1), default=None)
-        told.append(
-            f"{pattern} faster at every batch measured"
-            if lost is None
-            else f"{pattern} no longer faster from batch {lost} on ({by_batch[lost]:.2f}x)"
-        )
+        if lost is None:
+            told.append(f"{pattern} faster at every batch measured")
+        elif max(by_batch.values()) <= 1:
+            told.append(f"{pattern} not faster at any batch measured")
+        else:
+            told.append(f"{pattern} no longer faster from batch {lost} on ({by_batch[lost]:.2f}x)")
     if not told:
         return "no point that both answered"
     worst, pattern, batch = min(
@@ -178,8 +179,8 @@ def _legend(results: Results, environment: Mapping[str, Any]) -> str:
         f"{how[1]}.",
         "TTFT: request to first token. ITL: gap between tokens after the first, its median and 99th "
         "percentile. Peak MB: while decoding.",
-        "MB loaded: what opening a candidate added, on the GPU where there is one; most meanwhile: while it "
-        "was opened.",
+        "MB loaded: what opening a candidate added, on the GPU where there is one, else to the process, some "
+        "200 MB of it code; most meanwhile: while it was opened.",
     ]
     points = [(f, e, s, point) for f, e, s in speeds for point in s["points"]]
     read = [point["read_gb_s"] for *_, point in points if point.get("read_gb_s")]

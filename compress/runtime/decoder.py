@@ -5,6 +5,7 @@ prompt (batch, length); a token (batch, 1)
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from compress.errors import UserError
 from compress.export.formats import Weights
 from compress.kv_cache.cache import Scales
 from compress.kv_cache.folder import scales_of, scheme_of
@@ -118,7 +120,17 @@ class Decoder:
     def generate(
         self, prompts: Sequence[Sequence[int]], tokens: int, end: int | None = None
     ) -> list[list[int]]:
-        """What follows each prompt, at most so many tokens, to the first ``end``."""
+        """What follows each prompt, at most so many tokens, to the first ``end``.
+
+        Raises ValueError for a prompt without tokens, or with one that is not in the vocabulary.
+        """
+        if tokens < 1 or not prompts or not all(map(len, prompts)):
+            raise ValueError(
+                "at least one prompt is needed, with a token in each, and one to write"
+            )
+        for token in itertools.chain(*prompts):
+            if not 0 <= token < self.vocabulary:
+                raise ValueError(f"token {token} is not in the vocabulary of {self.vocabulary}")
         longest = max(map(len, prompts))
         padding = torch.tensor([longest - len(prompt) for prompt in prompts])
         rows = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -274,10 +286,17 @@ def open_random(model: RandomModel, device: str) -> Decoder:
 
 
 def _used(device: str) -> torch.device:
-    """The device, as the one that kernels and graphs take."""
-    target = torch.device(device)
+    """The device, as the one that kernels and graphs take. Raises UserError where there is none."""
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device {device} is not known: choose cpu or cuda") from None
     if target.type == "cuda":
-        torch.cuda.set_device(target)
+        if not torch.cuda.is_available():
+            raise UserError(f"device {device} was asked for, but no CUDA device is usable here")
+        # Without an index it is the one in use already.
+        if target.index is not None:
+            torch.cuda.set_device(target)
     return target
 
 

@@ -200,6 +200,21 @@ def test_bytes_of_a_step(tiny: ModelFolder, tmp_path: Path) -> None:
     assert 0.25 < share < 0.4
 
 
+def test_what_cannot_be_decoded_is_told(tiny: ModelFolder) -> None:
+    decoder = open_decoder(tiny.path, "cpu")
+    for prompts, tokens in (([], 4), ([[]], 4), ([[1], []], 4), ([[1]], 0)):
+        with pytest.raises(ValueError, match="at least one prompt"):
+            decoder.generate(prompts, tokens)
+    for token in (-1, 320):
+        with pytest.raises(ValueError, match=f"token {token} is not in the vocabulary of 320"):
+            decoder.generate([[1, token]], 4)
+    with pytest.raises(UserError, match="device gpu is not known: choose cpu or cuda"):
+        open_decoder(tiny.path, "gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="no CUDA device is usable here"):
+            open_decoder(tiny.path, "cuda")
+
+
 def test_sampling_is_seeded_and_keeps_to_the_likeliest(tiny: ModelFolder, tokens: Tensor) -> None:
     def written(sampling: Sampling) -> list[int]:
         decoder = open_decoder(tiny.path, "cpu", sampling)
