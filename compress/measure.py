@@ -372,7 +372,7 @@ def measure_decode(
     Returns folder -> engine -> {load, engine, version, checkpoint_bytes} and what eval.speed found.
     Raises RuntimeError if nothing could be measured.
     """
-    _check_lengths(folders, config)
+    check_lengths(folders, config)
     load = Load(
         points=tuple(Point(b, i, o) for i, o in config.patterns for b in config.batches),
         warmup=config.warmup,
@@ -404,7 +404,7 @@ def measure_decode(
     return results
 
 
-def _check_lengths(folders: Mapping[str, ModelFolder | RandomModel], config: SpeedConfig) -> None:
+def check_lengths(folders: Mapping[str, ModelFolder | RandomModel], config: SpeedConfig) -> None:
     """Raises UserError for a pattern that a model does not take."""
     longest = max(sum(pattern) for pattern in config.patterns)
     for name, folder in folders.items():

@@ -29,6 +29,7 @@ from compress.kv_cache.stage import check as check_cache
 from compress.measure import (
     check_context,
     check_engines,
+    check_lengths,
     check_tasks,
     measure_accuracy,
     measure_blocks,
@@ -83,6 +84,7 @@ def check(run: Run, out: Path | None = None) -> None:
         check_context(settings.context, model)
     if settings.speed is not None:
         check_engines(settings.speed)
+        check_lengths({"the model": model}, settings.speed)
     if out is not None and (out / RUN).exists():
         check_same(out, _decisive(run, model))
 

@@ -423,7 +423,7 @@ def test_an_interrupt_ends_in_one_line_and_leaves_no_result(
 ) -> None:
     words = ["recipe=awq-int4", f"model={tiny.path}", f"data={text_file}", "eval=none"]
     words += ["data.sequences=4", "data.length=64", "scheme.group_size=32"]
-    words += ["speed.patterns=[[128,2000]]", "hydra.run.dir=out"]
+    words += ["speed.patterns=[[128,100]]", "speed.repeats=1000", "hydra.run.dir=out"]
     process = started(words, tmp_path, "measuring decode speed")
     process.send_signal(signal.SIGTERM)
     assert process.stderr is not None
