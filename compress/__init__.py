@@ -13,14 +13,12 @@ def load(folder: Path | str, device: str = "auto") -> Any:
     run through the kernels of this project, and whose cache is the folder's: ``generate`` and lm-eval use
     them as they use any other model.
 
-    device: auto takes a GPU if there is one. Raises UserError for a folder that cannot be read.
+    device: auto takes a GPU if there is one. Raises UserError for a folder that cannot be read, or
+        a device that is not there.
     """
     # Here, not above: the command line answers without importing torch.
-    import torch
-
+    from compress.device import device_named
     from compress.model.folder import ModelFolder
     from compress.runtime.cached import load_running
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_running(ModelFolder(folder), torch.device(device))
+    return load_running(ModelFolder(folder), device_named(device))

@@ -14,6 +14,7 @@ import torch
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ValidationError
 
+from compress.device import device_named
 from compress.distill.knobs import Distill
 from compress.errors import UserError
 from compress.export.formats import FORMATS
@@ -440,15 +441,4 @@ def _check_context(context: ContextConfig) -> None:
 
 def device_of(settings: RecipeConfig) -> torch.device:
     """The device a run works on. Raises UserError for an unknown or absent one."""
-    name = settings.device
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device={name} is not known: choose auto, cpu, or cuda") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device={name} is not known: choose auto, cpu, or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device={name} was asked for, but no CUDA device is usable here")
-    return device
+    return device_named(settings.device)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compress.kernels import cpu_library
+from compress.kv_cache.cache import turn
 
 NAME = "attention-avx512"
 # The kernel reads heads in steps of this many channels.
@@ -56,10 +57,8 @@ def reference(  # noqa: PLR0913
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (batch, heads, head_dim) at its place, rounded once; the halves of a head are two coordinates."""
-    low, high = x.float().chunk(2, dim=-1)
-    across = torch.cat([-high, low], dim=-1)
-    return (x.float() * cos.float()[:, None] + across * sin.float()[:, None]).to(x.dtype)
+    """x (batch, heads, head_dim) at its place, rounded once."""
+    return turn(x.float(), cos.float()[:, None], sin.float()[:, None]).to(x.dtype)
 
 
 def attend(  # noqa: PLR0913

@@ -152,9 +152,7 @@ class ModelFolder:
         name = self.config.get("dtype") or self.config.get("torch_dtype")
         if name is None:
             name = str(self.tensor(self.names[0]).dtype).removeprefix("torch.")
-        if name not in DTYPES:
-            raise UserError(f"{self.path}: dtype {name!r} is not one of {', '.join(DTYPES)}")
-        return DTYPES[name]
+        return dtype_named(name, self.path)
 
     @property
     def tied_head(self) -> bool:
@@ -176,6 +174,13 @@ class ModelFolder:
         for file in [self.path / "config.json", *self.weight_files]:
             digest.update(file_sha256(file).encode())
         return digest.hexdigest()
+
+
+def dtype_named(name: str | None, path: Path) -> torch.dtype:
+    """The type that a config.json names. Raises UserError, with the path, for another one."""
+    if name not in DTYPES:
+        raise UserError(f"{path}: dtype {name!r} is not one of {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def file_sha256(path: Path) -> str:

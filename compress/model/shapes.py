@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from compress.errors import UserError
-from compress.model.folder import DTYPES, read_json
+from compress.model.folder import dtype_named, read_json
 from compress.model.skeleton import model_of
 
 PREFIX = "shape:"
@@ -91,10 +91,7 @@ class ShapeFolder:
 
     @property
     def dtype(self) -> torch.dtype:
-        name = self.config.get("dtype") or self.config.get("torch_dtype")
-        if name not in DTYPES:
-            raise UserError(f"{self.path}: dtype {name!r} is not one of {', '.join(DTYPES)}")
-        return DTYPES[name]
+        return dtype_named(self.config.get("dtype") or self.config.get("torch_dtype"), self.path)
 
     @property
     def tied_head(self) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compress.errors import UserError
+from compress.device import device_named
 from compress.export.formats import Weights
 from compress.kv_cache.cache import Scales
 from compress.kv_cache.folder import scales_of, scheme_of
@@ -266,7 +266,7 @@ class Request:
 
 def open_decoder(path: Path, device: str, sampling: Sampling = GREEDY) -> Decoder:
     """A decoder over the folder at ``path``; picklable by name, for a process of its own."""
-    target = _used(device)
+    target = device_named(device)
     folder = ModelFolder(path)
     scheme = scheme_of(folder)
     scales = None if scheme is None else scales_of(folder, scheme, target)
@@ -275,7 +275,7 @@ def open_decoder(path: Path, device: str, sampling: Sampling = GREEDY) -> Decode
 
 def open_random(model: RandomModel, device: str) -> Decoder:
     """The same of random weights. Raises UserError for a shape that is not known."""
-    target = _used(device)
+    target = device_named(device)
     folder = ShapeFolder(model.shape)
     scales = None
     if model.cache is not None and model.cache.static:
@@ -283,21 +283,6 @@ def open_random(model: RandomModel, device: str) -> Decoder:
         scales = [Scales(one, one)] * int(folder.config["num_hidden_layers"])
     weights = RandomWeights(folder, model.schemes, target)
     return _decoder(weights, target, model.cache, scales, GREEDY)
-
-
-def _used(device: str) -> torch.device:
-    """The device, as the one that kernels and graphs take. Raises UserError where there is none."""
-    try:
-        target = torch.device(device)
-    except RuntimeError:
-        raise UserError(f"device {device} is not known: choose cpu or cuda") from None
-    if target.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(f"device {device} was asked for, but no CUDA device is usable here")
-        # Without an index it is the one in use already.
-        if target.index is not None:
-            torch.cuda.set_device(target)
-    return target
 
 
 def _decoder(

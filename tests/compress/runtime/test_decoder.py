@@ -208,8 +208,10 @@ def test_what_cannot_be_decoded_is_told(tiny: ModelFolder) -> None:
     for token in (-1, 320):
         with pytest.raises(ValueError, match=f"token {token} is not in the vocabulary of 320"):
             decoder.generate([[1, token]], 4)
-    with pytest.raises(UserError, match="device gpu is not known: choose cpu or cuda"):
+    with pytest.raises(UserError, match="device=gpu is not known: choose auto, cpu, or cuda"):
         open_decoder(tiny.path, "gpu")
+    with pytest.raises(UserError, match="device=gpu is not known"):
+        compress.load(tiny.path, "gpu")
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="no CUDA device is usable here"):
             open_decoder(tiny.path, "cuda")
