@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from compress.config import RecipeConfig, settings_of
 from compress.errors import UserError
+from compress.model.shapes import PREFIX
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 GROUPS = [folder.name for folder in RECIPES.iterdir() if folder.is_dir()]
@@ -68,7 +69,13 @@ def expand_shorthand(words: Sequence[str]) -> list[str]:
 
 
 def _like_path(value: str) -> bool:
-    return "/" in value or "." in value or value.startswith("~") or Path(value).exists()
+    return (
+        value.startswith(PREFIX)
+        or "/" in value
+        or "." in value
+        or value.startswith("~")
+        or Path(value).exists()
+    )
 
 
 def compose_settings(overrides: list[str]) -> RecipeConfig:

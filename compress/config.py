@@ -119,6 +119,16 @@ class SpeedConfig:
 
 
 @dataclass
+class PlanConfig:
+    """What ``compress plan`` predicts for: batches; context: tokens of the prompt, and in the cache at the
+    step whose time is told; tp: devices that share every linear and the heads of the cache."""
+
+    batches: list[int] = field(default_factory=lambda: [1, 64, 256])
+    context: int = 1024
+    tp: int = 1
+
+
+@dataclass
 class RecipeConfig:
     """Everything of a run."""
 
@@ -143,6 +153,9 @@ class RecipeConfig:
     eval: EvalConfig | None = None
     context: ContextConfig | None = None
     speed: SpeedConfig | None = None
+    # What compress plan predicts on; a run does not look at them.
+    hardware: dict[str, Any] | None = None
+    plan: PlanConfig = field(default_factory=PlanConfig)
     device: str = "auto"
 
 
@@ -380,6 +393,7 @@ def _check_sizes(settings: RecipeConfig) -> None:
         "eval": settings.eval,
         "context": settings.context,
         "speed": settings.speed,
+        "plan": settings.plan,
     }
     for section, config in sections.items():
         if config is None:
@@ -403,6 +417,7 @@ def _check_sizes(settings: RecipeConfig) -> None:
         _check_context(settings.context)
     if settings.speed is not None:
         _check_speed(settings.speed)
+    _check_batches("plan.batches", settings.plan.batches)
 
 
 def _check_speed(speed: SpeedConfig) -> None:
@@ -413,14 +428,17 @@ def _check_speed(speed: SpeedConfig) -> None:
                 f"speed.patterns={speed.patterns} is not allowed: choose pairs of tokens in, 1 or more, and "
                 "tokens out, 2 or more, as in speed.patterns=[[128,32],[1024,128]]"
             )
-    if min(speed.batches, default=0) < 1:
-        raise UserError(
-            f"speed.batches={speed.batches} is not allowed: choose sizes of 1 or more, as in "
-            "speed.batches=[1,8,64]"
-        )
+    _check_batches("speed.batches", speed.batches)
     if not speed.engines:
         raise UserError(f"speed.engines=[] is not allowed: choose from {', '.join(ENGINES)}")
     _check_names("speed.engines", speed.engines, ENGINES)
+
+
+def _check_batches(key: str, batches: list[int]) -> None:
+    if min(batches, default=0) < 1:
+        raise UserError(
+            f"{key}={batches} is not allowed: choose sizes of 1 or more, as in {key}=[1,8,64]"
+        )
 
 
 def _check_context(context: ContextConfig) -> None:

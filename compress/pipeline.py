@@ -42,6 +42,8 @@ from compress.model.families import family_of
 from compress.model.folder import ModelFolder, Shapes, save_tensors, write_json
 from compress.model.sources import open_tokenizer, resolve_model
 from compress.pictures import draw
+from compress.plan.hardware import hardware_here
+from compress.plan.predict import predict
 from compress.prune.preview import previews
 from compress.prune.stage import check as check_prune
 from compress.quantize.search import budget
@@ -52,6 +54,7 @@ from compress.run_folder import RUN, Step, check_same, opened, step, whole
 from compress.runtime.load import load_dense
 from compress.stages import Work, run_stage, training_text
 from eval.memory import reset_peak, rss
+from eval.speed import Point
 
 log = logging.getLogger(__name__)
 
@@ -119,10 +122,10 @@ def _check_stages(run: Run, model: ModelFolder) -> None:
     if run.repair is not None:
         run.repair.check(model, sequences)
     for shape in shapes:
-        _check_shape(run, shape)
+        check_shape(run, shape)
 
 
-def _check_shape(run: Run, model: Shapes) -> None:
+def check_shape(run: Run, model: Shapes) -> None:
     """Raises UserError if the stages do not fit a model of this shape."""
     stages, export = run.settings.stages, run.settings.export
     if "quantize" in stages:
@@ -218,7 +221,20 @@ def _measured(
         for row, engines in speed.items():
             first, *others = engines.values()
             rows[row]["speed"] = {**first, "other_engines": others}
+        _add_predicted(rows, {"base": model, "candidate": checkpoint}, run)
     return rows
+
+
+def _add_predicted(
+    rows: dict[str, dict[str, Any]], folders: dict[str, ModelFolder], run: Run
+) -> None:
+    """What the first point of the speed measurement would be by this device's roofline, if it is known."""
+    speed, hardware = run.settings.speed, hardware_here(run.device)
+    if speed is None or hardware is None:
+        return
+    point = Point(speed.batches[0], *speed.patterns[0])
+    for row, folder in folders.items():
+        rows[row]["predicted"] = predict(folder, None, None, hardware, point)
 
 
 def _quantized(stages: list[str], model: ModelFolder, out: Path) -> ModelFolder:

@@ -17,6 +17,7 @@ at it and runs the checkpoint as any other of bitsandbytes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,8 @@ def write(source: ModelFolder, target: Path) -> None:
             shards.add(name, value)
             continue
         base = name.removesuffix(".weight")
-        shards.add(name, (value.codes ^ 128).view(torch.int8))
-        shards.add(f"{base}{SCB}", 127 * value.scale.squeeze(1).float())
-        shards.add(f"{base}.weight_format", torch.zeros((), dtype=torch.uint8))
+        for suffix, tensor in compress_linear(value):
+            shards.add(f"{base}.{suffix}", tensor)
         if value.columns is not None and value.kept is not None:
             fixed |= {f"{base}.columns": value.columns, f"{base}.kept": value.kept.contiguous()}
     shards.close()
@@ -72,6 +72,13 @@ def write(source: ModelFolder, target: Path) -> None:
         "llm_int8_enable_fp32_cpu_offload": False,
     }
     write_json(target / "config.json", {**config, "quantization_config": quantization})
+
+
+def compress_linear(q: QTensor) -> Iterator[tuple[str, Tensor]]:
+    """The stored tensors of one linear, by local name, but for fixed outlier columns."""
+    yield "weight", (q.codes ^ 128).view(torch.int8)
+    yield "SCB", 127 * q.scale.squeeze(1).float()
+    yield "weight_format", torch.zeros((), dtype=torch.uint8)
 
 
 def check(schemes: Schemes, mixed: bool = False) -> None:

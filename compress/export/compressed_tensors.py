@@ -275,7 +275,7 @@ def linears(folder: ModelFolder) -> list[str]:
 
 def read_linear(folder: ModelFolder, name: str) -> QTensor:
     """The QTensor of one linear. Raises UserError if the file contradicts its config."""
-    scheme, layout = _described(folder, name)
+    scheme, layout = described(folder, name)
     if layout == PACKED:
         out_features, in_features = (int(n) for n in folder.tensor(f"{name}.weight_shape"))
     else:
@@ -352,7 +352,7 @@ def _one(folder: ModelFolder, key: str) -> Tensor:
     return stored.reshape(()).float()
 
 
-def _described(folder: ModelFolder, name: str) -> tuple[Scheme, str]:
+def described(folder: ModelFolder, name: str) -> tuple[Scheme, str]:
     """Scheme and layout of a linear, from the group of the config that it belongs to."""
     config = folder.config.get("quantization_config", {})
     groups = list(config.get("config_groups", {}).values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from compress.model.folder import INDEX, SINGLE, save_tensors, write_json
@@ -25,7 +26,7 @@ class ShardWriter:
     def add(self, name: str, tensor: Tensor) -> None:
         if self._pending and self._bytes + tensor.nbytes > self.shard_bytes:
             self._flush()
-        self._pending[name] = tensor.contiguous()
+        self._pending[name] = tensor.clone(memory_format=torch.contiguous_format)
         self._bytes += tensor.nbytes
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -167,3 +167,24 @@ class CacheScheme:
     def from_config(cls, found: Mapping[str, Any]) -> CacheScheme:
         states = {name: StateScheme(**found[name]) for name in ("keys", "values")}
         return cls(**{**found, **states})
+
+
+def cache_bytes(
+    scheme: CacheScheme | None,
+    windows: Sequence[int | None],
+    kv_heads: int,
+    head_dim: int,
+    itemsize: int,
+    context: int,
+) -> float:
+    """Bytes of keys and values that attention reads of a sequence of so many tokens, all layers.
+
+    scheme: None keeps all in the model's dtype of ``itemsize`` bytes; windows: tokens that each layer sees,
+    None: all
+    """
+    total = 0.0
+    for window in windows:
+        seen = context if window is None else min(context, window)
+        share = 1.0 if scheme is None else scheme.share(seen, head_dim)
+        total += share * seen * 2 * kv_heads * head_dim * itemsize
+    return total

@@ -72,14 +72,17 @@ def shape_config(name: str) -> dict[str, Any]:
 class ShapeFolder:
     """What a folder of such a model would hold, without the folder: ``Shapes``."""
 
-    def __init__(self, name: str):
-        """Raises UserError for a name that is not known."""
+    def __init__(self, name: str, config: dict[str, Any] | None = None):
+        """config: that of ``name`` if not given. Raises UserError for a name that is not known."""
         self.path = Path(name)
-        self.config = shape_config(name)
+        self.config = shape_config(name) if config is None else config
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        model = model_of(self.config, self.dtype)
+        try:
+            model = model_of(self.config, self.dtype)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{self.path}: the config is not usable: {error}") from error
         if self.tied_head:
             model.tie_weights()
         # Names a shared tensor once.

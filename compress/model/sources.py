@@ -43,6 +43,25 @@ def resolve_model(source: str, revision: str | None) -> Path:
     return _from_hub(source, revision)
 
 
+def is_hub_name(source: str) -> bool:
+    """Whether this is ``owner/name`` on the hub, and no folder."""
+    local = source.startswith((".", "~", "/")) or Path(source).expanduser().exists()
+    return not local and HUB_NAME.fullmatch(source) is not None
+
+
+def config_of_hub(name: str, revision: str | None) -> Path:
+    """The config.json of a model on the hub, from the cache or fetched alone. Raises UserError if it
+    cannot be had."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, "config.json", revision=revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the config of {name} cannot be had from the hub: {reason}") from error
+
+
 def open_tokenizer(model: ModelFolder) -> Any:
     """The tokenizer of a folder. Raises UserError if it has none."""
     from transformers import AutoTokenizer

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from compress.model.families import family_of
-from compress.model.folder import ModelFolder
+from compress.model.folder import Shapes
 from compress.prune.budget import wanted
 from compress.prune.knobs import Prune
 from compress.prune.shape import Anatomy, Shape, anatomy, config_of
@@ -19,7 +19,7 @@ from compress.prune.shape import Anatomy, Shape, anatomy, config_of
 class Preview:
     """Config, names and shapes of a pruned model, as ``model.folder.Shapes``, under its source's path."""
 
-    def __init__(self, source: ModelFolder, found: Anatomy, shape: Shape):
+    def __init__(self, source: Shapes, found: Anatomy, shape: Shape):
         self.path: Path = source.path
         self.dtype: torch.dtype = source.dtype
         self.tied_head: bool = source.tied_head
@@ -55,7 +55,7 @@ class Preview:
         return self._shapes[name]
 
 
-def previews(source: ModelFolder, knobs: Prune) -> Iterator[Preview]:
+def previews(source: Shapes, knobs: Prune) -> Iterator[Preview]:
     """Every model that the recipe may leave. Raises UserError as ``budget.wanted`` does."""
     found = anatomy(source, family_of(source.config))
     for shape in wanted(found, knobs):

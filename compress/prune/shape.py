@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compress.errors import UserError
 from compress.model.families import Family, Twin
-from compress.model.folder import ModelFolder
+from compress.model.folder import Shapes
 
 # Keys of config.json.
 KEYS = {
@@ -124,7 +124,7 @@ class Anatomy:
         return tensor
 
 
-def anatomy(source: ModelFolder, family: Family) -> Anatomy:
+def anatomy(source: Shapes, family: Family) -> Anatomy:
     """The sizes of a folder, from its config and file headers.
 
     Raises UserError if the config lacks a size, or a tensor has dimensions that its config does not explain.
@@ -156,7 +156,7 @@ def anatomy(source: ModelFolder, family: Family) -> Anatomy:
     return found
 
 
-def _tied(source: ModelFolder, family: Family, name: str) -> bool:
+def _tied(source: Shapes, family: Family, name: str) -> bool:
     """Some files of tied models hold the shared matrix twice."""
     return source.tied_head and name == f"{family.head}.weight"
 
@@ -172,7 +172,7 @@ def _block_axes(family: Family, local: str, dims: int) -> Iterator[str]:
         yield read.get(module, "hidden")
 
 
-def _agrees(source: ModelFolder, name: str, found: Anatomy, axes: tuple[str | int, ...]) -> None:
+def _agrees(source: Shapes, name: str, found: Anatomy, axes: tuple[str | int, ...]) -> None:
     expected = tuple(found.size(axis, found.shape) for axis in axes)
     if source.shape(name) != expected:
         raise UserError(

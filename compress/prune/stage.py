@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compress.errors import UserError
 from compress.model.families import family_of
-from compress.model.folder import ModelFolder
+from compress.model.folder import ModelFolder, Shapes
 from compress.progress import track
 from compress.prune.budget import wanted
 from compress.prune.cut import Plan, cut
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 JUDGED = 8
 
 
-def check(source: ModelFolder, knobs: Prune, sequences: int) -> None:
+def check(source: Shapes, knobs: Prune, sequences: int) -> None:
     """Raises UserError if the recipe does not fit the model; reads no weights."""
     if "quantization_config" in source.config or KEY in source.config:
         raise UserError(f"{source.path} is quantized already: prune its 16-bit original")

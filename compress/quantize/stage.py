@@ -87,6 +87,8 @@ def quantize(
         report["seconds"] = time.perf_counter() - start
         log.info("%s: %.1f s%s", prefix, report["seconds"], _error_text(report))
         blocks.append(report)
+        # The names would hold the block until the next one is in memory beside it.
+        del block, quantized
         # What is kept of each block is little, but scattered: the freed memory between would add up.
         trim()
     head = _copy_rest(source, family, schemes, len(walk), writer, device)

@@ -18,7 +18,7 @@ from compress.device import device_named
 from compress.export.formats import Weights
 from compress.kv_cache.cache import Scales
 from compress.kv_cache.folder import scales_of, scheme_of
-from compress.kv_cache.scheme import CacheScheme
+from compress.kv_cache.scheme import CacheScheme, cache_bytes
 from compress.kv_cache.static import StaticCache
 from compress.model.folder import ModelFolder
 from compress.model.shapes import ShapeFolder
@@ -159,13 +159,11 @@ class Decoder:
         return weights + self._cache_bytes(batch, context)
 
     def _cache_bytes(self, batch: int, context: int) -> int:
-        heads, scheme = self._network.heads, self._scheme
-        total = 0.0
-        for window in heads.windows:
-            seen = context if window is None else min(context, window)
-            share = 1.0 if scheme is None else scheme.share(seen, heads.size)
-            total += share * seen * 2 * heads.keys * heads.size * self._dtype.itemsize
-        return round(batch * total)
+        heads = self._network.heads
+        one = cache_bytes(
+            self._scheme, heads.windows, heads.keys, heads.size, self._dtype.itemsize, context
+        )
+        return round(batch * one)
 
     def _advance(self, request: Request) -> None:
         """One step on the device; nothing in it waits for the host, so it can be a graph."""

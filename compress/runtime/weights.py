@@ -41,6 +41,12 @@ def pack(q: QTensor, device: torch.device, dtype: torch.dtype) -> tuple[str, Pac
     return None
 
 
+def runs(q: QTensor, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether ``pack`` finds a kernel, from sizes and numbers alone."""
+    kernels = (cpu_linear, int4_cpu, int8_cpu, packed_linear, w8a8)
+    return any(kernel.supports(q, device, dtype) for kernel in kernels)
+
+
 def pack_dense(weight: Tensor) -> tuple[str, PackedWeight]:
     """The same of a weight that was never quantized; it is kept as it is."""
     if cpu_linear.supports_dense(weight):

@@ -1,0 +1,293 @@
+"""``compress plan recipe=NAME model=... hardware=NAME``: what a recipe would give, before a weight is read.
+
+Sizes, decode speed by the roofline, memory, the run's own needs, and which engines would load the result,
+beside the 16-bit original. Without a recipe: of the model as it is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from compress.compose import compose_settings, expand_shorthand, options
+from compress.config import RecipeConfig, Run, parse
+from compress.errors import UserError
+from compress.export.formats import Weights
+from compress.model.families import family_of
+from compress.model.folder import ModelFolder, Shapes
+from compress.model.shapes import PREFIX, ShapeFolder
+from compress.model.sources import config_of_hub, is_hub_name, resolve_model
+from compress.pipeline import check_shape
+from compress.plan.calibration import stages
+from compress.plan.checkpoint import Checkpoint, as_planned, linear_scheme, on_disk
+from compress.plan.hardware import CPU, Hardware, hardware_of
+from compress.plan.loadable import loadable
+from compress.plan.rows import answers, matches, row, served
+from compress.prune.preview import previews
+from compress.prune.stage import check as check_prune
+from compress.quantize.scheme import Schemes
+from compress.quantize.search import budget
+from compress.quantize.stage import settle
+from compress.report.table import markdown
+
+BASE, CANDIDATE = "base", "candidate"
+
+
+def main(words: list[str]) -> int:
+    """Prints tables, or with --json all there is; 2 if the recipe does not fit the model."""
+    parser = argparse.ArgumentParser("compress plan", description=__doc__)
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="recipe, model (a path, owner/name, shape:NAME, shape:PATH/config.json), hardware, "
+        "plan.batches, plan.context, plan.tp, and any key of a recipe",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    asked = parser.parse_intermixed_args(words)
+    for word in asked.words:
+        if "=" not in word:
+            raise UserError(f"{word} is not KEY=VALUE, as in recipe=awq-int4 hardware=h100")
+    settings = compose_settings(expand_shorthand(asked.words))
+    if settings.hardware is None:
+        raise UserError(f"hardware= is missing: choose one of {', '.join(options('hardware'))}")
+    found = plan(settings)
+    print(json.dumps(found, indent=2) if asked.json else text(found))
+    return 2 if "refused" in found else 0
+
+
+def plan(settings: RecipeConfig) -> dict[str, Any]:
+    """Everything that --json prints. Raises UserError for what is not known, or does not fit together."""
+    assert settings.hardware is not None
+    hardware, wanted = hardware_of(settings.hardware, again=True), settings.plan
+    shapes = open_shapes(settings.model.source, settings.model.revision)
+    device = torch.device(CPU) if hardware.name == CPU else None
+    base = on_disk(shapes, device) if isinstance(shapes, ModelFolder) else as_planned(shapes, None)
+    found: dict[str, Any] = {
+        "model": settings.model.name,
+        "hardware": asdict(hardware),
+        "plan": asdict(wanted),
+        "rows": {BASE: _row(base, hardware, settings)},
+    }
+    if not settings.stages:
+        schemes = _schemes_on_disk(shapes) if isinstance(shapes, ModelFolder) else None
+        sixteen = ShapeFolder(str(shapes.path), shapes.config)
+        export = _export(shapes)
+        return found | {"engines": _engines(sixteen, base, schemes, export, hardware, wanted.tp)}
+    return found | _candidate(parse(settings), shapes, hardware, device)
+
+
+def open_shapes(source: str, revision: str | None) -> Shapes:
+    """A folder, or the shapes of a config alone: of a hub name only config.json is looked at."""
+    if source.startswith(PREFIX):
+        return ShapeFolder(source.removeprefix(PREFIX))
+    if is_hub_name(source):
+        return ShapeFolder(str(config_of_hub(source, revision)))
+    return ModelFolder(resolve_model(source, revision))
+
+
+def _row(model: Checkpoint, hardware: Hardware, settings: RecipeConfig) -> dict[str, Any]:
+    wanted = settings.plan
+    return row(model, hardware, wanted.batches, wanted.context, wanted.tp)
+
+
+def _candidate(
+    run: Run, shapes: Shapes, hardware: Hardware, device: torch.device | None
+) -> dict[str, Any]:
+    """The parts of the plan that a recipe adds; {linears, refused} where it does not fit the model."""
+    settings = run.settings
+    quantizes = "quantize" in settings.stages
+    if run.prune is not None:
+        check_prune(shapes, run.prune, settings.data.sequences)
+        # Of several candidates the first: which one is taken is measured.
+        shapes = next(previews(shapes, run.prune))
+    found = {"linears": matches(shapes, run.schemes) if quantizes else []}
+    try:
+        check_shape(run, shapes)
+    except UserError as error:
+        return found | {"refused": str(error)}
+    if "rotate" in settings.stages:
+        shapes = ShapeFolder(str(shapes.path), {**shapes.config, "tie_word_embeddings": False})
+    schemes = settle(shapes, family_of(shapes.config), run.schemes) if quantizes else None
+    model = as_planned(shapes, schemes, run.cache, settings.export, _searched(run, shapes), device)
+    if schemes is not None:
+        found["linears"] = matches(shapes, schemes)
+    bits = () if run.search is None else tuple(run.search.bits)
+    engines = _engines(
+        shapes, model, schemes, settings.export, hardware, settings.plan.tp, all_bits=bits
+    )
+    return {
+        "recipe": " ".join(settings.stages),
+        "scheme": None if schemes is None else schemes.name,
+        **found,
+        "candidate_shape": {
+            k: shapes.config.get(k)
+            for k in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        },
+        "calibration": [asdict(stage) for stage in stages(run, shapes, model, hardware)],
+        "engines": engines,
+        "new_row": _row(model, hardware, settings),
+    }
+
+
+def _searched(run: Run, shapes: Shapes) -> float | None:
+    """Bytes of the linears where a search chooses their bits: what it may spend, scales included."""
+    if run.search is None:
+        return None
+    if run.search.megabytes is not None:
+        return 1e6 * run.search.megabytes
+    assert run.search.average_bits is not None
+    groups = budget(shapes, run.search, run.schemes).groups
+    # Between the nearest choices, as bytes grow evenly with bits.
+    bits = sorted(run.search.bits)
+    low = max([b for b in bits if b <= run.search.average_bits], default=bits[0])
+    high = min([b for b in bits if b >= run.search.average_bits], default=bits[-1])
+    sizes = [sum(group.nbytes(b, shapes.dtype) for group in groups) for b in (low, high)]
+    share = 0.0 if high == low else (run.search.average_bits - low) / (high - low)
+    return sizes[0] + share * (sizes[1] - sizes[0])
+
+
+def _export(shapes: Shapes) -> str:
+    stated = shapes.config.get("quantization_config") or {}
+    return str(stated.get("quant_method", "compressed-tensors"))
+
+
+def _schemes_on_disk(folder: ModelFolder) -> Schemes | None:
+    """The scheme of a quantized folder, as far as engines care: that of its first linear."""
+    weights = Weights(folder)
+    names = [n for n in weights.linears if n.startswith(family_of(folder.config).blocks)]
+    return Schemes(linear_scheme(folder, weights.format, names[0])) if names else None
+
+
+def _engines(
+    shapes: Shapes,
+    model: Checkpoint,
+    schemes: Schemes | None,
+    export: str,
+    hardware: Hardware,
+    tp: int,
+    all_bits: tuple[int, ...] = (),
+) -> dict[str, Any]:
+    given = served(
+        shapes,
+        model,
+        schemes,
+        export=export,
+        tp=tp,
+        mixed=bool(all_bits),
+        all_bits=all_bits,
+        eight_bit_floats="fp8" in hardware.teraflops,
+    )
+    return loadable(given)
+
+
+def text(found: dict[str, Any]) -> str:
+    """The tables of a plan."""
+    hardware, wanted = found["hardware"], found["plan"]
+    rows = {f"{found['model']} (original)": found["rows"][BASE]}
+    if "new_row" in found:
+        rows[found["scheme"] or found["recipe"]] = found["new_row"]
+    parts = [
+        f"{wanted['tp']} x {hardware['name']}: {hardware['gigabytes']:.0f} GB, "
+        f"{hardware['gigabytes_per_second']:.0f} GB/s, "
+        + ", ".join(f"{kind} {rate:.4g} TFLOPS" for kind, rate in hardware["teraflops"].items())
+        + f"; context of {wanted['context']} tokens",
+        _sizes(rows),
+        _points(rows),
+        _whole(rows),
+    ]
+    if found.get("linears"):
+        parts.append(_linears(found["linears"]))
+    if "refused" in found:
+        parts.append(f"the recipe does not fit: {found['refused']}")
+    if found.get("calibration"):
+        parts.append(_calibration(found["calibration"]))
+    if "engines" in found:
+        parts.append("Engines, by their source:\n" + "\n".join(answers(found["engines"])))
+    parts.append(
+        "Times are the shortest that memory and arithmetic allow: max(bytes / bandwidth, operations / rate). "
+        "Memory is weights and cache; a program takes more. docs/architecture.md has the formulas."
+    )
+    return "\n\n".join(part for part in parts if part)
+
+
+def _sizes(rows: dict[str, Any]) -> str:
+    header = ["", "M weights", "file MB", "bits/weight linears", "whole file", "cache KB/token"]
+    lines = [[*header, "largest batch"]]
+    lines += [
+        [
+            name,
+            f"{r['parameters'] / 1e6:.1f}",
+            f"{r['bytes'] / 1e6:.1f}",
+            f"{r['bits_linears']:.2f}",
+            f"{r['bits_file']:.2f}",
+            f"{r['cache_bytes_per_token'] / 1e3:.1f}",
+            str(r["largest_batch"]),
+        ]
+        for name, r in rows.items()
+    ]
+    return markdown(lines)
+
+
+def _points(rows: dict[str, Any]) -> str:
+    lines = [
+        ["", "batch", "GB", "fits", "TTFT ms", "limit", "decode ms", "tokens/s", "limit", "flops/byte: MLP",
+         "attention", "prefill MLP", "prefill attention"],
+    ]  # fmt: skip
+    for name, r in rows.items():
+        for p in r["points"]:
+            of = p["intensity"]
+            lines.append(
+                [
+                    name,
+                    str(p["batch"]),
+                    f"{p['memory_bytes'] / 1e9:.2f}",
+                    "yes" if p["fits"] else "no",
+                    f"{p['ttft_ms']:.4g}",
+                    p["ttft_limit"],
+                    f"{p['itl_ms']:.2f}",
+                    f"{p['tokens_per_s']:.1f}",
+                    p["limit"],
+                    *(f"{of['decode'][part]:.3g}" for part in ("mlp", "attention")),
+                    *(f"{of['prefill'][part]:.3g}" for part in ("mlp", "attention")),
+                ]
+            )
+    return markdown(lines)
+
+
+def _whole(rows: dict[str, Any]) -> str:
+    """The same as published calculators count, where that is something else."""
+    lines = []
+    for name, r in rows.items():
+        if r["weights"] == r["read"]:
+            continue
+        counted = [(p["batch"], p["all_weights"]) for p in r["points"]]
+        points = [
+            f"{w['itl_ms']:.2f} ms and {w['tokens_per_s']:.1f} tokens/s at batch {batch}"
+            for batch, w in counted
+        ]
+        lines.append(
+            f"{name}: with all {r['weights'] / 1e9:.2f} GB of weights read in a step, as published "
+            f"calculators count (a step looks up one row a token of the embedding): {', '.join(points)}"
+        )
+    return "\n".join(lines)
+
+
+def _linears(entries: list[dict[str, Any]]) -> str:
+    lines = [["linear", "out x in", "of them", "scheme", "why not"]]
+    lines += [
+        [e["name"], "{} x {}".format(*e["shape"]), str(e["count"]), e["scheme"] or "-", e["reason"] or ""]
+        for e in entries
+    ]  # fmt: skip
+    return markdown(lines)
+
+
+def _calibration(entries: list[dict[str, Any]]) -> str:
+    lines = [["the run itself", "peak MB beside the start", "held by", "seconds, roughly"]]
+    lines += [
+        [e["name"], f"{e['bytes'] / 1e6:.0f}", e["what"], f"{e['seconds']:.3g}"] for e in entries
+    ]
+    return markdown(lines)

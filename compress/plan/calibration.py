@@ -1,0 +1,204 @@
+"""What a run takes while it compresses: bytes of the process beside its start, and a rough time, by stage.
+
+Counted from the sizes that live at one time in ``quantize.stage``, ``quantize.block``,
+``calibration.moments`` and the methods. T tokens of calibration, B tokens that run at once, h hidden size, m
+neurons, P weights of a block's linears, K the inputs of its linears.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from compress.config import Run
+from compress.export.shards import SHARD_BYTES
+from compress.model.families import Family, family_of
+from compress.model.folder import Shapes
+from compress.plan.checkpoint import Checkpoint
+from compress.plan.hardware import Hardware
+from compress.quantize.rounding.gptq import Gptaq, Gptq
+from compress.quantize.rounding.learned import Learned
+from compress.quantize.transforms.awq_clip import AwqClip
+from compress.quantize.transforms.awq_scale import AwqScale
+from compress.quantize.transforms.opt import Opt
+
+# Bytes of libraries' code and buffers that a first use brings, without calibration data and with, by runs on a
+# model of next to no size (eval/benchmarks/plan_check.py repeats them); and of a block without weights.
+CODE, CODE_WITH_DATA, EMPTY_BLOCK = 22e6, 40e6, 5e5
+# Tokens that run at once, as ``model.walk.Walk`` has it.
+AT_ONCE = 4096
+HALF, SINGLE, DOUBLE = 2, 4, 8
+# float64 squares of K that factoring and inverting one holds at a time.
+SQUARES = 6
+# Of a matrix outside the blocks in 16 bits: itself, its absolute values, and three masks of a byte each.
+FINITE = 3.5
+
+
+@dataclass(frozen=True)
+class Stage:
+    """bytes: of the process beside its start, at the peak; what: holds them; seconds: rough"""
+
+    name: str
+    bytes: float
+    what: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """The letters above, with the input squares: sum and largest of K^2 over the shared inputs."""
+
+    T: int
+    length: int
+    B: int
+    h: int
+    m: int
+    P: int
+    layers: int
+    squares: int
+    largest: int
+    stacked: int
+    attended: int
+
+
+def stages(run: Run, shapes: Shapes, planned: Checkpoint, hardware: Hardware) -> list[Stage]:
+    """The stages of a recipe that are counted (rotate, quantize, and the export); the others are left out."""
+    sizes = _sizes(run, shapes)
+    found = []
+    if "quantize" in run.settings.stages:
+        found.append(_quantize(run, shapes, sizes, hardware))
+    shard = min(planned.files, SHARD_BYTES)
+    largest = max(_rest(shapes).values(), default=0)
+    peak = _code(sizes) + shard + largest
+    found.append(
+        Stage("export", peak, "one file and a copy of its largest matrix", 2 * planned.files / 1e9)
+    )
+    return found
+
+
+def _sizes(run: Run, shapes: Shapes) -> _Sizes:
+    family, data = family_of(shapes.config), run.settings.data
+    block = f"{family.blocks}.0."
+    size = {name: shapes.shape(f"{block}{name}.weight") for name in family.linears}
+    inputs = [size[shared.linears[0]][1] for shared in family.inputs]
+    generated = data.generated
+    T = (data.sequences + generated) * data.length if run.needs_data else 0
+    rows = max(1, AT_ONCE // data.length) * data.length
+    assert family.attention_output is not None
+    return _Sizes(
+        T=T,
+        length=data.length,
+        B=min(T, rows),
+        h=size[family.queries][1],
+        m=size[family.mlp_output][1],
+        P=sum(math.prod(s) for s in size.values()),
+        layers=int(shapes.config["num_hidden_layers"]),
+        squares=sum(k * k for k in inputs),
+        largest=max(inputs) ** 2,
+        stacked=max(sum(math.prod(size[n]) for n in i.linears) for i in family.inputs),
+        attended=size[family.attention_output][1],
+    )
+
+
+def _rest(shapes: Shapes) -> dict[str, int]:
+    """Bytes of the matrices outside the blocks."""
+    family: Family = family_of(shapes.config)
+    outside = (n for n in shapes.names if not n.startswith(f"{family.blocks}."))
+    return {n: math.prod(shapes.shape(n)) * shapes.dtype.itemsize for n in outside}
+
+
+def _quantize(run: Run, shapes: Shapes, s: _Sizes, hardware: Hardware) -> Stage:
+    moments = dict(_moments(run, s))
+    name, peak = max(moments.items(), key=lambda item: item[1])
+    rest = _rest(shapes)
+    others = sum(rest.values()) + (FINITE - 1) * max(rest.values())
+    if others + _code(s) > peak:
+        name, peak = "embedding and head, checked and copied", others + _code(s)
+    return Stage("quantize", peak, name, _seconds(run, s, hardware))
+
+
+def _code(s: _Sizes) -> float:
+    return (CODE_WITH_DATA if s.T else CODE) + s.layers * EMPTY_BLOCK
+
+
+def _moments(run: Run, s: _Sizes) -> Iterator[tuple[str, float]]:
+    """Bytes at the moments that may be the peak of a block."""
+    # The block in the model's type, and in float32.
+    block = (HALF + SINGLE) * s.P
+    rounded = (HALF + 1) * s.P
+    work = 4 * SINGLE * s.stacked
+    if not s.T:
+        yield (
+            "a block, its copy in float32 and what it is rounded to",
+            CODE + block + rounded + work,
+        )
+        return
+    code = CODE_WITH_DATA
+    twins = 2 if any(method.needs_original for method in run.roundings) else 1
+    states = twins * HALF * s.T * s.h + HALF * s.T * s.attended
+    seconds = SINGLE * s.squares * twins
+    # Gate, up, their product and its parts; the inputs in float32 and their sizes; the residual stream.
+    batch = s.B * (4 * HALF * s.m + (SINGLE + HALF) * s.m + 3 * HALF * s.h)
+    yield "moments of a block's inputs", code + states + block + seconds + batch
+    yield "a search over a block's weights", code + states + block + seconds + work + rounded
+    yield "outputs of a block", code + states + HALF * s.T * s.h + block + rounded + seconds + batch
+    for method in run.roundings:
+        if isinstance(method, Learned):
+            # Offsets, their gradients, the codes and the weight they give; what the steps keep to go back.
+            learned = 5 * SINGLE * s.P + method.batch * s.length * SINGLE * (6 * s.m + 8 * s.h)
+            yield "learning how to round", code + states + block + seconds + learned
+    if any(isinstance(method, Gptq | Gptaq) for method in run.roundings):
+        factor = SQUARES * DOUBLE * s.largest + 6 * SINGLE * s.stacked
+        yield "factoring second moments", code + states + block + rounded + seconds + factor
+
+
+def _seconds(run: Run, s: _Sizes, hardware: Hardware) -> float:
+    """Products at the hardware's rates, and every search's passes over the weights at its bandwidth."""
+    bf16, single = hardware.flops("bf16"), hardware.flops("float32")
+    # Through the block to collect moments and once more behind its rounding; moments themselves.
+    products = s.T * s.layers * (2 * 2 * 2 * s.P / bf16 + 2 * s.squares / bf16) if s.T else 0.0
+    passes, flops = 12.0, 0.0
+    for method in (*run.transforms, *run.roundings):
+        cost = next((c for kind, c in _COSTS.items() if isinstance(method, kind)), None)
+        if cost is not None:
+            more, own = cost(method, s)
+            passes, flops = passes + more, flops + own
+    moving = s.layers * passes * SINGLE * s.P / hardware.bandwidth
+    return products + moving + s.layers * flops / single
+
+
+# Of a method on one block: passes over float32 weights, and operations in float32. A rounding to a grid is
+# some eight passes; D H D^T is two products.
+def _awq_scale(method: AwqScale, s: _Sizes) -> tuple[float, float]:
+    return 10 * method.grid, method.grid * 2 * s.P * math.sqrt(s.largest)
+
+
+def _awq_clip(method: AwqClip, s: _Sizes) -> tuple[float, float]:
+    return 12 * method.steps, method.steps * 2 * s.P * 128
+
+
+def _opt(method: Opt, s: _Sizes) -> tuple[float, float]:
+    trials = 3 * method.steps + 2 * method.rounds
+    return 10 * trials, trials * 2 * s.P * 128
+
+
+def _gptq(method: Any, s: _Sizes) -> tuple[float, float]:
+    # Each column: a pass over its block of 128, and its share of the product with the rest. Factoring in
+    # float64 is four times k^3, at half the rate.
+    return 64 + 12, s.P * math.sqrt(s.largest) + 8 * s.squares * math.sqrt(s.largest)
+
+
+def _learned(method: Learned, s: _Sizes) -> tuple[float, float]:
+    return 20 * method.iters, method.iters * 6 * s.P * method.batch * s.length
+
+
+_COSTS: dict[type, Callable[[Any, _Sizes], tuple[float, float]]] = {
+    AwqScale: _awq_scale,
+    AwqClip: _awq_clip,
+    Opt: _opt,
+    Gptq: _gptq,
+    Gptaq: _gptq,
+    Learned: _learned,
+}

@@ -1,0 +1,318 @@
+"""What a checkpoint holds: counted from the headers of one on disk, or of one that a recipe would write, by
+letting the exporter itself run on tensors without data.
+
+A linear is NAME (out, in); bytes are those of all tensors stored under NAME but its bias.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.export import bitsandbytes, compressed_tensors
+from compress.export.formats import FORMATS, Weights
+from compress.kv_cache.cache import sliding_windows
+from compress.kv_cache.folder import scheme_of
+from compress.kv_cache.scheme import CacheScheme, cache_bytes
+from compress.model.families import Family, family_of
+from compress.model.folder import ModelFolder, Shapes
+from compress.model.shapes import ShapeFolder
+from compress.model.skeleton import model_of
+from compress.quantize import record
+from compress.quantize.inputs import InputScheme
+from compress.quantize.qtensor import QTensor
+from compress.quantize.scheme import Scheme, Schemes, make_grid, to_codes
+from compress.quantize.stage import linear_names
+from compress.runtime.weights import runs
+
+# What safetensors calls a type, for the length of the header.
+NAMES = {
+    torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int8: "I8",
+    torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64", torch.float8_e4m3fn: "F8_E4M3",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """Weights that are read together. parameters; stored: their bytes; rate: what their products run in"""
+
+    parameters: int
+    stored: float
+    rate: str = "bf16"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model as a step of decoding reads it.
+
+    attention, mlp: the linears of all blocks; head; embedding: an untied table, of which a step reads a row
+        a token, None if it is the head's; rest: norms, biases
+    files: bytes of the weight files
+    heads, kv_heads, head_dim, hidden, intermediate; windows: tokens that each layer sees, None: all
+    """
+
+    attention: Part
+    mlp: Part
+    head: Part
+    embedding: Part | None
+    rest: Part
+    files: float
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    windows: tuple[int | None, ...]
+    itemsize: int
+    cache: CacheScheme | None
+
+    @property
+    def parts(self) -> list[Part]:
+        all_parts = (self.attention, self.mlp, self.head, self.embedding, self.rest)
+        return [part for part in all_parts if part is not None]
+
+    @property
+    def parameters(self) -> int:
+        return sum(part.parameters for part in self.parts)
+
+    @property
+    def weights(self) -> float:
+        """Bytes of all weights in memory."""
+        return sum(part.stored for part in self.parts)
+
+    @property
+    def read(self) -> float:
+        """Bytes of the weights that every step reads: all but a table that it looks rows up in."""
+        return self.weights - (0 if self.embedding is None else self.embedding.stored)
+
+    @property
+    def bits_linears(self) -> float:
+        stored = self.attention.stored + self.mlp.stored
+        return 8 * stored / (self.attention.parameters + self.mlp.parameters)
+
+    @property
+    def bits_file(self) -> float:
+        return 8 * self.files / self.parameters
+
+    def cache_of(self, context: int) -> float:
+        """Bytes of keys and values of one sequence of so many tokens."""
+        return cache_bytes(
+            self.cache, self.windows, self.kv_heads, self.head_dim, self.itemsize, context
+        )
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def on_disk(folder: ModelFolder, device: torch.device | None = None) -> Checkpoint:
+    """The checkpoint that a folder is, plain, record or exported, from its headers.
+
+    device: where this project's runtime would hold it: linears without a kernel there count in 16 bits
+    """
+    weights = Weights(folder)
+    stored = {name: _Tensor("", folder.shape(name), folder.nbytes(name)) for name in folder.names}
+    files = [*folder.weight_files]
+    files += [folder.path / f.sidecar for f in FORMATS.values() if f.sidecar]
+    size = sum(file.stat().st_size for file in files if file.exists())
+    shapes = ShapeFolder(str(folder.path), folder.config)
+    schemes = {
+        f"{name}.weight": linear_scheme(folder, weights.format, name) for name in weights.linears
+    }
+    return _checkpoint(shapes, stored, schemes, size, scheme_of(folder), device)
+
+
+def linear_scheme(folder: ModelFolder, kind: str, name: str) -> Scheme:
+    """The scheme of one linear of a quantized folder. kind: its ``Weights.format``"""
+    if kind == bitsandbytes.NAME:
+        return Scheme(8, "channel", True, inputs=InputScheme(outliers="dynamic"))
+    if kind == compressed_tensors.NAME:
+        return compressed_tensors.described(folder, name)[0]
+    return record.scheme_of(folder, name)
+
+
+def as_planned(
+    shapes: Shapes,
+    schemes: Schemes | None,
+    cache: CacheScheme | None = None,
+    export: str = compressed_tensors.NAME,
+    linears: float | None = None,
+    device: torch.device | None = None,
+) -> Checkpoint:
+    """The checkpoint that quantizing a model of these shapes would leave.
+
+    schemes: settled on these shapes; None leaves 16 bits. linears: bytes of the linears where a search
+    chooses their bits, None: what the schemes say. device: as for ``on_disk``
+    """
+    family = family_of(shapes.config)
+    quantized = {} if schemes is None else _schemes(shapes, family, schemes)
+    stored: dict[str, _Tensor] = {}
+    own: dict[str, Scheme] = {}
+    for name in shapes.names:
+        base = name.removesuffix(".weight")
+        scheme = quantized.get(base)
+        if scheme is None:
+            if not (shapes.tied_head and base == family.head):
+                stored[name] = _plain(shapes.shape(name), shapes.dtype)
+            continue
+        apart = schemes is not None and _apart(base, scheme, schemes, family)
+        for local, tensor in _linear(shapes.shape(name), shapes.dtype, scheme, export, apart):
+            stored[f"{base}.{local}"] = tensor
+            if apart and shapes.tied_head and local == "weight_scale":
+                stored[f"{family.head}.{local}"] = tensor
+        own[name] = scheme
+    if cache is not None and cache.static:
+        shape = (_kv_heads(shapes.config), 1, 1) if cache.keys.per == "head" else (1,)
+        for index in range(int(shapes.config["num_hidden_layers"])):
+            for part in ("k_scale", "v_scale"):
+                name = f"{family.blocks}.{index}.{family.attention}.{part}"
+                stored[name] = _plain(shape, torch.float32)
+    size = sum(t.nbytes for t in stored.values()) + _header(stored)
+    found = _checkpoint(shapes, stored, own, size, cache, device)
+    return found if linears is None else _with_linears(found, linears)
+
+
+def _schemes(shapes: Shapes, family: Family, schemes: Schemes) -> dict[str, Scheme]:
+    found = {name: schemes.of(name) for name in linear_names(shapes, family)}
+    if schemes.head is not None:
+        found[family.embedding] = schemes.head
+        if not shapes.tied_head:
+            found[family.head] = schemes.head
+    return found
+
+
+def _apart(base: str, scheme: Scheme, schemes: Schemes, family: Family) -> bool:
+    return base in (family.embedding, family.head) and scheme != schemes.linears
+
+
+def _rate(scheme: Scheme | None) -> str:
+    """What a product of these numbers runs in: weights alone are widened to 16 bits on the way."""
+    if scheme is None or scheme.inputs is None:
+        return "bf16"
+    return "fp8" if scheme.inputs.type == "float" else "int8"
+
+
+def _plain(shape: tuple[int, ...], dtype: torch.dtype) -> _Tensor:
+    return _Tensor(NAMES[dtype], shape, math.prod(shape) * dtype.itemsize)
+
+
+@functools.lru_cache(maxsize=256)
+def _linear(
+    shape: tuple[int, ...], dtype: torch.dtype, scheme: Scheme, export: str, apart: bool
+) -> tuple[tuple[str, _Tensor], ...]:
+    """The tensors that the exporter writes for a linear, by local name."""
+    q = without_data(shape, dtype, scheme)
+    tensors: Iterator[tuple[str, Tensor]] = (
+        bitsandbytes.compress_linear(q)
+        if export == bitsandbytes.NAME
+        else compressed_tensors.compress_linear(q, scheme, apart)
+    )
+    return tuple((name, _plain(tuple(t.shape), t.dtype)) for name, t in tensors)
+
+
+def without_data(shape: tuple[int, ...], dtype: torch.dtype, scheme: Scheme) -> QTensor:
+    """A quantized weight of these sizes on the meta device; with an input scale where that is fixed."""
+    W = torch.empty(shape, device="meta")
+    q = to_codes(W, make_grid(W, scheme, dtype), scheme)
+    if scheme.inputs is None:
+        return q
+    fixed = torch.empty((), device="meta") if scheme.inputs.static else None
+    return replace(q, inputs=scheme.inputs.running, input_scale=fixed)
+
+
+@functools.lru_cache(maxsize=256)
+def _runs(shape: tuple[int, ...], dtype: torch.dtype, scheme: Scheme, device: torch.device) -> bool:
+    return runs(without_data(shape, dtype, scheme), device, dtype)
+
+
+def _header(stored: Mapping[str, _Tensor]) -> int:
+    """Bytes of the header of one safetensors file: a length, and JSON filled up to eight bytes."""
+    start, entries = 0, dict[str, Any]({"__metadata__": {"format": "pt"}})
+    for name, tensor in stored.items():
+        place = [start, start + tensor.nbytes]
+        entries[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": place}
+        start += tensor.nbytes
+    text = len(json.dumps(entries, separators=(",", ":")))
+    return 8 + text + -text % 8
+
+
+def _checkpoint(
+    shapes: Shapes,
+    stored: Mapping[str, _Tensor],
+    schemes: Mapping[str, Scheme],
+    files: float,
+    cache: CacheScheme | None,
+    device: torch.device | None,
+) -> Checkpoint:
+    """shapes: of the 16-bit model; stored: what the files hold; schemes: of quantized weights, by name"""
+    family, config = family_of(shapes.config), model_of(shapes.config, shapes.dtype).config
+    modules: dict[str, int] = {}
+    for name, tensor in stored.items():
+        base, _, local = name.rpartition(".")
+        key = name if local == "bias" else base
+        modules[key] = modules.get(key, 0) + tensor.nbytes
+    for name, scheme in schemes.items():
+        shape = shapes.shape(name)
+        if device is not None and not _runs(shape, shapes.dtype, scheme, device):
+            modules[name.removesuffix(".weight")] = math.prod(shape) * shapes.dtype.itemsize
+    linears = linear_names(shapes, family)
+    of_mlp = (*family.neurons, family.mlp_output)
+    mlp = [name for name in linears if name.endswith(of_mlp)]
+    attention = [name for name in linears if name not in set(mlp)]
+    ends = [name for name in (family.embedding, family.head) if f"{name}.weight" in shapes]
+    if shapes.tied_head:
+        ends = [family.embedding]
+
+    def part(names: list[str]) -> Part:
+        count = sum(math.prod(shapes.shape(f"{name}.weight")) for name in names)
+        rate = _rate(schemes.get(f"{names[0]}.weight"))
+        return Part(count, sum(modules.get(name, 0) for name in names), rate)
+
+    named = {f"{name}.weight" for name in (*linears, *ends)}
+    others = [name for name in shapes.names if name not in named]
+    if shapes.tied_head:
+        others = [name for name in others if name != f"{family.head}.weight"]
+    known = (*linears, *ends)
+    rest = sum(modules.values()) - sum(modules.get(name, 0) for name in known)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Checkpoint(
+        attention=part(attention),
+        mlp=part(mlp),
+        head=part(ends[-1:]),
+        embedding=None if shapes.tied_head else part(ends[:1]),
+        rest=Part(sum(math.prod(shapes.shape(name)) for name in others), rest),
+        files=files,
+        heads=config.num_attention_heads,
+        kv_heads=_kv_heads(shapes.config),
+        head_dim=size,
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        vocabulary=config.vocab_size,
+        windows=tuple(sliding_windows(config)),
+        itemsize=shapes.dtype.itemsize,
+        cache=cache,
+    )
+
+
+def _kv_heads(config: Mapping[str, Any]) -> int:
+    return int(config.get("num_key_value_heads") or config["num_attention_heads"])
+
+
+def _with_linears(found: Checkpoint, nbytes: float) -> Checkpoint:
+    """The same with so many bytes of linears in all."""
+    before = found.attention.stored + found.mlp.stored
+    attention, mlp = (
+        replace(part, stored=part.stored * nbytes / before) for part in (found.attention, found.mlp)
+    )
+    return replace(found, attention=attention, mlp=mlp, files=found.files - before + nbytes)

@@ -1,0 +1,135 @@
+"""The rows of a plan as JSON: sizes, points, which linears a scheme takes, what engines would be given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from compress.errors import UserError
+from compress.model.families import family_of
+from compress.model.folder import Shapes
+from compress.plan.checkpoint import Checkpoint
+from compress.plan.hardware import Hardware
+from compress.plan.loadable import Served
+from compress.plan.roofline import decode, intensity, largest_batch, memory, prefill
+from compress.quantize.scheme import Schemes
+from compress.quantize.stage import linear_names
+
+
+def row(
+    model: Checkpoint, hardware: Hardware, batches: Sequence[int], context: int, tp: int
+) -> dict[str, Any]:
+    """What one checkpoint would give; bytes of memory are those of each device."""
+    return {
+        "parameters": model.parameters,
+        "bytes": round(model.files),
+        "weights": round(model.weights),
+        "read": round(model.read),
+        "bits_linears": model.bits_linears,
+        "bits_file": model.bits_file,
+        "cache_bytes_per_token": model.cache_of(context) / context,
+        "largest_batch": largest_batch(model, hardware, context, tp=tp),
+        "points": [_point(model, hardware, batch, context, tp) for batch in batches],
+    }
+
+
+def _point(
+    model: Checkpoint, hardware: Hardware, batch: int, context: int, tp: int
+) -> dict[str, Any]:
+    step = decode(model, hardware, batch, context, tp=tp)
+    whole = decode(model, hardware, batch, context, tp=tp, whole=True)
+    prompt = prefill(model, hardware, batch, context, tp=tp)
+    needed = memory(model, batch, context, tp=tp)
+    return {
+        "batch": batch,
+        "context": context,
+        "memory_bytes": round(needed),
+        "fits": needed <= hardware.bytes,
+        "ttft_ms": 1e3 * prompt.seconds,
+        "ttft_limit": prompt.limit,
+        "itl_ms": 1e3 * step.seconds,
+        "tokens_per_s": batch / step.seconds,
+        "limit": step.limit,
+        "all_weights": {"itl_ms": 1e3 * whole.seconds, "tokens_per_s": batch / whole.seconds},
+        "intensity": intensity(model, batch, context),
+    }
+
+
+def matches(shapes: Shapes, schemes: Schemes) -> list[dict[str, Any]]:
+    """Every kind of matrix, alike ones of all blocks together: {name, shape, count, scheme, reason}; scheme
+    None where it stays in 16 bits, and then the reason."""
+    family = family_of(shapes.config)
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for name in linear_names(shapes, family):
+        local = ".".join(name.removeprefix(f"{family.blocks}.").split(".")[1:])
+        rows, columns = shapes.shape(f"{name}.weight")
+        scheme, reason = schemes.of(name), None
+        try:
+            scheme = scheme.resolve({name: (rows, columns)})
+        except UserError as error:
+            reason = str(error)
+        key = (local, rows, columns, scheme)
+        entry = {"name": local, "shape": [rows, columns], "count": 0, "reason": reason}
+        entry["scheme"] = None if reason else scheme.name
+        found.setdefault(key, entry)["count"] += 1
+    return [*found.values(), *_ends(shapes, schemes)]
+
+
+def _ends(shapes: Shapes, schemes: Schemes) -> list[dict[str, Any]]:
+    """Embedding and head."""
+    family = family_of(shapes.config)
+    entries = []
+    for name in (family.embedding, family.head):
+        if name == family.head and shapes.tied_head:
+            entries.append(
+                {
+                    "name": name,
+                    "shape": list(shapes.shape(f"{family.embedding}.weight")),
+                    "count": 0,
+                    "scheme": None,
+                    "reason": f"it is {family.embedding}",
+                }
+            )
+            continue
+        head, reason = schemes.head, None
+        if head is None:
+            reason = "embedding and head stay in 16 bits: head=int8 or head=int4 quantizes them"
+        shape = list(shapes.shape(f"{name}.weight"))
+        scheme = None if head is None else head.name
+        entries.append(
+            {"name": name, "shape": shape, "count": 1, "scheme": scheme, "reason": reason}
+        )
+    return entries
+
+
+def served(shapes: Shapes, model: Checkpoint, schemes: Schemes | None, **rest: Any) -> Served:
+    """What engines would be given. rest: export, tp, mixed, all_bits, eight_bit_floats of ``Served``"""
+    family = family_of(shapes.config)
+    merged: dict[str, tuple[int, int]] = {}
+    parts: dict[str, int] = {}
+    for shared in family.inputs:
+        sizes = [shapes.shape(f"{family.blocks}.0.{name}.weight") for name in shared.linears]
+        merged["+".join(shared.linears)] = (sum(size[0] for size in sizes), sizes[0][1])
+        if len(sizes) > 1:
+            parts |= {name: size[0] for name, size in zip(shared.linears, sizes, strict=True)}
+    return Served(
+        schemes=schemes,
+        cache=model.cache,
+        heads=model.heads,
+        kv_heads=model.kv_heads,
+        merged=merged,
+        parts=parts,
+        by_rows=family.writers,
+        tied=shapes.tied_head,
+        **rest,
+    )
+
+
+def answers(engines: Mapping[str, Any]) -> list[str]:
+    """A line an engine."""
+    lines = []
+    for name, found in engines.items():
+        said = "; ".join(entry["text"] for entry in (*found["reasons"], *found["notes"]))
+        word = "yes" if found["loads"] else "no"
+        lines.append(f"{name} {found['version']}: {word}{', ' if said else ''}{said}")
+    return lines
