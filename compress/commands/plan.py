@@ -27,6 +27,7 @@ from compress.plan.hardware import CPU, Hardware, hardware_of
 from compress.plan.loadable import loadable
 from compress.plan.rows import answers, matches, row, served
 from compress.prune.preview import previews
+from compress.prune.shape import KEYS
 from compress.prune.stage import check as check_prune
 from compress.quantize.scheme import Schemes
 from compress.quantize.search import budget
@@ -77,7 +78,9 @@ def plan(settings: RecipeConfig) -> dict[str, Any]:
         sixteen = ShapeFolder(str(shapes.path), shapes.config)
         export = _export(shapes)
         return found | {"engines": _engines(sixteen, base, schemes, export, hardware, wanted.tp)}
-    return found | _candidate(parse(settings), shapes, hardware, device)
+    more = _candidate(parse(settings), shapes, hardware, device)
+    found["rows"] |= more.pop("rows", {})
+    return found | more
 
 
 def open_shapes(source: str, revision: str | None) -> Shapes:
@@ -120,16 +123,14 @@ def _candidate(
         shapes, model, schemes, settings.export, hardware, settings.plan.tp, all_bits=bits
     )
     return {
-        "recipe": " ".join(settings.stages),
+        "stages": ", ".join(settings.stages),
         "scheme": None if schemes is None else schemes.name,
         **found,
-        "candidate_shape": {
-            k: shapes.config.get(k)
-            for k in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-        },
+        # Of several shapes that pruning would try, the first.
+        "shape": {key: shapes.config.get(key) for key in KEYS.values()},
         "calibration": [asdict(stage) for stage in stages(run, shapes, model, hardware)],
         "engines": engines,
-        "new_row": _row(model, hardware, settings),
+        "rows": {CANDIDATE: _row(model, hardware, settings)},
     }
 
 
@@ -188,8 +189,8 @@ def text(found: dict[str, Any]) -> str:
     """The tables of a plan."""
     hardware, wanted = found["hardware"], found["plan"]
     rows = {f"{found['model']} (original)": found["rows"][BASE]}
-    if "new_row" in found:
-        rows[found["scheme"] or found["recipe"]] = found["new_row"]
+    if CANDIDATE in found["rows"]:
+        rows[found["scheme"] or found["stages"]] = found["rows"][CANDIDATE]
     parts = [
         f"{wanted['tp']} x {hardware['name']}: {hardware['gigabytes']:.0f} GB, "
         f"{hardware['gigabytes_per_second']:.0f} GB/s, "

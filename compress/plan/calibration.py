@@ -24,8 +24,8 @@ from compress.quantize.transforms.awq_clip import AwqClip
 from compress.quantize.transforms.awq_scale import AwqScale
 from compress.quantize.transforms.opt import Opt
 
-# Bytes of libraries' code and buffers that a first use brings, without calibration data and with, by runs on a
-# model of next to no size (eval/benchmarks/plan_check.py repeats them); and of a block without weights.
+# Bytes of libraries' code and buffers that a first use brings, without calibration data and with, by runs
+# on a model of next to no size (eval/benchmarks/plan_check.py repeats them); and of a block without weights.
 CODE, CODE_WITH_DATA, EMPTY_BLOCK = 22e6, 40e6, 5e5
 # Tokens that run at once, as ``model.walk.Walk`` has it.
 AT_ONCE = 4096

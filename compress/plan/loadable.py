@@ -1,9 +1,9 @@
-"""Whether serving engines load a checkpoint, as rules: read from the engines' source, not run, where no run is
-named.
+"""Whether serving engines load a checkpoint, as rules: read from the engines' source, not run, where no run
+is named.
 
 vLLM 0.33, SGLang 0.5.23, TensorRT-LLM (main, 2026), transformers 5.23. K are the inputs of a linear, N its
-outputs; with tensor parallelism over ``tp`` devices N of queries, keys, values, gate and up is shared out, and
-K of the attention's output and of down. Engines run q, k, v as one linear, and gate and up.
+outputs; with tensor parallelism over ``tp`` devices N of queries, keys, values, gate and up is shared out,
+and K of the attention's output and of down. Engines run q, k, v as one linear, and gate and up.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     seconds = max(bytes that must move / bandwidth, operations / rate)
 
-A step of decoding moves every weight once, as it is stored, but of a table that is looked up only the tokens'
-rows, and the cache of every sequence. Reading a prompt moves the weights once and writes the cache. Nothing is
-said of what a device does not reach, of launches, or of the exchange between devices: real speed is a share of
-this, which ``compress bench`` measures (``share_of_roofline``).
+A step of decoding moves every weight once, as it is stored, but of a table that is looked up only the
+tokens' rows, and the cache of every sequence. Reading a prompt moves the weights once and writes the cache.
+Nothing is said of what a device does not reach, of launches, or of the exchange between devices: real speed
+is a share of this, which ``compress bench`` measures (``share_of_roofline``).
 
 A product of a weight (out, in) with n tokens takes 2 n out in operations; attention of a query over a context
 of c tokens 4 c head_dim a head (scores, and the sum of the values); in a prompt c is all before, and itself.
