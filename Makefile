@@ -9,7 +9,7 @@ PEER := .venv-llmcompressor
 KV_PEERS := .venv-kv-peers
 LLAMA_CPP := .node-llama-cpp
 
-.PHONY: help setup demo test check test-gpu golden serve-check bench-peers bench-int8 bench-cpu-kernels bench-kv bench-kv-speed bench-kernels bench-pruning bench-distill bench-cpu-decode bench-gpu clean
+.PHONY: help setup demo test check test-gpu golden serve-check bench-peers bench-int8 bench-cpu-kernels bench-kv bench-kv-speed bench-kernels bench-pruning bench-distill bench-cpu-decode bench-plan bench-gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -59,6 +59,9 @@ bench-int8: setup  ## LLM.int8 with fixed columns beside bitsandbytes and 16 bit
 
 bench-cpu-kernels: setup  ## the CPU kernels beside torch's, as a share of what memory gives
 	$(BIN)/python -m eval.benchmarks.cpu_kernels
+
+bench-plan: setup  ## what compress plan predicts for the demo model, beside what is measured
+	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.benchmarks.plan_check
 
 bench-pruning: setup  ## who chooses best, depth or width, repair at an equal budget: an hour and more on 2 cores
 	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.benchmarks.pruning

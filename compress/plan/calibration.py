@@ -27,6 +27,9 @@ from compress.quantize.transforms.opt import Opt
 # Bytes of libraries' code and buffers that a first use brings, without calibration data and with, by runs
 # on a model of next to no size (eval/benchmarks/plan_check.py repeats them); and of a block without weights.
 CODE, CODE_WITH_DATA, EMPTY_BLOCK = 22e6, 40e6, 5e5
+# What glibc keeps of freed memory: twice the largest block that it takes from its heap (mallopt(3),
+# M_MMAP_THRESHOLD: at most 32 MiB). Smaller things that come later do not fit into all of it.
+KEPT = 2 * 2**25
 # Tokens that run at once, as ``model.walk.Walk`` has it.
 AT_ONCE = 4096
 HALF, SINGLE, DOUBLE = 2, 4, 8
@@ -113,9 +116,10 @@ def _quantize(run: Run, shapes: Shapes, s: _Sizes, hardware: Hardware) -> Stage:
     moments = dict(_moments(run, s))
     name, peak = max(moments.items(), key=lambda item: item[1])
     rest = _rest(shapes)
-    others = sum(rest.values()) + (FINITE - 1) * max(rest.values())
-    if others + _code(s) > peak:
-        name, peak = "embedding and head, checked and copied", others + _code(s)
+    # The walk still holds what left the last block.
+    others = _code(s) + HALF * s.T * s.h + sum(rest.values()) + (FINITE - 1) * max(rest.values())
+    if others > peak:
+        name, peak = "embedding and head, checked and copied", others
     return Stage("quantize", peak, name, _seconds(run, s, hardware))
 
 
@@ -142,8 +146,10 @@ def _moments(run: Run, s: _Sizes) -> Iterator[tuple[str, float]]:
     # Gate, up, their product and its parts; the inputs in float32 and their sizes; the residual stream.
     batch = s.B * (4 * HALF * s.m + (SINGLE + HALF) * s.m + 3 * HALF * s.h)
     yield "moments of a block's inputs", code + states + block + seconds + batch
+    held = code + states + block + rounded + seconds
+    yield "outputs of a block", held + HALF * s.T * s.h + batch
+    code += min(batch, KEPT)
     yield "a search over a block's weights", code + states + block + seconds + work + rounded
-    yield "outputs of a block", code + states + HALF * s.T * s.h + block + rounded + seconds + batch
     for method in run.roundings:
         if isinstance(method, Learned):
             # Offsets, their gradients, the codes and the weight they give; what the steps keep to go back.

@@ -82,6 +82,14 @@ def memory(model: Checkpoint, batch: int, context: int, *, tp: int = 1) -> float
     return model.weights / tp + batch * cache_share(model, tp) * model.cache_of(context)
 
 
+def prompt_bytes(model: Checkpoint, batch: int, length: int) -> float:
+    """Bytes between the linears of a block while prompts are read: the residual stream and a copy, queries,
+    keys and values also in float32 for their turn, gate and up with two products."""
+    turned = model.heads + 2 * model.kv_heads
+    a_token = 2 * model.hidden + 3 * turned * model.head_dim + 4 * model.intermediate
+    return HALF * batch * length * a_token
+
+
 def largest_batch(model: Checkpoint, hardware: Hardware, context: int, *, tp: int = 1) -> int:
     """Sequences of so many tokens whose cache fits beside the weights; 0 if not even one does."""
     left = hardware.bytes - model.weights / tp

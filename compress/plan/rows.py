@@ -11,7 +11,7 @@ from compress.model.folder import Shapes
 from compress.plan.checkpoint import Checkpoint
 from compress.plan.hardware import Hardware
 from compress.plan.loadable import Served
-from compress.plan.roofline import decode, intensity, largest_batch, memory, prefill
+from compress.plan.roofline import decode, intensity, largest_batch, memory, prefill, prompt_bytes
 from compress.quantize.scheme import Schemes
 from compress.quantize.stage import linear_names
 
@@ -44,6 +44,7 @@ def _point(
         "batch": batch,
         "context": context,
         "memory_bytes": round(needed),
+        "prompt_bytes": round(prompt_bytes(model, batch, context)),
         "fits": needed <= hardware.bytes,
         "ttft_ms": 1e3 * prompt.seconds,
         "ttft_limit": prompt.limit,

@@ -3,9 +3,9 @@
     python -m eval.benchmarks.plan_check [--recipes rtn-int4 awq-int4 gptq-int4] [--out FILE.json]
 
 files: bytes of exported checkpoints. held: the runtime's weights and static cache as loaded, and the peak of
-a process that decodes, over what it took before it opened the model: predicted are weights and cache, and the
-code that such a process brings, which is measured on a model of the same layers and next to no size. runs:
-the peak of the compressing process over its start, and its seconds, on the first blocks of the demo model and
+a process that decodes, over what it took before it opened the model: predicted are weights, cache and prompt,
+and the code that such a process brings, measured on a model of as many layers and next to no size. runs: the
+peak of the compressing process over its start, and its seconds, on the first blocks of the demo model and
 a few sequences. Every run is a process of its own. Memory is not touched by what else the machine does;
 seconds are.
 """
@@ -32,6 +32,7 @@ from compress.model.folder import ModelFolder, save_tensors, write_json
 from compress.model.shapes import ShapeFolder
 from compress.model.sources import resolve_model
 from compress.plan.checkpoint import Checkpoint, as_planned, on_disk
+from compress.plan.roofline import prompt_bytes
 from compress.report.table import markdown
 from compress.runtime.decoder import LEAST, Decoder, open_decoder
 
@@ -129,6 +130,7 @@ def processes(folders: Mapping[str, Path], small: Path) -> dict[str, list[dict[s
             # The runtime's cache has room for the next power of two.
             room = max(LEAST, 1 << (length + tokens - 1).bit_length())
             own[name] = model.weights + batch * model.cache_of(room)
+            own[name] += prompt_bytes(model, batch, length)
         code = peaks["code"] - own["code"]
         for name in folders:
             point = {"batch": batch, "code": code, **beside(own[name] + code, peaks[name])}
