@@ -63,7 +63,9 @@ class EvalConfig:
     """Accuracy: the first ``tokens`` tokens of each text in windows, lm-eval tasks on ``limit``
     questions each (null = all). text_field and split: where a text is in its source. dtype is for
     the texts; tasks run in the checkpoint's own. block_tokens: tokens of each text on which the harm
-    of every block alone is measured, in whole windows beyond the first; null leaves it out."""
+    of every block alone is measured, in whole windows beyond the first; null leaves it out. prompts: so many
+    beginnings of windows, of prompt_tokens, from which ``generated`` tokens are written greedily to see how
+    long the candidate agrees with the original."""
 
     texts: list[str] = field(default_factory=list)
     text_field: str = "text"
@@ -71,6 +73,9 @@ class EvalConfig:
     tokens: int = 6144
     window: int = 1024
     block_tokens: int | None = None
+    prompts: int = 4
+    prompt_tokens: int = 256
+    generated: int = 0
     dtype: str = "float32"
     tasks: list[str] = field(default_factory=list)
     limit: int | None = None
@@ -119,6 +124,24 @@ class SpeedConfig:
 
 
 @dataclass
+class GateConfig:
+    """The most that a candidate may cost, null = any; one that costs more ends the command with exit code 1.
+
+    kl: nats per token on every text; perplexity: its ratio to the original's; top1: the least share of
+    tokens on which both agree; accuracy: points lost on any task."""
+
+    kl: float | None = None
+    perplexity: float | None = None
+    top1: float | None = None
+    accuracy: float | None = None
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Those that are set."""
+        return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
+
+
+@dataclass
 class RecipeConfig:
     """Everything of a run."""
 
@@ -143,6 +166,7 @@ class RecipeConfig:
     eval: EvalConfig | None = None
     context: ContextConfig | None = None
     speed: SpeedConfig | None = None
+    gate: GateConfig = field(default_factory=GateConfig)
     device: str = "auto"
 
 
@@ -393,16 +417,35 @@ def _check_sizes(settings: RecipeConfig) -> None:
     for section, config in (("eval", settings.eval), ("context", settings.context)):
         if config is not None:
             _check_names(f"{section}.dtype", [config.dtype], EVAL_DTYPES)
-    evaluation = settings.eval
-    if evaluation is not None and not 2 <= evaluation.window <= evaluation.tokens:
-        raise UserError(
-            f"eval.window={evaluation.window} is not allowed: choose 2 to eval.tokens="
-            f"{evaluation.tokens}"
-        )
+    if settings.eval is not None:
+        _check_eval(settings.eval)
     if settings.context is not None:
         _check_context(settings.context)
     if settings.speed is not None:
         _check_speed(settings.speed)
+    _check_gate(settings.gate, settings.eval)
+
+
+def _check_eval(evaluation: EvalConfig) -> None:
+    most = {"window": "tokens"} | ({"prompt_tokens": "window"} if evaluation.generated else {})
+    for key, bound in most.items():
+        value, limit = getattr(evaluation, key), getattr(evaluation, bound)
+        if not 2 <= value <= limit:
+            raise UserError(f"eval.{key}={value} is not allowed: choose 2 to eval.{bound}={limit}")
+
+
+def _check_gate(gate: GateConfig, evaluation: EvalConfig | None) -> None:
+    """Raises UserError for a limit that nothing could meet, or that is on something not measured."""
+    for name, limit in gate.limits.items():
+        least = 1.0 if name == "perplexity" else 0.0
+        if limit < least or (name == "top1" and limit > 1):
+            raise UserError(
+                f"gate.{name}={limit} is not allowed: choose {least:g} "
+                f"{'to 1' if name == 'top1' else 'or more'}"
+            )
+        key = "tasks" if name == "accuracy" else "texts"
+        if evaluation is None or not getattr(evaluation, key):
+            raise UserError(f"gate.{name} needs eval.{key} to be measured: name one")
 
 
 def _check_speed(speed: SpeedConfig) -> None:

@@ -16,7 +16,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,12 @@ from compress.environment import environment, version_of
 from compress.errors import UserError
 from compress.export.formats import FORMATS, Weights
 from compress.model.families import Family, family_of
-from compress.model.folder import DTYPES, ModelFolder, write_json
+from compress.model.folder import DTYPES, ModelFolder, read_json, save_tensors, write_json
 from compress.model.shapes import PREFIX, shape_config
 from compress.model.skeleton import empty_model
 from compress.model.sources import open_tokenizer
 from compress.progress import track
+from compress.run_folder import whole
 from compress.runtime.cached import Caches, Reader, load_served
 from compress.runtime.decoder import open_decoder, open_random
 from compress.runtime.load import load_dense
@@ -49,7 +50,7 @@ from eval.engines.vllm_decode import open_vllm
 from eval.retrieval import Haystack, build_haystack, score, summarize
 from eval.speed import Decoder, Load, Point, measure_speed
 from eval.task_scores import packaged_tasks, score_tasks, task_sources, unknown_tasks
-from eval.text import evaluate_text
+from eval.text import LogitsOf, read_text, summary
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +137,30 @@ def check_tasks(config: EvalConfig) -> None:
         )
 
 
+# A file of a run: figures by token, ``Accuracy.tokens``. Columns are those of eval.text.Tokens, and the
+# original's own.
+TOKENS = "accuracy.safetensors"
+BASE_NLL = "base_nll"
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What a candidate and its base were found to do.
+
+    rows: "candidate" and, if there is one, "base" -> sections of metrics.json; tokens: ``TEXT.COLUMN`` -> a
+    figure for every predicted token (windows, window - 1)
+    """
+
+    rows: dict[str, dict[str, Any]]
+    tokens: dict[str, Tensor]
+
+    def write(self, out: Path) -> None:
+        """Put what metrics.json has no room for into the folder of a run."""
+        if self.tokens:
+            with whole(out / TOKENS) as partial:
+                save_tensors(partial, self.tokens)
+
+
 def measure_accuracy(
     candidate: ModelFolder,
     base: ModelFolder | None,
@@ -143,36 +168,124 @@ def measure_accuracy(
     config: EvalConfig,
     tokenizer: Any,
     device: torch.device,
-) -> dict[str, dict[str, Any]]:
+) -> Accuracy:
     """Texts and tasks of a candidate, and of its base with the same tokens and questions.
 
-    Returns {"candidate": {"texts", "tasks"}, "base": ... if there is one}.
+    Of the base also the noise of its own 16 bits; of a candidate with a base also for how many tokens greedy
+    decoding agrees.
     """
-    dtype = DTYPES[config.dtype]
-    results: dict[str, dict[str, Any]] = {"candidate": {"texts": {}, "tasks": {}}}
+    rows: dict[str, dict[str, Any]] = {"candidate": {"texts": {}, "tasks": {}}}
     if base is not None:
-        results["base"] = {"texts": {}, "tasks": {}}
+        rows["base"] = {"texts": {}, "tasks": {}}
+    tokens: dict[str, Tensor] = {}
     if windows:
-        model = load_served(candidate, device, dtype)
-        base_model = None if base is None else load_dense(base, device, dtype)
-        for text, blocks in windows.items():
-            found = evaluate_text(
-                lambda tokens: model(tokens.to(device)).logits,
-                _rows(blocks, text),
-                None if base_model is None else lambda tokens: base_model(tokens.to(device)).logits,
-            )
-            log.info("%s: %s", text, _remark(found["candidate"]))
-            data = {"data_sha256": blocks.sha256, "window": config.window, "dtype": config.dtype}
-            results["candidate"]["texts"][text] = found["candidate"] | data
-            if base is not None:
-                results["base"]["texts"][text] = found["base"] | data
-        del model, base_model
+        tokens = _measure_texts(rows, candidate, base, windows, config, device)
     if config.tasks:
         log.info("scoring %s", ", ".join(config.tasks))
-        results["candidate"]["tasks"] = _score(candidate, config, tokenizer, device)
+        rows["candidate"]["tasks"] = _score(candidate, config, tokenizer, device)
         if base is not None:
-            results["base"]["tasks"] = _score_cached(base, config, tokenizer, device)
-    return results
+            rows["base"]["tasks"] = _score_cached(base, config, tokenizer, device)
+    return Accuracy(rows, tokens)
+
+
+def _measure_texts(
+    rows: dict[str, dict[str, Any]],
+    candidate: ModelFolder,
+    base: ModelFolder | None,
+    windows: Mapping[str, TokenBlocks],
+    config: EvalConfig,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Fills ``texts`` of the rows, and ``agreement`` of the candidate's; returns figures by token."""
+    dtype = DTYPES[config.dtype]
+    models = {"candidate": load_served(candidate, device, dtype)}
+    if base is not None:
+        models["base"] = load_dense(base, device, dtype)
+    noise = None if base is None else _Noise(base, config, device)
+    columns = {}
+    for text, blocks in windows.items():
+        data = {"data_sha256": blocks.sha256, "window": config.window, "dtype": config.dtype}
+        readers = {name: _logits_of(model, device) for name, model in models.items()}
+        if noise is not None and noise.missing(blocks):
+            readers["noise"] = noise.reader
+        found = read_text(readers, _rows(blocks, text), None if base is None else "base")
+        own = found["candidate"]
+        rows["candidate"]["texts"][text] = data | summary(own, found.get("base"))
+        columns[f"{text}.nll"] = torch.stack(own.nll)
+        if noise is not None:
+            beside = summary(found["base"])
+            if "noise" in found:
+                noise.keep(blocks, summary(found["noise"], found["base"]))
+            rows["base"]["texts"][text] = data | beside | {"noise": noise.of(blocks)}
+            parts = {"kl": own.kl, "top1": own.top1, BASE_NLL: found["base"].nll}
+            columns |= {f"{text}.{column}": torch.stack(part) for column, part in parts.items()}
+        log.info("%s: %s", text, _remark(rows["candidate"]["texts"][text]))
+    if base is not None and config.generated:
+        rows["candidate"]["agreement"] = _agreement(models, candidate, base, windows, config)
+    return columns
+
+
+def _logits_of(model: Any, device: torch.device) -> LogitsOf:
+    return lambda tokens: model(tokens.to(device)).logits
+
+
+class _Noise:
+    """What rounding to 16 bits alone does to an original: the least divergence that means anything. The same
+    for every candidate, so it is kept in the user cache."""
+
+    def __init__(self, base: ModelFolder, config: EvalConfig, device: torch.device):
+        self._base, self._config, self._device = base, config, device
+        self.dtype = base.dtype if base.dtype.itemsize == 2 else torch.bfloat16
+        self._known: dict[str, Any] = {}
+
+    @functools.cached_property
+    def reader(self) -> LogitsOf:
+        return _logits_of(load_dense(self._base, self._device, self.dtype), self._device)
+
+    def _file(self, blocks: TokenBlocks) -> Path:
+        return _cache_file(
+            "noise", [self._base.fingerprint, blocks.sha256, self._config.dtype], self._device
+        )
+
+    def missing(self, blocks: TokenBlocks) -> bool:
+        if self.dtype == DTYPES[self._config.dtype]:
+            return False
+        file = self._file(blocks)
+        if file.exists():
+            self._known[blocks.sha256] = read_json(file)
+        return blocks.sha256 not in self._known
+
+    def keep(self, blocks: TokenBlocks, found: dict[str, Any]) -> None:
+        kept = ("kl", "kl_stderr", "kl_p99", "kl_p999", "top1", "top1_stderr", "paired")
+        noise = {"dtype": str(self.dtype).removeprefix("torch.")} | {
+            key: found[key] for key in kept
+        }
+        self._known[blocks.sha256] = noise
+        _keep(self._file(blocks), noise)
+
+    def of(self, blocks: TokenBlocks) -> dict[str, Any] | None:
+        """None where the texts are read in 16 bits themselves."""
+        return self._known.get(blocks.sha256)
+
+
+def _agreement(
+    models: Mapping[str, Any],
+    candidate: ModelFolder,
+    base: ModelFolder,
+    windows: Mapping[str, TokenBlocks],
+    config: EvalConfig,
+) -> dict[str, Any]:
+    """Greedy agreement from the beginnings of windows, spread over all texts."""
+    starts = torch.cat([blocks.tokens[:, : config.prompt_tokens] for blocks in windows.values()])
+    chosen = torch.linspace(0, len(starts) - 1, min(config.prompts, len(starts))).round().long()
+    readers = {
+        name: functools.partial(Reader, models[name], Caches(folder, models[name]))
+        for name, folder in (("base", base), ("candidate", candidate))
+    }
+    found = agreement(
+        readers["base"], {"it": readers["candidate"]}, starts[chosen], config.generated
+    )["it"]
+    return found | {"prompts": len(chosen), "prompt_tokens": starts.shape[1]}
 
 
 def measure_blocks(
@@ -228,27 +341,28 @@ def _score_cached(
 ) -> dict[str, Any]:
     """The original's task scores: the same for every candidate of a sweep, so they are kept in the user
     cache under everything they depend on."""
-    facts = environment(device)
-    key = json.dumps(
-        [
-            folder.fingerprint,
-            config.tasks,
-            config.limit,
-            config.batch_size,
-            task_sources(),
-            *(facts[k] for k in ("commit", "versions", "device", "threads")),
-        ]
-    )
-    file = cache_dir() / "task-scores" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+    asked = [folder.fingerprint, config.tasks, config.limit, config.batch_size, task_sources()]
+    file = _cache_file("task-scores", asked, device)
     if file.exists():
         log.info("task scores of the original come from the cache: %s", file)
         return {task: {**s, "cached": True} for task, s in json.loads(file.read_text()).items()}
     scores = _score(folder, config, tokenizer, device)
+    _keep(file, scores)
+    return scores
+
+
+def _cache_file(kind: str, asked: list[Any], device: torch.device) -> Path:
+    """Where the user cache has a figure of an original, named by all that it depends on."""
+    facts = environment(device)
+    key = json.dumps([*asked, *(facts[k] for k in ("commit", "versions", "device", "threads"))])
+    return cache_dir() / kind / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+
+
+def _keep(file: Path, found: dict[str, Any]) -> None:
     file.parent.mkdir(exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}.partial")
-    write_json(partial, scores)
+    write_json(partial, found)
     partial.replace(file)
-    return scores
 
 
 @contextlib.contextmanager
@@ -355,7 +469,7 @@ def measure_context(
                 for kind, found in kinds.items()
             }
     results["candidate"]["agreement"] = agreement(
-        readers["base"], ours, track(prompts.tokens, "prompts"), config.generated
+        readers["base"], ours, prompts.tokens, config.generated
     )["candidate"]
     if caches["candidate"].scheme is not None:
         results["candidate"]["heads"] = head_errors(

@@ -47,6 +47,7 @@ from compress.prune.stage import check as check_prune
 from compress.quantize.search import budget
 from compress.quantize.stage import settle
 from compress.report.table import METRICS, table
+from compress.report.verdict import verdict
 from compress.rotate import rotated_sizes
 from compress.run_folder import RUN, Step, check_same, opened, step, whole
 from compress.runtime.load import load_dense
@@ -169,6 +170,10 @@ def run_recipe(run: Run, name: str, out: Path, *, last: bool = True) -> dict[str
         compression |= sections.pop("compression", {})
         for row, found in sections.items():
             rows[row] |= found
+        judged = verdict(rows["candidate"], rows["base"], settings.gate.limits)
+        if judged is not None:
+            rows["candidate"]["verdict"] = judged
+            log.info("verdict: %s", judged["text"])
 
         metrics = {
             "name": name,
@@ -200,8 +205,9 @@ def _measured(
         accuracy = measure_accuracy(
             checkpoint, model, windows, settings.eval, tokenizer, run.device
         )
-        for row, found in accuracy.items():
+        for row, found in accuracy.rows.items():
             rows[row] |= found
+        accuracy.write(out)
         if settings.eval.block_tokens is not None and "quantize" in settings.stages:
             quantized = _quantized(settings.stages, model, out)
             rows["compression"]["block_kl"] = measure_blocks(

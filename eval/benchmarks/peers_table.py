@@ -235,7 +235,7 @@ def judge(
         accuracy = measure_accuracy(
             written, folder, windows, settings.eval, tokenizer, torch.device("cpu")
         )
-        measured["texts"] = accuracy["candidate"]["texts"]
+        measured["texts"] = accuracy.rows["candidate"]["texts"]
     write_json(place / MEASUREMENT, measured)
     return measured
 
