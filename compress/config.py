@@ -62,10 +62,12 @@ class DataConfig:
 class EvalConfig:
     """Accuracy: the first ``tokens`` tokens of each text in windows, lm-eval tasks on ``limit``
     questions each (null = all). text_field and split: where a text is in its source. dtype is for
-    the texts; tasks run in the checkpoint's own. block_tokens: tokens of each text on which the harm
-    of every block alone is measured, in whole windows beyond the first; null leaves it out. prompts: so many
-    beginnings of windows, of prompt_tokens, from which ``generated`` tokens are written greedily to see how
-    long the candidate agrees with the original."""
+    the texts; tasks run in the checkpoint's own. engine: what answers tasks, of TASK_ENGINES.
+    fewshot: examples before a question (null = as many as its task asks for). block_tokens: tokens
+    of each text on which the harm of every block alone is measured, in whole windows beyond the
+    first; null leaves it out. prompts: so many beginnings of windows, of prompt_tokens, from which
+    ``generated`` tokens are written greedily to see how long the candidate agrees with the
+    original."""
 
     texts: list[str] = field(default_factory=list)
     text_field: str = "text"
@@ -79,6 +81,9 @@ class EvalConfig:
     dtype: str = "float32"
     tasks: list[str] = field(default_factory=list)
     limit: int | None = None
+    fewshot: int | None = None
+    chat_template: bool = False
+    engine: str = "reference"
     batch_size: int = 16
 
 
@@ -385,6 +390,8 @@ SHORTEST = 512
 EVAL_DTYPES = ("float32", "bfloat16", "float16")
 # What decodes: the runtime of this project, transformers' generate, vLLM.
 ENGINES = ("compress", "transformers", "vllm")
+# What answers tasks: our own reader, which computes with the weights that the codes stand for, and these.
+TASK_ENGINES = ("reference", *ENGINES)
 # The least value of a count, where it is not 1: in 2 tokens there is one to predict.
 LEAST = {
     "length": 2,
@@ -394,6 +401,7 @@ LEAST = {
     "generated_before_repair": 0,
     "seed": 0,
     "warmup": 0,
+    "fewshot": 0,
 }
 
 
@@ -427,6 +435,7 @@ def _check_sizes(settings: RecipeConfig) -> None:
 
 
 def _check_eval(evaluation: EvalConfig) -> None:
+    _check_names("eval.engine", [evaluation.engine], TASK_ENGINES)
     most = {"window": "tokens"} | ({"prompt_tokens": "window"} if evaluation.generated else {})
     for key, bound in most.items():
         value, limit = getattr(evaluation, key), getattr(evaluation, bound)

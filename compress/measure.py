@@ -37,7 +37,7 @@ from compress.model.skeleton import empty_model
 from compress.model.sources import open_tokenizer
 from compress.progress import track
 from compress.run_folder import whole
-from compress.runtime.cached import Caches, Reader, load_served
+from compress.runtime.cached import Caches, Reader, load_running, load_served
 from compress.runtime.decoder import open_decoder, open_random
 from compress.runtime.load import load_dense
 from compress.runtime.probe import head_errors
@@ -45,11 +45,18 @@ from compress.runtime.random import RandomModel
 from compress.user_cache import cache_dir
 from eval.blocks import block_divergence
 from eval.context import agreement, by_position
-from eval.engines.transformers_decode import open_transformers
+from eval.engines.transformers_decode import load_transformers, open_transformers
 from eval.engines.vllm_decode import open_vllm
 from eval.retrieval import Haystack, build_haystack, score, summarize
 from eval.speed import Decoder, Load, Point, measure_speed
-from eval.task_scores import packaged_tasks, score_tasks, task_sources, unknown_tasks
+from eval.task_scores import (
+    Samples,
+    load_tasks,
+    open_model,
+    open_vllm_model,
+    score_tasks,
+    task_sources,
+)
 from eval.text import LogitsOf, read_text, summary
 
 log = logging.getLogger(__name__)
@@ -126,15 +133,19 @@ def open_windows(config: EvalConfig, tokenizer: Any) -> dict[str, TokenBlocks]:
     }
 
 
-def check_tasks(config: EvalConfig) -> None:
-    """Raises UserError if lm-eval does not know one of the tasks."""
-    packaged = packaged_tasks()
-    unknown = unknown_tasks([name for name in config.tasks if name not in packaged])
-    if unknown:
+def check_tasks(config: EvalConfig, model: ModelFolder) -> None:
+    """Raises UserError if the questions of a task cannot be had, the engine is not installed, or there is no
+    chat template to put them in."""
+    if not config.tasks:
+        return
+    if config.engine != "reference":
+        _check_installed("eval.engine", config.engine)
+    if config.chat_template and not open_tokenizer(model).chat_template:
         raise UserError(
-            f"eval.tasks={unknown[0]} is not known to lm-eval; packaged with this project are "
-            f"{', '.join(packaged)}"
+            f"eval.chat_template=true needs a chat template, which {model.path} has not: leave it out"
         )
+    with _quiet():
+        load_tasks(config.tasks)
 
 
 # A file of a run: figures by token, ``Accuracy.tokens``. Columns are those of eval.text.Tokens, and the
@@ -182,9 +193,9 @@ def measure_accuracy(
         tokens = _measure_texts(rows, candidate, base, windows, config, device)
     if config.tasks:
         log.info("scoring %s", ", ".join(config.tasks))
-        rows["candidate"]["tasks"] = _score(candidate, config, tokenizer, device)
+        rows["candidate"]["tasks"], _ = _score(candidate, config, tokenizer, device)
         if base is not None:
-            rows["base"]["tasks"] = _score_cached(base, config, tokenizer, device)
+            rows["base"]["tasks"], _ = _score_cached(base, config, tokenizer, device)
     return Accuracy(rows, tokens)
 
 
@@ -328,27 +339,55 @@ def _rows(blocks: TokenBlocks, text: str) -> Iterator[Tensor]:
 
 def _score(
     folder: ModelFolder, config: EvalConfig, tokenizer: Any, device: torch.device
-) -> dict[str, Any]:
-    model = load_served(folder, device, folder.dtype)
-    with _quiet():
-        return score_tasks(
-            model, tokenizer, config.tasks, limit=config.limit, batch_size=config.batch_size
+) -> tuple[dict[str, Any], dict[str, Samples]]:
+    """Scores and samples by task, see eval.task_scores."""
+    with _quiet(), _answering(folder, config, tokenizer, device) as lm:
+        scores, samples = score_tasks(
+            lm,
+            config.tasks,
+            limit=config.limit,
+            fewshot=config.fewshot,
+            chat_template=config.chat_template,
         )
+    return {task: score | {"engine": config.engine} for task, score in scores.items()}, samples
+
+
+@contextlib.contextmanager
+def _answering(
+    folder: ModelFolder, config: EvalConfig, tokenizer: Any, device: torch.device
+) -> Iterator[Any]:
+    """The folder as the model of lm-eval that eval.engine names."""
+    if config.engine == "vllm":
+        lm = open_vllm_model(folder.path, device)
+        try:
+            yield lm
+        finally:
+            lm.model.llm_engine.engine_core.shutdown()
+        return
+    if config.engine == "compress":
+        model = load_running(folder, device)
+    elif config.engine == "transformers":
+        model = load_transformers(folder.path, device)
+    else:
+        model = load_served(folder, device, folder.dtype)
+    yield open_model(model, tokenizer, config.batch_size)
 
 
 def _score_cached(
     folder: ModelFolder, config: EvalConfig, tokenizer: Any, device: torch.device
-) -> dict[str, Any]:
-    """The original's task scores: the same for every candidate of a sweep, so they are kept in the user
-    cache under everything they depend on."""
+) -> tuple[dict[str, Any], dict[str, Samples]]:
+    """``_score`` of the original: the same for every candidate of a sweep, so it is kept in the user cache
+    under everything it depends on."""
     asked = [folder.fingerprint, config.tasks, config.limit, config.batch_size, task_sources()]
+    asked += [config.engine, version_of(config.engine), config.fewshot, config.chat_template]
     file = _cache_file("task-scores", asked, device)
     if file.exists():
         log.info("task scores of the original come from the cache: %s", file)
-        return {task: {**s, "cached": True} for task, s in json.loads(file.read_text()).items()}
-    scores = _score(folder, config, tokenizer, device)
-    _keep(file, scores)
-    return scores
+        kept = read_json(file)
+        return {t: {**s, "cached": True} for t, s in kept["scores"].items()}, kept["samples"]
+    scores, samples = _score(folder, config, tokenizer, device)
+    _keep(file, {"scores": scores, "samples": samples})
+    return scores, samples
 
 
 def _cache_file(kind: str, asked: list[Any], device: torch.device) -> Path:
@@ -367,16 +406,19 @@ def _keep(file: Path, found: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep lm-eval's own bars and remarks off a log; on a terminal they show how far it is."""
-    logger = logging.getLogger("lm_eval")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    """Keep the bars and remarks of lm-eval, and of the hub it reads from, off a log; on a terminal they show
+    how far it is."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub", "datasets")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     stderr = sys.stderr if sys.stderr.isatty() else io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
             yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def check_context(config: ContextConfig, model: ModelFolder) -> None:
@@ -537,11 +579,14 @@ def _bytes_on_disk(folder: ModelFolder | RandomModel) -> int | None:
 def check_engines(config: SpeedConfig) -> None:
     """Raises UserError for an engine that is not installed here."""
     for engine in config.engines:
-        if importlib.util.find_spec(engine) is None:
-            raise UserError(
-                f"speed.engines={engine} needs the package {engine} in this environment: install it, or "
-                "leave it out"
-            )
+        _check_installed("speed.engines", engine)
+
+
+def _check_installed(key: str, engine: str) -> None:
+    if importlib.util.find_spec(engine) is None:
+        raise UserError(
+            f"{key}={engine} needs the package {engine} in this environment: install it, or leave it out"
+        )
 
 
 def _opener(engine: str, folder: ModelFolder | RandomModel, load: Load) -> Callable[[], Decoder]:

@@ -80,7 +80,7 @@ def check(run: Run, out: Path | None = None) -> None:
     if settings.eval is not None:
         for text in settings.eval.texts:
             load_texts(text, settings.eval.text_field, settings.eval.split)
-        check_tasks(settings.eval)
+        check_tasks(settings.eval, model)
     if settings.context is not None:
         check_context(settings.context, model)
     if settings.speed is not None:

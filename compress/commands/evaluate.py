@@ -41,7 +41,7 @@ def main(words: list[str]) -> int:
         raise UserError(f"gate.{next(iter(settings.gate.limits))} needs --base, the original")
     tokenizer = open_tokenizer(folder)
     windows = open_windows(settings.eval, tokenizer)
-    check_tasks(settings.eval)
+    check_tasks(settings.eval, folder)
     size = measure_size(folder)
     accuracy = measure_accuracy(
         folder, base, windows, settings.eval, tokenizer, device_of(settings)

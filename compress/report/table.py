@@ -184,7 +184,7 @@ def _legend(runs: list[dict[str, Any]]) -> str:
     for name, task in row.get("tasks", {}).items():
         lines.append(
             f"{_short(name)}: {_headline(task) or 'see metrics.json'} in %, the first "
-            f"{task['questions']} questions, zero-shot, lm-eval {env['versions']['lm-eval']}; "
+            f"{task['questions']} questions, {task.get('fewshot', 0)}-shot, lm-eval {env['versions']['lm-eval']}; "
             "± is a standard error."
         )
     if "context" in row:

@@ -101,13 +101,18 @@ class _HandOver(StoppingCriteria):
         return self.no
 
 
+def load_transformers(path: Path, device: torch.device) -> Any:
+    """The model of a folder as transformers itself loads it."""
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype="auto", device_map=device, local_files_only=True
+    )
+    return model.eval()
+
+
 def open_transformers(path: Path, device: str) -> TransformersDecoder:
     """A decoder over the folder at ``path``; picklable by name, for a process of its own."""
     # Warnings on requests are for people; here they would come once a request.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     target = torch.device(device)
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype="auto", device_map=target, local_files_only=True
-    )
-    return TransformersDecoder(model.eval(), target)
+    return TransformersDecoder(load_transformers(path, target), target)
