@@ -184,8 +184,8 @@ def _legend(runs: list[dict[str, Any]]) -> str:
     for name, task in row.get("tasks", {}).items():
         lines.append(
             f"{_short(name)}: {_headline(task) or 'see metrics.json'} in %, the first "
-            f"{task['questions']} questions, {task.get('fewshot', 0)}-shot, lm-eval {env['versions']['lm-eval']}; "
-            "± is a standard error."
+            f"{task['questions']} questions, {task.get('fewshot', 0)}-shot, lm-eval "
+            f"{env['versions']['lm-eval']}; ± is a standard error."
         )
     if "context" in row:
         context = row["context"]
