@@ -32,6 +32,12 @@ CPU = torch.device("cpu")
 ASKED = EvalConfig(tasks=["packaged_openbookqa", "packaged_mmlu"], limit=20)
 
 
+@pytest.fixture(autouse=True)
+def nothing_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval adds a list of all installed packages to every result, which takes seconds."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+
+
 @pytest.fixture(scope="module")
 def packaged() -> ModuleType:
     """eval/tasks/packaged.py, imported by path as lm-eval does."""
