@@ -64,8 +64,8 @@ class EvalConfig:
     questions each (null = all). text_field and split: where a text is in its source. dtype is for
     the texts; tasks run in the checkpoint's own. block_tokens: tokens of each text on which the harm
     of every block alone is measured, in whole windows beyond the first; null leaves it out. prompts: so many
-    beginnings of windows, of prompt_tokens, from which ``generated`` tokens are written greedily to see how
-    long the candidate agrees with the original."""
+    beginnings of windows, of at most prompt_tokens, from which ``generated`` tokens are written greedily to
+    see how long the candidate agrees with the original; 0 leaves it out."""
 
     texts: list[str] = field(default_factory=list)
     text_field: str = "text"
@@ -427,11 +427,11 @@ def _check_sizes(settings: RecipeConfig) -> None:
 
 
 def _check_eval(evaluation: EvalConfig) -> None:
-    most = {"window": "tokens"} | ({"prompt_tokens": "window"} if evaluation.generated else {})
-    for key, bound in most.items():
-        value, limit = getattr(evaluation, key), getattr(evaluation, bound)
-        if not 2 <= value <= limit:
-            raise UserError(f"eval.{key}={value} is not allowed: choose 2 to eval.{bound}={limit}")
+    if not 2 <= evaluation.window <= evaluation.tokens:
+        raise UserError(
+            f"eval.window={evaluation.window} is not allowed: choose 2 to eval.tokens="
+            f"{evaluation.tokens}"
+        )
 
 
 def _check_gate(gate: GateConfig, evaluation: EvalConfig | None) -> None:
