@@ -127,9 +127,9 @@ def run_recipes(words: list[str]) -> None:
     sys.argv = [sys.argv[0], *words]
     hydra.main(version_base="1.3", config_path=str(RECIPES), config_name="config")(task)()
     if finished:
-        from compress.report.table import table
+        from compress.report.terminal import comparison, terminal_width
 
-        print(table(finished))
+        print(comparison(finished, None, terminal_width(sys.stdout.isatty())), end="")
 
 
 def _check_words(overrides: list[str]) -> None:

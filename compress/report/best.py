@@ -35,7 +35,8 @@ def _of_model(rows: list[Row], limits: Mapping[str, float] | None) -> list[str]:
     if not passing:
         sentences.append(f"None of {len(rows)} passes the gate ({gate}).")
     else:
-        sentences.append(f"{len(passing)} of {len(rows)} pass the gate ({gate}).")
+        verb = "passes" if len(passing) == 1 else "pass"
+        sentences.append(f"{len(passing)} of {len(rows)} {verb} the gate ({gate}).")
         sentences += [smallest(passing), fastest(passing)]
     free = [row for row in rows if (row.values.get("verdict") or {}).get("measurable") is False]
     if free:
@@ -55,8 +56,8 @@ def _not_worth(rows: list[Row]) -> list[str]:
         winner = max(better, key=lambda other: counts[id(other)])
         by_winner.setdefault(id(winner), (winner, []))[1].append(row)
     return [
-        f"Not worth taking, because {winner.label} is at least as good in {_compared(winner)}, and better in "
-        f"one: {', '.join(row.label for row in beaten)}."
+        f"Not worth taking: {', '.join(row.label for row in beaten)}, for {winner.label} is at least as "
+        f"good in {_compared(winner)}, and better in one."
         for winner, beaten in by_winner.values()
     ]
 
@@ -112,8 +113,7 @@ def dominated(rows: list[Row]) -> list[tuple[Row, list[Row]]]:
         better = [
             other
             for j, other in enumerate(rows)
-            if i != j
-            and _beats((other, losses[j], speeds[j]), (row, losses[i], speeds[i]))
+            if i != j and _beats((other, losses[j], speeds[j]), (row, losses[i], speeds[i]))
         ]
         if better:
             found.append((row, better))
@@ -146,7 +146,9 @@ def _as_fast(ratio: Value, other: Value) -> bool:
 def _losses(row: Row) -> dict[tuple[str, ...], float]:
     """KL of each text, by all that makes it comparable."""
     return {
-        (text, *(str(found.get(k)) for k in ("data_sha256", "window", "tokens", "dtype"))): found["kl"]
+        (text, *(str(found.get(k)) for k in ("data_sha256", "window", "tokens", "dtype"))): found[
+            "kl"
+        ]
         for text, found in (row.values.get("texts") or {}).items()
         if "kl" in found
     }

@@ -55,7 +55,7 @@ def failures(
     top1: the smallest on any text, a share; accuracy: the most points that any task may lose
     """
     texts = candidate.get("texts") or {}
-    found = []
+    found: list[str] = []
     for name, limit in limits.items():
         if name == "accuracy":
             found += _tasks_lost(candidate.get("tasks") or {}, base.get("tasks") or {}, limit)
@@ -98,9 +98,7 @@ def _clause(name: str, value: float | None, text: str, limit: float) -> str:
     return f"{_TITLES[name]} {_FORMS[name].format(value)} on {text} is {side} {limit:g}"
 
 
-def _tasks_lost(
-    tasks: Mapping[str, Any], base: Mapping[str, Any], limit: float
-) -> Iterable[str]:
+def _tasks_lost(tasks: Mapping[str, Any], base: Mapping[str, Any], limit: float) -> Iterable[str]:
     if not tasks:
         yield "no task was measured"
     for task, score in tasks.items():

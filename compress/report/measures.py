@@ -53,7 +53,9 @@ def accuracy_measures(rows: list[Row]) -> list[Measure]:
             for text in texts
         ]
     found += [
-        Measure(f"{short(task)}, points over the original", False, [_task(row, task) for row in rows])
+        Measure(
+            f"{short(task)}, points over the original", False, [_task(row, task) for row in rows]
+        )
         for task in tasks
     ]
     return [measure for measure in found if any(measure.values)]
@@ -123,12 +125,8 @@ def size_measures(rows: list[Row]) -> list[Measure]:
     sizes = [row.values["size"] for row in rows]
     return [
         Measure("size, MB", True, [Value(size["bytes"] / 1e6) for size in sizes]),
-        Measure(
-            "bits per weight, whole file", True, [Value(size["bits_file"]) for size in sizes]
-        ),
-        Measure(
-            "bits per weight, linears", True, [Value(size["bits_linears"]) for size in sizes]
-        ),
+        Measure("bits per weight, whole file", True, [Value(size["bits_file"]) for size in sizes]),
+        Measure("bits per weight, linears", True, [Value(size["bits_linears"]) for size in sizes]),
     ]
 
 

@@ -73,9 +73,7 @@ def rows_of(runs: list[dict[str, Any]]) -> list[Row]:
         names = [run["name"] for run in of_model]
         for run in of_model:
             twice = f" of {run['environment']['date']}" if names.count(run["name"]) > 1 else ""
-            rows.append(
-                Row(run["name"] + twice, fingerprint, run["candidate"], run["base"], run)
-            )
+            rows.append(Row(run["name"] + twice, fingerprint, run["candidate"], run["base"], run))
     return rows
 
 

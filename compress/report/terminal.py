@@ -89,9 +89,7 @@ def _columns(rows: list[Row]) -> list[tuple[str, list[str]]]:
     return [*columns, ("tokens/s", speeds)]
 
 
-def _worst(
-    row: Row, measures: list[list[Value | None]], index: int, pick: Any, form: str
-) -> str:
+def _worst(row: Row, measures: list[list[Value | None]], index: int, pick: Any, form: str) -> str:
     values = [found.value for m in measures if (found := m[index]) is not None]
     return form.format(pick(values)) if values and row.base is not None else ABSENT
 

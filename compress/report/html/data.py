@@ -38,9 +38,7 @@ DRAWN = (
 def page_data(rows: list[Row]) -> dict[str, Any]:
     """Everything that script.js reads. Numbers are rounded, what is no number is null."""
     lines = cells(rows)
-    figures = {
-        str(i): figures_of(row.run) for i, row in enumerate(rows) if row.base is not None
-    }
+    figures = {str(i): figures_of(row.run) for i, row in enumerate(rows) if row.base is not None}
     return {
         "rows": [_row(row, lines[0], line) for row, line in zip(rows, lines[1:], strict=True)],
         "accuracy": [_measure(measure) for measure in accuracy_measures(rows)],

@@ -15,6 +15,8 @@ Figure = dict[str, Any]
 # Readable by colour-blind people (Okabe and Ito), told apart by shape as well.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 SHADES = "Cividis"
+# Heads are names, not places on a scale.
+HEADS = {"type": "category"}
 
 
 def figures_of(run: Mapping[str, Any]) -> list[Figure]:
@@ -52,13 +54,9 @@ def figure(title: str, data: list[dict[str, Any]], x: str, y: str, **layout: Any
 def heat(
     rows: list[list[float | None]], labels: list[str], unit: str, *, log: bool = False
 ) -> dict[str, Any]:
-    """A heat map: a row a label, a column a block. log: shades go by the logarithm, hovering shows the figure"""
+    """A heat map: a row a label, a column a block. log: shades go by the logarithm, hovering shows figures"""
     shown = [[_log(v) for v in row] for row in rows] if log else rows
-    ticks = {}
-    if log:
-        known = [value for row in shown for value in row if value is not None]
-        powers = list(range(math.floor(min(known)), math.ceil(max(known)) + 1)) if known else []
-        ticks = {"tickvals": powers, "ticktext": [f"{10.0**power:g}" for power in powers]}
+    ticks = _ticks([v for row in shown for v in row if v is not None]) if log else {}
     return {
         "type": "heatmap",
         "z": shown,
@@ -72,6 +70,18 @@ def heat(
         "xgap": 1,
         "ygap": 1,
     }
+
+
+def _ticks(logarithms: list[float]) -> dict[str, Any]:
+    """Round figures (1, 2, 5 and so on) between the least and the largest."""
+    if not logarithms:
+        return {}
+    low, high = min(logarithms), max(logarithms)
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    steps = (1, 2, 5) if high - low < 3 else (1,)
+    figures = [step * 10.0**power for power in powers for step in steps]
+    inside = [x for x in figures if low - 1e-6 <= math.log10(x) <= high + 1e-6]
+    return {"tickvals": [math.log10(x) for x in inside], "ticktext": [f"{x:g}" for x in inside]}
 
 
 def _log(value: float | None) -> float | None:
@@ -103,7 +113,7 @@ def _bits(search: Mapping[str, Any]) -> Iterable[Figure]:
     labels = [", ".join(map(last_part, linears)) for linears in names]
     shown = heat(rows, labels, "bits")
     widths = sorted({int(bits) for group in groups for bits in group["kl"]})
-    shown |= {"zmin": widths[0], "zmax": widths[-1], "texttemplate": "%{customdata}"}
+    shown |= {"zmin": widths[0], "zmax": widths[-1], "texttemplate": "%{z}"}
     shown["colorbar"] |= {"tickvals": widths}
     yield figure(
         f"Bits of the linears: {search['average_bits']:.2f} on average, {search['megabytes']:.1f} MB",
@@ -180,7 +190,10 @@ def _pruning(report: Mapping[str, Any]) -> Iterable[Figure]:
     )
     yield _neurons(survey["neurons"], shape)
     series = [("attention", [b["errors"]["attention"] for b in blocks])]
-    series += [("mlp", [b["errors"]["mlp"] for b in blocks]), ("stream", [b["drift"] for b in blocks])]
+    series += [
+        ("mlp", [b["errors"]["mlp"] for b in blocks]),
+        ("stream", [b["drift"] for b in blocks]),
+    ]
     places = [block["block"] for block in blocks]
     yield figure(
         f"Errors against the original (refit: {plain(str(report['refit']))})",
@@ -196,7 +209,15 @@ def _pruning(report: Mapping[str, Any]) -> Iterable[Figure]:
 def _mark(place: float) -> dict[str, Any]:
     """A vertical line: what is right of it is gone."""
     line = {"color": ORANGE, "dash": "dash"}
-    return {"type": "line", "yref": "paper", "x0": place, "x1": place, "y0": 0, "y1": 1, "line": line}
+    return {
+        "type": "line",
+        "yref": "paper",
+        "x0": place,
+        "x1": place,
+        "y0": 0,
+        "y1": 1,
+        "line": line,
+    }
 
 
 def _heads(sizes: list[list[float]], blocks: list[Mapping[str, Any]]) -> Figure:
@@ -220,7 +241,7 @@ def _heads(sizes: list[list[float]], blocks: list[Mapping[str, Any]]) -> Figure:
         "hoverinfo": "skip",
     }
     title = "Outputs of the attention heads, over the block's largest (crosses: gone)"
-    return figure(title, [shown, *([crosses] if gone else [])], "block", "query head")
+    return figure(title, [shown, *([crosses] if gone else [])], "block", "query head", yaxis=HEADS)
 
 
 def _neurons(neurons: list[list[float]], shape: Mapping[str, Any]) -> Figure:
@@ -281,5 +302,9 @@ def _context(context: Mapping[str, Any]) -> Iterable[Figure]:
         by_head = [list(column) for column in zip(*rows, strict=True)]
         shown = heat(by_head, [str(head) for head in range(len(by_head))], "error", log=True)
         yield figure(
-            f"Relative squared error of the cache: {plain(name)}", [shown], "layer", "head"
+            f"Relative squared error of the cache: {plain(name)}",
+            [shown],
+            "layer",
+            "head",
+            yaxis=HEADS,
         )

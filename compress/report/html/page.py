@@ -19,11 +19,10 @@ import yaml
 from plotly.offline import get_plotlyjs
 
 from compress.report.best import answers
-from compress.report.gate import failures
 from compress.report.html.data import page_data, script_json
 from compress.report.html.figures import Figure
-from compress.report.measures import points_of, speed_ratio
-from compress.report.table import ABSENT, Row, cells, legend_lines, rows_of, verdict_of
+from compress.report.html.tables import tables
+from compress.report.table import ABSENT, Row, rows_of, verdict_of
 
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -56,7 +55,7 @@ def report_page(
         _answers(rows, limits),
         _chooser(rows),
         _plots("accuracy", "Accuracy against size and speed", _ACCURACY),
-        _tables(rows, limits, runs),
+        tables(rows, limits, runs),
         _plots("speed", "Speed", _SPEED),
         *[_section(i, section) for i, section in enumerate(extra)],
         _plots("blocks", "Loss by block", _BLOCKS),
@@ -115,11 +114,14 @@ _PAGE = """<!doctype html>
 
 # What script.js draws: the id of each plot, and the choices above them.
 _ACCURACY = (
-    ("y", "Accuracy"),
-    ("x", "Size"),
-    ("point", "Speed at"),
-    ("rate", "Speed as"),
-), (("by-size", "Accuracy against size"), ("by-speed", "Accuracy against decode speed"))
+    (
+        ("y", "Accuracy"),
+        ("x", "Size"),
+        ("point", "Speed at"),
+        ("rate", "Speed as"),
+    ),
+    (("by-size", "Accuracy against size"), ("by-speed", "Accuracy against decode speed")),
+)
 _SPEED = (
     ("at", "Requests"),
 ), (
@@ -152,7 +154,9 @@ def _plots(
 
 
 def _section(index: int, section: Section) -> str:
-    figure = f'<figure class="plot" data-extra="{index}" role="img" aria-label="{_e(section.title)}">'
+    figure = (
+        f'<figure class="plot" data-extra="{index}" role="img" aria-label="{_e(section.title)}">'
+    )
     return (
         f"<section><h2>{_e(section.title)}</h2><p>{_e(section.text)}</p>"
         f"{'' if section.figure is None else figure + '</figure>'}</section>"
@@ -181,111 +185,6 @@ def _chooser(rows: list[Row]) -> str:
         '<button type="button" id="none">None</button></p>'
         f'<div class="legend" role="group" aria-label="Runs that are shown">{labels}</div></section>'
     )
-
-
-def _tables(
-    rows: list[Row], limits: Mapping[str, float] | None, runs: list[dict[str, Any]]
-) -> str:
-    header, *lines = cells(rows)
-    header, lines = ["#", "run", *header[1:]], [[str(i), *row] for i, row in enumerate(lines)]
-    if limits is not None:
-        header.append("gate")
-        for row, line in zip(rows, lines, strict=True):
-            failed = [] if row.base is None else failures(row.values, row.base, limits)
-            line.append(ABSENT if row.base is None else ", ".join(failed) or "passed")
-    legend = "".join(f"<li>{_e(line)}</li>" for line in legend_lines(runs))
-    parts = [
-        '<section id="tables"><h2>Tables</h2>',
-        _sortable("All runs", header, lines),
-        f"<ul>{legend}</ul>",
-        _speed_table(rows),
-        _predicted_table(rows),
-        _generation_table(rows),
-        _noise_table(rows),
-    ]
-    return "".join(parts) + "</section>"
-
-
-def _sortable(title: str, header: list[str], lines: list[list[str]]) -> str:
-    """A table whose columns sort; "" without lines."""
-    if not lines:
-        return ""
-    head = "".join(
-        f'<th scope="col" aria-sort="none"><button type="button">{_e(name)}</button></th>'
-        for name in header
-    )
-    body = "".join(
-        f"<tr>{''.join(f'<td>{_e(cell)}</td>' for cell in line)}</tr>" for line in lines
-    )
-    return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{_e(title)}"><table>'
-        f"<caption>{_e(title)}</caption>"
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-
-
-def _speed_table(rows: list[Row]) -> str:
-    lines = []
-    for i, row in enumerate(rows):
-        for key, point in points_of(row).items():
-            ratio = None if row.base is None else speed_ratio(row, key)
-            met, share = point.get("meets_limits"), point.get("share_of_roofline")
-            lines.append(
-                [str(i), row.label, key, f"{point['tokens_per_s']:.1f} ±{point['tokens_per_s_iqr'] / 2:.1f}"]
-                + [ABSENT if ratio is None else f"{ratio.value:.2f}x"]
-                + [_shown(point.get(name), "{:.2f}") for name in _TIMES]
-                + [ABSENT if share is None else f"{share:.0%}", _shown(point.get("goodput_rps"), "{:.2f}")]
-                + [ABSENT if met is None else f"{met:.0%}", "+".join(point["kernels"]) or "unquantized"]
-            )  # fmt: skip
-    header = ["#", "run", "requests", "tokens/s", "over the original", "TTFT ms", "ITL ms p50", "p90"]
-    header += ["p99", "total ms", "of roofline", "goodput, requests/s", "within limits", "kernel"]
-    return _sortable("Speed at every point", header, lines)
-
-
-_TIMES = ("ttft_ms", "itl_ms_p50", "itl_ms_p90", "itl_ms_p99", "e2e_ms")
-
-
-def _predicted_table(rows: list[Row]) -> str:
-    lines = []
-    for i, row in enumerate(rows):
-        if said := row.values.get("predicted"):
-            memory = said.get("memory_bytes")
-            lines.append(
-                [str(i), row.label, str(said.get("hardware", ABSENT))]
-                + [_shown(said.get(name), "{:.2f}") for name in ("itl_ms", "ttft_ms", "tokens_per_s")]
-                + [ABSENT if memory is None else f"{memory / 1e6:.0f}", str(said.get("limit", ABSENT))]
-            )  # fmt: skip
-    header = ["#", "run", "hardware", "ITL ms", "TTFT ms", "tokens/s", "MB of memory", "limited by"]
-    return _sortable("Predicted", header, lines)
-
-
-def _generation_table(rows: list[Row]) -> str:
-    lines = [
-        [str(i), row.label, f"{found['prompts']}", f"{found['generated']}"]
-        + [f"{found['median']:g}", f"{found['mean']:.1f}", f"{found['whole']:.0%}"]
-        for i, row in enumerate(rows)
-        if (found := row.values.get("generation"))
-    ]
-    header = ["#", "run", "prompts", "tokens written", "as the original: median", "mean", "whole"]
-    return _sortable("Greedy decoding beside the original's", header, lines)
-
-
-def _noise_table(rows: list[Row]) -> str:
-    lines = []
-    for i, row in enumerate(rows):
-        for text, found in (row.values.get("texts") or {}).items():
-            if noise := found.get("noise"):
-                lines.append(
-                    [str(i), row.label, text, str(noise.get("dtype", ABSENT))]
-                    + [_shown(noise.get(name), "{:.2g}") for name in ("kl", "kl_p99", "kl_p999")]
-                    + [_shown(noise.get("top1"), "{:.2%}")]
-                )
-    header = ["#", "original", "text", "numbers", "KL", "p99", "p99.9", "top-1 agreement"]
-    return _sortable("Noise floor: the original in 16 bits beside float32", header, lines)
-
-
-def _shown(value: float | None, form: str) -> str:
-    return ABSENT if value is None else form.format(value)
 
 
 def _details(rows: list[Row], figures: Mapping[str, list[Figure]], folder: Path) -> str:

@@ -23,7 +23,13 @@
     return { color: COLORS[i % 6], symbol: MARKS[i % 7], dash: DASHES[i % 5] };
   }
 
-  function themed(layout) {
+  // Paper has a width of its own, which the window does not know: see style.css.
+  function paper(place) {
+    if (!matchMedia("print").matches) return {};
+    return { width: place.matches(":only-child, #predicted") ? 1020 : 505, height: 400 };
+  }
+
+  function themed(place, layout) {
     const axis = { gridcolor: style("--line"), linecolor: style("--line"), zerolinecolor: style("--line") };
     const base = {
       paper_bgcolor: "rgba(0,0,0,0)",
@@ -36,8 +42,13 @@
       hovermode: "closest",
     };
     const title = { ...layout.title, font: { size: 14 }, x: 0.02, xanchor: "left" };
-    const whole = { ...base, ...layout, title };
-    for (const name of ["xaxis", "yaxis"]) whole[name] = { ...axis, ...layout[name] };
+    const whole = { ...base, ...layout, ...paper(place), title };
+    const axes = Object.keys(layout).filter((name) => /^[xy]axis/.test(name));
+    for (const name of new Set(["xaxis", "yaxis", ...axes])) {
+      whole[name] = { ...axis, ...layout[name] };
+      if (whole[name].type === "log") Object.assign(whole[name], { dtick: "D2", tickformat: "~g" });
+      if (whole[name].title) whole[name].title = { standoff: 12, ...whole[name].title };
+    }
     return whole;
   }
 
@@ -50,7 +61,7 @@
     }
     if (place.classList.contains("empty")) place.textContent = "";
     place.classList.remove("empty");
-    Plotly.react(place, data, themed(layout), CONFIG);
+    Plotly.react(place, data, themed(place, layout), CONFIG);
     if (!place.dataset.clicks) {
       place.dataset.clicks = "yes";
       place.on("plotly_click", (event) => {
@@ -77,11 +88,13 @@
     return text.replaceAll("&lt;", "<").replaceAll("&gt;", ">").replaceAll("&amp;", "&");
   }
 
-  function bars(measure, i) {
-    const value = measure.values[i];
-    const low = measure.low[i] ?? value;
-    const high = measure.high[i] ?? value;
-    return { array: [high - value], arrayminus: [value - low] };
+  function bars(measure, i, color) {
+    const [value, low, high] = [measure.values[i], measure.low[i], measure.high[i]];
+    if (low === null || high === null) return undefined;
+    return {
+      type: "data", symmetric: false, array: [high - value], arrayminus: [value - low],
+      color, thickness: 1, width: 3,
+    };
   }
 
   const rowsOf = (measures) =>
@@ -112,35 +125,37 @@
     });
     for (const i of drawn) {
       const { color, symbol } = look(i);
-      const error = { color, thickness: 1, width: 3, type: "data", symmetric: false };
       data.push({
         type: "scatter", mode: "markers+text", meta: i, showlegend: false, name: String(i),
         x: [x.values[i]], y: [y.values[i]], text: [String(i)], textposition: "top right",
         textfont: { size: 10 }, customdata: [page.rows[i].hover],
         marker: { color, symbol, size: 11, line: { color: style("--back"), width: 1 } },
-        error_x: { ...error, ...bars(x, i) }, error_y: { ...error, ...bars(y, i) },
+        error_x: bars(x, i, color), error_y: bars(y, i, color),
         hovertemplate: `${x.title}: %{x}<br>${y.title}: %{y}<br>%{customdata}<extra></extra>`,
       });
     }
     const type = y.log ? "log" : "linear";
     const floors = y.log ? originals.filter((i) => shown.has(i) && y.values[i] > 0) : [];
-    const shapes = floors.map((i) => ({
+    const shapes = floors.map((i, index) => ({
       type: "line", xref: "paper", x0: 0, x1: 1, y0: y.values[i], y1: y.values[i],
       line: { color: style("--quiet"), width: 1, dash: "dot" },
-      label: { text: "noise floor of 16 bits", textposition: "start", font: { size: 10 } },
+      label: {
+        text: `${i}: noise floor of 16 bits`, textposition: ["start", "middle", "end"][index % 3], font: { size: 10 },
+      },
     }));
     draw(place, rows.length ? data : [], {
       title: { text: title }, shapes,
       xaxis: { title: { text: x.title } },
-      yaxis: { title: { text: y.title }, type, automargin: true, minor: {}, exponentformat: "power" },
+      yaxis: { title: { text: y.title }, type, automargin: true },
     }, absent);
   }
 
   function line(i, x, y, more) {
     const { color, symbol, dash } = look(i);
     return {
-      type: "scatter", mode: "lines+markers", meta: i, showlegend: false, x, y, name: `${i}`,
-      line: { color, dash }, marker: { color, symbol, size: 8 },
+      type: "scatter", mode: "lines+markers+text", meta: i, showlegend: false, x, y, name: `${i}`,
+      text: x.map((_, k) => (k === x.length - 1 ? String(i) : "")), textposition: "middle right",
+      textfont: { size: 10, color }, cliponaxis: false, line: { color, dash }, marker: { color, symbol, size: 8 },
       customdata: x.map(() => page.rows[i].hover),
       hovertemplate: "%{x}: %{y}<br>%{customdata}<extra></extra>", ...more,
     };
@@ -186,7 +201,7 @@
       if (!found) return [];
       const thin = { mode: "lines", line: { ...line(i, [], []).line, width: 1 }, opacity: 0.5 };
       return [
-        line(i, found.positions, found.p50_ms, { mode: "lines" }),
+        line(i, found.positions, found.p50_ms, { mode: "lines+text" }),
         line(i, found.positions, found.p90_ms, thin),
       ];
     });
@@ -224,12 +239,12 @@
       });
       for (const [i, said, measured] of pairs) {
         data.push(line(i, [said], [measured], {
-          mode: "markers", xaxis: x, yaxis: y,
+          mode: "markers+text", xaxis: x, yaxis: y,
           hovertemplate: `${title}: predicted %{x}, measured %{y}<br>%{customdata}<extra></extra>`,
         }));
       }
       const most = Math.max(0, ...pairs.flatMap(([, ...pair]) => pair)) * 1.1;
-      const axis = { gridcolor: style("--line"), zerolinecolor: style("--line"), range: [0, most || 1] };
+      const axis = { range: [0, most || 1] };
       layout[`xaxis${k ? k + 1 : ""}`] = { ...axis, title: { text: `${title}, predicted` } };
       layout[`yaxis${k ? k + 1 : ""}`] = { ...axis, title: { text: k ? "" : "measured" } };
       layout.shapes.push({
@@ -320,8 +335,6 @@
   prefersDark.addEventListener("change", (event) => setTheme(event.matches));
   // On paper the colours of the style sheet are others: plots follow.
   matchMedia("print").addEventListener("change", () => { drawKeys(); drawAll(); });
-  addEventListener("beforeprint", () => { drawKeys(); drawAll(); });
-  addEventListener("afterprint", () => { drawKeys(); drawAll(); });
 
   for (const box of document.querySelectorAll("[data-row]")) {
     box.addEventListener("change", () => {
