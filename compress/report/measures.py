@@ -164,9 +164,8 @@ def speed_ratio(row: Row, key: str) -> Value | None:
     beside = points_of(Row(row.label, row.model, row.base, None, row.run)).get(key)
     if point is None or beside is None:
         return None
-    speeds = (point.get("rounds"), beside.get("rounds"))
     together = (row.values["speed"].get("load") or {}).get("together", True)
-    if not together or None in speeds:
+    if not together:
         ratio = speedup(point, beside, together=False)
         # Of two medians: their spreads add up.
         spread = sum(p["tokens_per_s_iqr"] / p["tokens_per_s"] for p in (point, beside)) / 2

@@ -25,7 +25,7 @@
 
   // Paper has a width of its own, which the window does not know: see style.css.
   function paper(place) {
-    if (!matchMedia("print").matches) return {};
+    if (!matchMedia("print").matches) return { autosize: true };
     return { width: place.matches(":only-child, #predicted") ? 1020 : 505, height: 400 };
   }
 
