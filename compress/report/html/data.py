@@ -20,7 +20,6 @@ from compress.report.measures import (
     points_of,
     size_measures,
     speed_measures,
-    speed_ratio,
 )
 from compress.report.table import Row, cells, first_point
 
@@ -134,11 +133,9 @@ def _point(row: Row, key: str) -> dict[str, Any] | None:
     point = points_of(row).get(key)
     if point is None:
         return None
-    ratio = speed_ratio(row, key)
     return _rounded(
         {name: point[name] for name in DRAWN if name in point}
         | {"e2e_ms": (point.get("rounds") or {}).get("e2e_ms")}
-        | {"ratio": None if ratio is None else ratio.value}
     )
 
 

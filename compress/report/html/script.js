@@ -75,11 +75,11 @@
     }
   }
 
-  function choices(id, names) {
+  function choices(id, names, redraw) {
     const select = byId(`choose-${id}`);
     names.forEach((name, i) => select.add(new Option(unescaped(name), i)));
     if (names.length < 2) select.disabled = true;
-    select.addEventListener("change", drawAll);
+    select.addEventListener("change", redraw);
     return () => Number(select.value);
   }
 
@@ -173,9 +173,9 @@
       .filter((point) => point && like && fixed.every((name) => point[name] === like[name]));
   }
 
-  function drawSpeed(key) {
+  function drawSpeed() {
+    const key = keys[at()] ?? "";
     const rows = [...shown];
-    const text = unescaped(key);
     const over = (name, title, fixed, along, value, iqr, label, unit) => {
       const data = rows.flatMap((i) => {
         const points = series(i, key, fixed).sort((a, b) => a[along] - b[along]);
@@ -222,7 +222,6 @@
       title: { text: "Total time of a request" },
       xaxis: { title: { text: "run" }, type: "category" }, yaxis: { title: { text: "ms" }, rangemode: "tozero" },
     }, "No run kept the total time of its requests.");
-    byId("speed").dataset.point = text;
   }
 
   function drawPredicted() {
@@ -256,9 +255,9 @@
   }
 
   const texts = [...new Set(page.blocks.flatMap((found) => Object.keys(found ?? {})))];
-  function drawBlocks(text) {
+  function drawBlocks() {
     const data = [...shown].flatMap((i) => {
-      const found = page.blocks[i]?.[text];
+      const found = page.blocks[i]?.[texts[text()]];
       return found ? [line(i, [...found.keys()], found)] : [];
     });
     draw(byId("block-kl"), data, {
@@ -274,29 +273,32 @@
     }
   }
 
-  const y = choices("y", page.accuracy.map((m) => m.title));
-  const x = choices("x", page.size.map((m) => m.title));
-  const point = choices("point", keys);
-  const rates = ["over the original's", "tokens/s"];
-  const rate = choices("rate", rates);
-  const at = choices("at", keys);
-  const text = choices("text", texts);
+  const y = choices("y", page.accuracy.map((m) => m.title), drawAccuracy);
+  const x = choices("x", page.size.map((m) => m.title), drawAccuracy);
+  const point = choices("point", keys, drawAccuracy);
+  const rate = choices("rate", ["over the original's", "tokens/s"], drawAccuracy);
+  const at = choices("at", keys, drawSpeed);
+  const text = choices("text", texts, drawBlocks);
+
+  function drawAccuracy() {
+    const [bySize, bySpeed] = [byId("by-size"), byId("by-speed")];
+    const accuracy = page.accuracy[y()];
+    const speeds = page.speed[keys[point()]];
+    if (!accuracy) {
+      for (const place of [bySize, bySpeed]) draw(place, [], {}, "No accuracy was measured.");
+      return;
+    }
+    scatter(bySize, page.size[x()], accuracy, "Accuracy against size", "Nothing to show.");
+    // Of the two measures of speed the ratio comes second.
+    if (!speeds) draw(bySpeed, [], {}, "No speed was measured.");
+    else scatter(bySpeed, speeds[1 - rate()], accuracy, "Accuracy against decode speed", "No speed was measured there.");
+  }
 
   function drawAll() {
-    const accuracy = page.accuracy[y()];
-    if (accuracy) {
-      scatter(byId("by-size"), page.size[x()], accuracy, "Accuracy against size", "Nothing to show.");
-      const speeds = page.speed[keys[point()]];
-      if (speeds) {
-        const chosen = speeds[1 - rate()];
-        scatter(byId("by-speed"), chosen, accuracy, "Accuracy against decode speed", "No speed was measured there.");
-      } else draw(byId("by-speed"), [], {}, "No speed was measured.");
-    } else {
-      for (const id of ["by-size", "by-speed"]) draw(byId(id), [], {}, "No accuracy was measured.");
-    }
-    drawSpeed(keys[at()] ?? "");
+    drawAccuracy();
+    drawSpeed();
     drawPredicted();
-    drawBlocks(texts[text()]);
+    drawBlocks();
     for (const details of document.querySelectorAll("details.run[open]")) drawFigures(details);
     for (const place of document.querySelectorAll("[data-extra]")) {
       const found = page.extra[Number(place.dataset.extra)];
