@@ -79,14 +79,16 @@ def rows_of(runs: list[dict[str, Any]]) -> list[Row]:
 
 def table(runs: list[dict[str, Any]]) -> str:
     """A Markdown table of the runs, each model's original first, with what the columns mean below."""
-    rows = [[plain_markdown(cell) for cell in row] for row in cells(rows_of(runs))]
+    rows = [
+        [plain_markdown(cell).replace("|", "\\|") for cell in row] for row in cells(rows_of(runs))
+    ]
     legend = [f"- {plain_markdown(line)}" for line in legend_lines(runs)]
     return markdown(rows) + "\n\n" + "\n".join(legend) + "\n"
 
 
 def plain_markdown(text: str) -> str:
-    """Text that may hold a name, so that it breaks no cell and is no HTML."""
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+    """Text that may hold a name, so that it breaks no line and is no HTML."""
+    return text.replace("<", "&lt;").replace("\n", " ")
 
 
 def cells(rows: list[Row]) -> list[list[str]]:

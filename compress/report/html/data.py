@@ -49,7 +49,7 @@ def page_data(rows: list[Row]) -> dict[str, Any]:
         "points": {key: [_point(row, key) for row in rows] for key in common_points(rows)},
         "blocks": [_block_kl(row) for row in rows],
         "predicted": [_predicted(row) for row in rows],
-        "figures": {key: _rounded(found) for key, found in figures.items() if found},
+        "figures": {key: rounded(found) for key, found in figures.items() if found},
     }
 
 
@@ -121,11 +121,12 @@ def _number(value: float | None) -> float | None:
     return value if isinstance(value, int) else float(f"{value:.{DIGITS}g}")
 
 
-def _rounded(found: Any) -> Any:
+def rounded(found: Any) -> Any:
+    """Numbers to DIGITS; what is no finite number is null."""
     if isinstance(found, Mapping):
-        return {key: _rounded(inner) for key, inner in found.items()}
+        return {key: rounded(inner) for key, inner in found.items()}
     if isinstance(found, list | tuple):
-        return [_rounded(inner) for inner in found]
+        return [rounded(inner) for inner in found]
     return _number(found) if isinstance(found, float) else found
 
 
@@ -133,7 +134,7 @@ def _point(row: Row, key: str) -> dict[str, Any] | None:
     point = points_of(row).get(key)
     if point is None:
         return None
-    return _rounded(
+    return rounded(
         {name: point[name] for name in DRAWN if name in point}
         | {"e2e_ms": (point.get("rounds") or {}).get("e2e_ms")}
     )
@@ -141,7 +142,7 @@ def _point(row: Row, key: str) -> dict[str, Any] | None:
 
 def _block_kl(row: Row) -> dict[str, list[float]] | None:
     found = (row.run.get("compression") or {}).get("block_kl")
-    return _rounded(found) if found and row.base is not None else None
+    return rounded(found) if found and row.base is not None else None
 
 
 def _predicted(row: Row) -> dict[str, Any] | None:
@@ -155,4 +156,4 @@ def _predicted(row: Row) -> dict[str, Any] | None:
         "ttft_ms": point.get("ttft_ms"),
         "tokens_per_s": point.get("tokens_per_s"),
     }
-    return _rounded({"said": said, "measured": measured})
+    return rounded({"said": said, "measured": measured})

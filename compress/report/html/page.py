@@ -19,7 +19,7 @@ import yaml
 from plotly.offline import get_plotlyjs
 
 from compress.report.best import answers
-from compress.report.html.data import page_data, script_json
+from compress.report.html.data import page_data, rounded, script_json
 from compress.report.html.figures import Figure
 from compress.report.html.tables import tables
 from compress.report.table import ABSENT, Row, rows_of, verdict_of
@@ -50,7 +50,7 @@ def report_page(
     folder: where it will lie, which links to the folders of the runs start from
     """
     rows = rows_of(runs)
-    data = page_data(rows) | {"extra": [section.figure for section in extra]}
+    data = page_data(rows) | {"extra": [rounded(section.figure) for section in extra]}
     parts = [
         _answers(rows, limits),
         _chooser(rows),

@@ -293,10 +293,13 @@ def test_a_hundred_runs(tmp_path: Path) -> None:
 
 
 def test_more_sections(runs: list[dict[str, Any]]) -> None:
-    figure = {"data": [{"type": "heatmap", "z": [[1, 2]]}], "layout": {"title": {"text": "t"}}}
+    figure = {
+        "data": [{"type": "heatmap", "z": [[1, math.nan]]}],
+        "layout": {"title": {"text": "t"}},
+    }
     page = report_page(runs, None, Path(), [Section("Who reads <what>", "By block.", figure)])
     assert "<h2>Who reads &lt;what&gt;</h2><p>By block.</p><figure" in page
-    assert data_of(page)["extra"] == [figure]
+    assert data_of(page)["extra"] == [figure | {"data": [{"type": "heatmap", "z": [[1, None]]}]}]
 
 
 def test_figures_of_a_run() -> None:
