@@ -29,6 +29,7 @@ from compress.quantize.scheme import Scheme, Schemes
 from compress.quantize.search import Search
 from compress.quantize.stage import needs_data
 from compress.quantize.transforms import TRANSFORMS
+from compress.report.gate import Gate, check_limit
 from eval.retrieval import MOST_FACTS
 
 
@@ -124,24 +125,6 @@ class SpeedConfig:
 
 
 @dataclass
-class GateConfig:
-    """The most that a candidate may cost, null = any; one that costs more ends the command with exit code 1.
-
-    kl: nats per token on every text; perplexity: its ratio to the original's; top1: the least share of
-    tokens on which both agree; accuracy: points lost on any task."""
-
-    kl: float | None = None
-    perplexity: float | None = None
-    top1: float | None = None
-    accuracy: float | None = None
-
-    @property
-    def limits(self) -> dict[str, float]:
-        """Those that are set."""
-        return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
-
-
-@dataclass
 class RecipeConfig:
     """Everything of a run."""
 
@@ -166,7 +149,7 @@ class RecipeConfig:
     eval: EvalConfig | None = None
     context: ContextConfig | None = None
     speed: SpeedConfig | None = None
-    gate: GateConfig = field(default_factory=GateConfig)
+    gate: Gate = field(default_factory=Gate)
     device: str = "auto"
 
 
@@ -434,15 +417,10 @@ def _check_eval(evaluation: EvalConfig) -> None:
         )
 
 
-def _check_gate(gate: GateConfig, evaluation: EvalConfig | None) -> None:
-    """Raises UserError for a limit that nothing could meet, or that is on something not measured."""
+def _check_gate(gate: Gate, evaluation: EvalConfig | None) -> None:
+    """Raises UserError for a limit that makes no sense, or that is on something not measured."""
     for name, limit in gate.limits.items():
-        least = 1.0 if name == "perplexity" else 0.0
-        if limit < least or (name == "top1" and limit > 1):
-            raise UserError(
-                f"gate.{name}={limit} is not allowed: choose {least:g} "
-                f"{'to 1' if name == 'top1' else 'or more'}"
-            )
+        check_limit(name, limit)
         key = "tasks" if name == "accuracy" else "texts"
         if evaluation is None or not getattr(evaluation, key):
             raise UserError(f"gate.{name} needs eval.{key} to be measured: name one")

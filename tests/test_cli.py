@@ -52,16 +52,20 @@ def sweep(
 
 def test_a_sweep_ends_in_a_table(sweep: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     cwd, done = sweep
-    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    names = [row.split("|")[1].strip() for row in rows[2:]]
-    assert names[-3:] == [
-        "model (original)",
-        "rtn-int3 scheme.group_size=32 data.sequences=4 data.length=64",
-        "awq-int3 scheme.group_size=32 data.sequences=4 data.length=64",
-    ]
-    again = compress("compare", "outputs", cwd=cwd)
+    _, end = done.stdout.split("\nmodel (original) ", 1)
+    changed = "scheme.group_size=32 data.sequences=4 data.length=64"
+    names = [f"{recipe} {changed}" for recipe in ("rtn-int3", "awq-int3")]
+    first, second = end.splitlines()[1:3]
+    assert first.startswith(names[0])
+    assert second.startswith(names[1])
+    again = compress("compare", "outputs", "gate.kl=0", "--out", "report", cwd=cwd)
     assert again.returncode == 0
-    assert all(name in again.stdout for name in names)
+    rows = [line for line in again.stdout.splitlines() if line.startswith(tuple(names))]
+    assert len(rows) == 2
+    assert all(row.endswith("FAILED: kl") for row in rows)
+    assert "None of 2 passes the gate (KL at most 0 on every text)." in again.stdout
+    files = {"report.html", "table.csv", "table.md", "table.tex"}
+    assert {file.name for file in (cwd / "report").iterdir()} == files
 
 
 def test_a_run_folder_holds_what_it_should(
@@ -320,6 +324,12 @@ MISTAKES = [
     (["recipe=rtn-int4", f"hydra.run.dir={__file__}/x"], "cannot be written: choose another"),
     (["compare", "nowhere"], "there is no folder nowhere"),
     (["compare", "."], "no finished run below ."),
+    (["compare", ".", "gate.kl=small"], "gate.kl=small is not allowed: choose a number"),
+    (["compare", ".", "gate.bits=3"], "choose KEY=VALUE of gate.kl, gate.perplexity, gate.top1, "),
+    (["compare", ".", "gate.top1=70"], "gate.top1=70 is not allowed: choose 0 to 1"),
+    (["compare", "gate.kl=0.1"], "compare needs at least one DIR"),
+    (["compare", ".", "--out", "nowhere/report"], "cannot be written: there is no folder nowhere"),
+    (["compare", ".", "--out", __file__], "test_cli.py is not allowed: choose a folder"),
     (["verify", "nowhere"], "there is no folder nowhere"),
     (["evaluate", "./nowhere"], "model './nowhere' is neither"),
     (["bench", "./nowhere"], "model './nowhere' is neither"),
