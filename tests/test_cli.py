@@ -326,7 +326,7 @@ MISTAKES = [
     (["bench", "speed.repeats=2"], "bench needs at least one FOLDER"),
     (
         ["bench", ".", "speed.output_length=8"],
-        "known are batches, engines, patterns, repeats, seed",
+        "known are batches, engines, limits, mix, patterns, repeats, scale, seed",
     ),
     (
         ["bench", ".", "speed.patterns=[[128,1]]"],
