@@ -315,7 +315,10 @@ MISTAKES = [
     (["recipe=best-int3", "data.sequences=1"], "set data.sequences to 2 or more"),
     (["eval=none"], "recipe= is missing: choose one of awq-int3"),
     (["-m", "recipe=rtn-int4", "scheme.bits=4,9"], "scheme.bits=9 is not allowed"),
-    (["compares", "outputs"], "compares is neither a verb (bench, compare, evaluate, verify) nor"),
+    (
+        ["compares", "outputs"],
+        "compares is neither a verb (bench, compare, evaluate, traffic, verify) nor",
+    ),
     (["recipe=rtn-int4", "scheme.bits=four"], "scheme.bits: Value 'four'"),
     (["recipe=rtn-int4", f"hydra.run.dir={__file__}/x"], "cannot be written: choose another"),
     (["compare", "nowhere"], "there is no folder nowhere"),
