@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 # Plotly's names in matplotlib's.
@@ -22,8 +23,8 @@ MARKERS = {
     "cross": "P",
 }
 DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
-# Beyond these a legend covers the picture.
-ENTRIES = 16
+# More entries of a legend would cover the picture: it goes beside.
+ENTRIES = 8
 
 
 def draw_figures(figures: Sequence[Mapping[str, Any]], target: Path, columns: int = 2) -> None:
@@ -58,6 +59,8 @@ def _draw(axes: Axes, figure: Mapping[str, Any]) -> None:
         axes.grid(alpha=0.3)
         if len(axes.get_legend_handles_labels()[1]) <= ENTRIES:
             axes.legend(fontsize=8)
+        else:
+            axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
 def _scale(axes: Axes, layout: Mapping[str, Any]) -> None:
@@ -123,9 +126,8 @@ def _heat_map(axes: Axes, trace: Mapping[str, Any]) -> None:
     shares = np.array(
         [[np.nan if z is None else z for z in row] for row in trace["z"]], dtype=float
     )
-    image = axes.imshow(
-        shares, cmap=trace["colorscale"], aspect="auto", origin="lower", vmin=trace["zmin"]
-    )
+    colours = LinearSegmentedColormap.from_list("scale", trace["colorscale"])
+    image = axes.imshow(shares, cmap=colours, aspect="auto", origin="lower", vmin=trace["zmin"])
     bar = axes.figure.colorbar(image, ax=axes)
     bar.set_label(trace["colorbar"]["title"]["text"])
     axes.set_xticks(range(len(trace["x"])), trace["x"], rotation=45, ha="right")

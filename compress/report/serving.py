@@ -53,8 +53,8 @@ def ttft_figure(speeds: Speeds) -> Figure:
 
 
 def itl_figure(speeds: Speeds) -> Figure:
-    """ITL against the position in the output, of the longest output measured and of its longest input, for each
-    name and batch: the median, and the 90th percentile as a thin line."""
+    """ITL against the position in the output, of the longest output measured and of its longest input, for
+    each name and batch: the median, and the 90th percentile as a thin line."""
     points = [
         (index, name, point)
         for index, name, point in _points(speeds)
@@ -147,8 +147,7 @@ def traffic_figure(traffic: Traffic) -> Figure:
         "text": [[_share(share) for share in row] for row in rows],
         "texttemplate": "%{text}",
         # Of one hue, so that it reads in grey too.
-        "colorscale": "Blues",
-        "reversescale": False,
+        "colorscale": [[0.0, "#FFFFFF"], [1.0, PALETTE[0]]],
         "zmin": 0,
         "colorbar": {"title": {"text": "% of requests"}},
     }
@@ -224,9 +223,9 @@ def traffic_sections(traffic: Traffic, runs: Sequence[Mapping[str, Any]]) -> lis
             rows.append([run["name"], *cells])
     if len(rows) > 1:
         told = (
-            "The measured speeds, weighed by this traffic: TTFT linear in the tokens in between the "
-            "lengths measured, ITL linear in the mean context of the decoding; every request in a batch of "
-            "its like. Covered: the share of the requests that lie between the sizes measured; only these "
+            "The measured speeds, weighed by this traffic: TTFT linear in the tokens in between the lengths "
+            "measured, ITL linear in the mean context of the decoding; every request in a batch "
+            "of its like. Covered: the share of the requests that lie between the sizes measured; only these "
             "count, nothing is extrapolated. Ratio: to the original, within the rounds."
         )
         sections.append(("Your traffic on these runs", f"{markdown(rows)}\n\n{told}\n", None))
@@ -249,7 +248,7 @@ def _weighed(
 
 
 def mixture_table(mixture: Mapping[str, Any], results: Mapping[str, Any]) -> str:
-    """Markdown of a bench over a traffic: the sizes that stand for it, and a row for each batch and candidate.
+    """Markdown of a bench over a traffic: the sizes that stand for it, a row for each batch and candidate.
 
     mixture: {traffic as described, patterns, weighted: folder -> engine -> rows of eval.traffic.mixed}
     results: as report.speed.bench_report
@@ -271,9 +270,9 @@ def mixture_table(mixture: Mapping[str, Any], results: Mapping[str, Any]) -> str
     traffic = mixture["traffic"]
     told = (
         f"{traffic['requests']} requests of {traffic['name']}{_left_out(traffic)} as "
-        f"{len(mixture['patterns'])} sizes, each with the mean lengths of its requests: {sizes}. Ms a request: "
-        "end to end, the mean over this mix; tokens/s: all tokens out over the whole time of their requests; "
-        "ratio: of these times to the first row, within the rounds. Measured: the share of the mix that was "
+        f"{len(mixture['patterns'])} sizes, each with the mean lengths of its requests: {sizes}. Ms a "
+        "request: end to end, the mean over this mix; tokens/s: all tokens out over the whole time of their "
+        "requests; ratio: of these times to the first row, within the rounds. Measured: the share of the mix that was "
         "not refused."
     )
     return f"{markdown(rows)}\n\n- {told}"

@@ -164,7 +164,7 @@ def _kept(candidates: list[tuple[str, str, Mapping[str, Any]]]) -> str:
     both = (("TTFT", limits.ttft_ms), ("mean ITL", limits.itl_ms))
     told = " and ".join(f"{name} within {ms:g} ms" for name, ms in both if ms is not None)
     engines = {engine for _, engine, _ in candidates}
-    lines = [f"Largest batch measured of which every timed request has {told}:"]
+    lines = []
     for folder, engine, speed in candidates:
         by_pattern: dict[str, list[str]] = {}
         for point in sorted(speed["points"], key=lambda point: point["batch"]):
@@ -173,8 +173,9 @@ def _kept(candidates: list[tuple[str, str, Mapping[str, Any]]]) -> str:
                 met.append(f"batch {point['batch']}, {point['goodput_rps']:.3g} requests/s")
         found = "; ".join(f"{p} {met[-1] if met else 'none'}" for p, met in by_pattern.items())
         name = folder if len(engines) == 1 else f"{folder} ({engine})"
-        lines.append(f"{name}: {found}")
-    return "\n".join(f"- {line}" for line in lines)
+        lines.append(f"- {name}: {found}")
+    head = f"The largest batch measured of which every timed request had {told}:"
+    return "\n".join([head, "", *lines])
 
 
 def _legend(results: Results, environment: Mapping[str, Any]) -> str:
