@@ -23,8 +23,8 @@ MARKERS = {
     "cross": "P",
 }
 DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
-# More entries of a legend would cover the picture: it goes beside.
-ENTRIES = 8
+# More entries of a legend would cover the picture: it goes beside; more than so many have no room there.
+INSIDE, BESIDE = 8, 24
 
 
 def draw_figures(figures: Sequence[Mapping[str, Any]], target: Path, columns: int = 2) -> None:
@@ -57,10 +57,24 @@ def _draw(axes: Axes, figure: Mapping[str, Any]) -> None:
     if traces and traces[0]["type"] != "heatmap":
         _scale(axes, layout)
         axes.grid(alpha=0.3)
-        if len(axes.get_legend_handles_labels()[1]) <= ENTRIES:
-            axes.legend(fontsize=8)
-        else:
-            axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
+        _legend(axes)
+
+
+def _legend(axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) <= INSIDE:
+        axes.legend(fontsize=8)
+        return
+    title = f"the first {BESIDE} of {len(labels)}" if len(labels) > BESIDE else None
+    first = slice(BESIDE)
+    axes.legend(
+        handles[first],
+        labels[first],
+        title=title,
+        fontsize=7,
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1),
+    )
 
 
 def _scale(axes: Axes, layout: Mapping[str, Any]) -> None:

@@ -271,9 +271,9 @@ def mixture_table(mixture: Mapping[str, Any], results: Mapping[str, Any]) -> str
     told = (
         f"{traffic['requests']} requests of {traffic['name']}{_left_out(traffic)} as "
         f"{len(mixture['patterns'])} sizes, each with the mean lengths of its requests: {sizes}. Ms a "
-        "request: end to end, the mean over this mix; tokens/s: all tokens out over the whole time of their "
-        "requests; ratio: of these times to the first row, within the rounds. Measured: the share of the mix that was "
-        "not refused."
+        "request: end to end, the mean over this mix; tokens/s: all tokens out over the whole time of "
+        "their requests; ratio: of these times to the first row, within the rounds. Measured: the share "
+        "of the mix that was not refused."
     )
     return f"{markdown(rows)}\n\n- {told}"
 
