@@ -142,7 +142,8 @@ def test_bench_measures_every_point_by_every_engine(
 ) -> None:
     cwd, _ = sweep
     (checkpoint,) = cwd.glob("outputs/model/awq-int3/*/checkpoint")
-    words = ["engine=compress,transformers", "speed.batches=[2,1]", *QUICK[5:]]
+    mix = ["speed=mix", "speed.mix.input=[8,64]", "speed.mix.output=[8,16]"]
+    words = [*mix, "engine=compress,transformers", "speed.batches=[2,1]", *QUICK[5:]]
     done = compress("bench", str(checkpoint), *words, "--out", "found.json", cwd=cwd)
     assert done.returncode == 0, done.stderr
     assert "batch 2, 8/4, tokens/s: checkpoint (compress)" in done.stderr
@@ -158,7 +159,13 @@ def test_bench_measures_every_point_by_every_engine(
     assert found["command"] == " ".join(["compress bench checkpoint", *words])
     assert str(cwd) not in json.dumps(found)
     speed = found["folders"]["checkpoint"]["compress"]
-    assert [point["batch"] for point in speed["points"]] == [2, 1]
+    assert [point["batch"] for point in speed["points"]] == [2, 1, 2, 1]
+    # After the patterns the mix: shorter prompts padded, by both engines the same.
+    ours, theirs = (engine["points"][2] for engine in found["folders"]["checkpoint"].values())
+    assert (ours["least_input"], ours["input_length"], ours["least_output"]) == (8, 64, 8)
+    assert ours["rounds"]["inputs"] == theirs["rounds"]["inputs"]
+    assert len(set(ours["rounds"]["inputs"][0])) == 2, "nothing was padded"
+    assert (cwd / "found.png").read_bytes().startswith(b"\x89PNG")
     assert sum(speed["points"][0]["kernels"].values()) == 25
     assert speed["load"]["engines"] == ["compress", "transformers"]
 

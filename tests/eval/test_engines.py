@@ -14,8 +14,6 @@ import pytest
 import torch
 from gguf import GGUFWriter
 
-from compress.config import MixConfig, SpeedConfig
-from compress.measure import measure_decode
 from compress.model.folder import ModelFolder
 from eval.benchmarks.cpu_decode import STEPS, profiled, ratios, rows, told
 from eval.engines.llama_cpp import LlamaCppDecoder
@@ -55,24 +53,6 @@ def test_transformers_sees_prompts_of_different_lengths_as_each_by_itself(
     assert torch.equal(torch.cat(padded, 1)[1:], torch.cat(alone, 1))
     blind = [decoder.start(prompt[1:], 4), *(decoder.step() for _ in range(3))]
     assert not torch.equal(torch.cat(blind, 1), torch.cat(alone, 1)), "the padding would not show"
-
-
-def test_a_mix_is_measured_by_engines_alike(tiny: ModelFolder) -> None:
-    engines = ["compress", "transformers"]
-    config = SpeedConfig(
-        patterns=[],
-        mix=MixConfig(input=[8, 64], output=[8, 16]),
-        scale=0.5,
-        batches=[3],
-        engines=engines,
-        repeats=2,
-    )
-    found = measure_decode({"tiny": tiny}, config, torch.device("cpu"))["tiny"]
-    ours, theirs = (found[engine]["points"][0] for engine in engines)
-    assert (ours["least_input"], ours["input_length"], ours["least_output"]) == (4, 32, 4)
-    assert ours["rounds"]["inputs"] == theirs["rounds"]["inputs"]
-    assert ours["rounds"]["outputs"] == theirs["rounds"]["outputs"]
-    assert len(set(ours["rounds"]["inputs"][0])) > 1, "nothing was padded"
 
 
 def test_an_error_in_generate_is_raised_where_the_token_is_awaited(
