@@ -6,8 +6,9 @@ refuses what does not fit, before a weight is read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -107,13 +108,35 @@ class ContextConfig:
 
 
 @dataclass
+class MixConfig:
+    """A batch of requests of many sizes: tokens in drawn for each sequence, tokens out for the batch, both
+    log-uniformly between two bounds."""
+
+    input: list[int] = field(default_factory=lambda: [16, 512])
+    output: list[int] = field(default_factory=lambda: [8, 128])
+
+
+@dataclass
+class LimitsConfig:
+    """What a request must keep, in milliseconds: TTFT, and its mean ITL. null = no limit."""
+
+    ttft_ms: float | None = None
+    itl_ms: float | None = None
+
+
+@dataclass
 class SpeedConfig:
-    """Decode speed: every pattern [tokens in, tokens out] at every batch size, by every engine of ENGINES.
-    together: all candidates in memory at one time and in turns, one request a round; false: one after the
-    other. tune: on CUDA, measure first how products of these sizes run best, and keep it for later runs.
-    warmup: requests before ``repeats`` timed ones, at each point. threads null = torch's default."""
+    """Decode speed: every pattern [tokens in, tokens out], and the mix if there is one, at every batch size,
+    by every engine of ENGINES. scale: what all these lengths are multiplied by. limits: goodput counts the
+    requests within. together: all candidates in memory at one time and in turns, one request a round; false:
+    one after the other. tune: on CUDA, measure first how products of these sizes run best, and keep it for
+    later runs. warmup: requests before ``repeats`` timed ones, at each point. threads null = torch's
+    default."""
 
     patterns: list[list[int]] = field(default_factory=lambda: [[128, 32]])
+    mix: MixConfig | None = None
+    scale: float = 1.0
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
     batches: list[int] = field(default_factory=lambda: [1])
     engines: list[str] = field(default_factory=lambda: ["compress"])
     together: bool = True
@@ -427,7 +450,8 @@ def _check_gate(gate: Gate, evaluation: EvalConfig | None) -> None:
 
 
 def _check_speed(speed: SpeedConfig) -> None:
-    for pattern in speed.patterns or [[]]:
+    _check_served(speed)
+    for pattern in speed.patterns or ([[]] if speed.mix is None else []):
         # Of one token out there is no gap to measure.
         if len(pattern) != 2 or pattern[0] < 1 or pattern[1] < 2:
             raise UserError(
@@ -442,6 +466,27 @@ def _check_speed(speed: SpeedConfig) -> None:
     if not speed.engines:
         raise UserError(f"speed.engines=[] is not allowed: choose from {', '.join(ENGINES)}")
     _check_names("speed.engines", speed.engines, ENGINES)
+
+
+def _check_served(speed: SpeedConfig) -> None:
+    """Raises UserError for a mix, a scale or limits that mean nothing."""
+    if speed.mix is not None:
+        for key, least in (("input", 1), ("output", 2)):
+            ends = getattr(speed.mix, key)
+            if len(ends) != 2 or not least <= ends[0] <= ends[1]:
+                raise UserError(
+                    f"speed.mix.{key}={ends} is not allowed: choose the least and the most tokens, {least} "
+                    f"or more, as in speed.mix.{key}=[16,512]"
+                )
+    if not 0 < speed.scale < math.inf:
+        raise UserError(
+            f"speed.scale={speed.scale} is not allowed: choose a number above 0, as in speed.scale=0.25"
+        )
+    for key, limit in asdict(speed.limits).items():
+        if limit is not None and not limit > 0:
+            raise UserError(
+                f"speed.limits.{key}={limit} is not allowed: choose milliseconds above 0, or null"
+            )
 
 
 def _check_context(context: ContextConfig) -> None:

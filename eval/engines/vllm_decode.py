@@ -34,7 +34,7 @@ class VllmDecoder:
         # Tokens that came and were not asked for yet, by request.
         self._come: dict[str, list[int]] = {}
 
-    def start(self, prompt: Tensor, tokens: int) -> Tensor:
+    def start(self, prompt: Tensor, tokens: int, padding: Tensor | None = None) -> Tensor:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -50,8 +50,9 @@ class VllmDecoder:
         )
         self._open = [str(next(self._names)) for _ in prompt]
         self._come = {name: [] for name in self._open}
-        for name, row in zip(self._open, prompt.tolist(), strict=True):
-            self.engine.add_request(name, {"prompt_token_ids": row}, sampling)
+        left = [0] * len(prompt) if padding is None else padding.tolist()
+        for name, row, first in zip(self._open, prompt.tolist(), left, strict=True):
+            self.engine.add_request(name, {"prompt_token_ids": row[first:]}, sampling)
         return self.step()
 
     def step(self) -> Tensor:
