@@ -7,9 +7,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from compress.commands.traffic import traffic_words
 from compress.errors import UserError
 from compress.report.files import write_report
 from compress.report.gate import failures, read_limits
+from compress.report.serving import traffic_sections
 from compress.report.table import find_runs
 from compress.report.terminal import comparison, terminal_width
 
@@ -21,7 +23,8 @@ def main(words: list[str]) -> int:
         "words",
         nargs="+",
         metavar="DIR|KEY=VALUE",
-        help="folders such as outputs/; gate.kl, gate.perplexity, gate.top1, gate.accuracy: who passes",
+        help="folders such as outputs/; gate.kl, gate.perplexity, gate.top1, gate.accuracy: who passes; "
+        "traffic=LOG (see compress traffic): speed weighed by the lengths of your requests",
     )
     parser.add_argument(
         "--out",
@@ -31,15 +34,19 @@ def main(words: list[str]) -> int:
     )
     asked = parser.parse_intermixed_args(words)
     folders = [Path(word) for word in asked.words if "=" not in word or Path(word).is_dir()]
-    limits = read_limits(word for word in asked.words if Path(word) not in folders) or None
+    told, rest = traffic_words([word for word in asked.words if Path(word) not in folders])
+    limits = read_limits(rest) or None
     if not folders:
         raise UserError("compare needs at least one DIR")
     if asked.out is not None:
         _check_out(asked.out)
     runs = find_runs(folders)
+    sections = [] if told is None else traffic_sections(told.open(), runs)
     print(comparison(runs, limits, terminal_width(sys.stdout.isatty())), end="")
+    for section in sections:
+        print(f"\n{section.title}\n\n{section.text}", end="")
     if asked.out is not None:
-        files = write_report(runs, limits, asked.out)
+        files = write_report(runs, limits, asked.out, sections)
         print(f"\nWritten: {', '.join(map(str, files))}")
     failed = [failures(run["candidate"], run["base"], limits or {}) for run in runs]
     return int(all(failed))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +10,24 @@ from compress.errors import UserError
 from compress.report.best import answers
 from compress.report.html.page import report_page
 from compress.report.latex import latex_table
+from compress.report.serving import Section
 from compress.report.spreadsheet import csv_table
 from compress.report.table import plain_markdown, rows_of, table
 
 
 def write_report(
-    runs: list[dict[str, Any]], limits: Mapping[str, float] | None, folder: Path
+    runs: list[dict[str, Any]],
+    limits: Mapping[str, float] | None,
+    folder: Path,
+    extra: Sequence[Section] = (),
 ) -> list[Path]:
-    """Write report.html, table.csv, table.md and table.tex; what an earlier one left is replaced."""
+    """Write report.html, table.csv, table.md and table.tex; what an earlier one left is replaced.
+
+    extra: more for the page
+    """
     rows = rows_of(runs)
     texts = {
-        "report.html": report_page(runs, limits, folder),
+        "report.html": report_page(runs, limits, folder, extra),
         "table.csv": csv_table(rows),
         "table.md": f"{table(runs)}\n{_answers_markdown(answers(rows, limits))}",
         "table.tex": latex_table(rows),

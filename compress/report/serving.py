@@ -7,6 +7,7 @@ shape in every figure. Points that were refused, and what older runs did not kee
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from compress.report.palette import DASHES, MARKERS, PALETTE
@@ -17,7 +18,15 @@ from eval.traffic import Traffic, describe, heat_map, ratio, weigh
 Speeds = Mapping[str, Mapping[str, Any]]
 Point = Mapping[str, Any]
 Figure = dict[str, Any]
-Section = tuple[str, str, Figure | None]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a comparison. text: Markdown"""
+
+    title: str
+    text: str
+    figure: Figure | None = None
 
 
 def serving_figures(speeds: Speeds) -> list[Figure]:
@@ -200,12 +209,13 @@ def _left_out(described: Mapping[str, Any]) -> str:
 
 
 def traffic_sections(traffic: Traffic, runs: Sequence[Mapping[str, Any]]) -> list[Section]:
-    """Parts of a comparison, each a title, Markdown, and a figure or None: what the traffic is, and what the
-    measured runs would make of it, each against its own original, at every batch that was measured.
+    """What the traffic is, and what the measured runs would make of it, each against its own original.
+
+    At every batch that was measured.
 
     runs: metrics as report.table finds them
     """
-    sections: list[Section] = [("Traffic", traffic_report(traffic), traffic_figure(traffic))]
+    sections = [Section("Traffic", traffic_report(traffic), traffic_figure(traffic))]
     header = ["", "batch", "covered", "ms a request", "the original's", "tokens/s", "ratio"]
     rows = [header]
     for run in runs:
@@ -228,7 +238,7 @@ def traffic_sections(traffic: Traffic, runs: Sequence[Mapping[str, Any]]) -> lis
             "of its like. Covered: the share of the requests that lie between the sizes measured; only these "
             "count, nothing is extrapolated. Ratio: to the original, within the rounds."
         )
-        sections.append(("Your traffic on these runs", f"{markdown(rows)}\n\n{told}\n", None))
+        sections.append(Section("Your traffic on these runs", f"{markdown(rows)}\n\n{told}\n"))
     return sections
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import html
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -22,21 +21,13 @@ from compress.report.best import answers
 from compress.report.html.data import page_data, rounded, script_json
 from compress.report.html.figures import Figure
 from compress.report.html.tables import tables
+from compress.report.serving import Section
 from compress.report.table import ABSENT, Row, rows_of, verdict_of
 
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src data: blob:; font-src data:"
 )
-
-
-@dataclass(frozen=True)
-class Section:
-    """Something more to show below the plots of speed. figure: {data, layout} as Plotly reads it"""
-
-    title: str
-    text: str
-    figure: Figure | None = None
 
 
 def report_page(
@@ -48,6 +39,7 @@ def report_page(
     """The page about the runs, as find_runs gives them. limits: the gate, None if none was asked for
 
     folder: where it will lie, which links to the folders of the runs start from
+    extra: more to show below the plots of speed
     """
     rows = rows_of(runs)
     data = page_data(rows) | {"extra": [rounded(section.figure) for section in extra]}
@@ -158,7 +150,7 @@ def _section(index: int, section: Section) -> str:
         f'<figure class="plot" data-extra="{index}" role="img" aria-label="{_e(section.title)}">'
     )
     return (
-        f"<section><h2>{_e(section.title)}</h2><p>{_e(section.text)}</p>"
+        f"<section><h2>{_e(section.title)}</h2><pre>{_e(section.text)}</pre>"
         f"{'' if section.figure is None else figure + '</figure>'}</section>"
     )
 

@@ -18,9 +18,10 @@ from compress.errors import UserError
 from compress.report.files import write_report
 from compress.report.html.data import page_data, recipe_lines, script_json
 from compress.report.html.figures import figures_of
-from compress.report.html.page import Section, report_page
+from compress.report.html.page import report_page
 from compress.report.latex import escaped
 from compress.report.measures import accuracy_measures, speed_measures
+from compress.report.serving import Section
 from compress.report.table import find_runs, rows_of
 from compress.report.terminal import comparison
 from tests.report_runs import TEXTS, run_of, speed_of, sweep, write_runs

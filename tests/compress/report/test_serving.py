@@ -155,10 +155,14 @@ def test_runs_weighed_by_a_traffic() -> None:
         {"name": "none", "base": {}, "candidate": {}},
         {"name": "old", "base": {}, "candidate": {"speed": {"load": {}, "ttft_ms": 3}}},
     ]
-    (_, _, figure), (title, text, none) = traffic_sections(LOG, runs)
-    assert figure == traffic_figure(LOG)
-    assert (title, none) == ("Your traffic on these runs", None)
-    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
+    first, second = traffic_sections(LOG, runs)
+    assert first.figure == traffic_figure(LOG)
+    assert (second.title, second.figure) == ("Your traffic on these runs", None)
+    rows = [
+        [c.strip() for c in line.split("|")[1:-1]]
+        for line in second.text.splitlines()
+        if "|" in line
+    ]
     # 75 % of the requests, and of these 16, 32 and 64 in with 3 gaps each: of the original 46, 62 and 94 ms.
     assert rows[2] == ["r", "1", "75.0%", "33.7 ±8.4", "67.3", "118.8", "2.00x"]
     # Of batch 64 there is nothing.
