@@ -299,7 +299,7 @@ def test_more_sections(runs: list[dict[str, Any]]) -> None:
         "layout": {"title": {"text": "t"}},
     }
     page = report_page(runs, None, Path(), [Section("Who reads <what>", "By block.", figure)])
-    assert "<h2>Who reads &lt;what&gt;</h2><p>By block.</p><figure" in page
+    assert "<h2>Who reads &lt;what&gt;</h2><pre>By block.</pre><figure" in page
     assert data_of(page)["extra"] == [figure | {"data": [{"type": "heatmap", "z": [[1, None]]}]}]
 
 
