@@ -130,10 +130,10 @@ def run_recipes(words: list[str]) -> int:
     hydra.main(version_base="1.3", config_path=str(RECIPES), config_name="config")(task)()
     code = 0
     if finished:
-        from compress.report.table import table
+        from compress.report.terminal import comparison, terminal_width
         from compress.report.verdict import passed
 
-        print(table(finished))
+        print(comparison(finished, None, terminal_width(sys.stdout.isatty())), end="")
         for run in finished:
             judged = run["candidate"].get("verdict")
             if not passed(judged):

@@ -6,8 +6,9 @@ refuses what does not fit, before a weight is read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from compress.quantize.scheme import Scheme, Schemes
 from compress.quantize.search import Search
 from compress.quantize.stage import needs_data
 from compress.quantize.transforms import TRANSFORMS
+from compress.report.gate import Gate, check_limit
 from eval.retrieval import MOST_FACTS
 
 
@@ -65,9 +67,9 @@ class EvalConfig:
     the texts; tasks run in the checkpoint's own. engine: what answers tasks, of TASK_ENGINES.
     fewshot: examples before a question (null = as many as its task asks for). block_tokens: tokens
     of each text on which the harm of every block alone is measured, in whole windows beyond the
-    first; null leaves it out. prompts: so many beginnings of windows, of prompt_tokens, from which
-    ``generated`` tokens are written greedily to see how long the candidate agrees with the
-    original."""
+    first; null leaves it out. prompts: so many beginnings of windows, of at most prompt_tokens, from
+    which ``generated`` tokens are written greedily to see how long the candidate agrees with the
+    original; 0 leaves it out."""
 
     texts: list[str] = field(default_factory=list)
     text_field: str = "text"
@@ -111,13 +113,35 @@ class ContextConfig:
 
 
 @dataclass
+class MixConfig:
+    """A batch of requests of many sizes: tokens in drawn for each sequence, tokens out for the batch, both
+    log-uniformly between two bounds."""
+
+    input: list[int] = field(default_factory=lambda: [16, 512])
+    output: list[int] = field(default_factory=lambda: [8, 128])
+
+
+@dataclass
+class LimitsConfig:
+    """What a request must keep, in milliseconds: TTFT, and its mean ITL. null = no limit."""
+
+    ttft_ms: float | None = None
+    itl_ms: float | None = None
+
+
+@dataclass
 class SpeedConfig:
-    """Decode speed: every pattern [tokens in, tokens out] at every batch size, by every engine of ENGINES.
-    together: all candidates in memory at one time and in turns, one request a round; false: one after the
-    other. tune: on CUDA, measure first how products of these sizes run best, and keep it for later runs.
-    warmup: requests before ``repeats`` timed ones, at each point. threads null = torch's default."""
+    """Decode speed: every pattern [tokens in, tokens out], and the mix if there is one, at every batch size,
+    by every engine of ENGINES. scale: what all these lengths are multiplied by. limits: goodput counts the
+    requests within. together: all candidates in memory at one time and in turns, one request a round; false:
+    one after the other. tune: on CUDA, measure first how products of these sizes run best, and keep it for
+    later runs. warmup: requests before ``repeats`` timed ones, at each point. threads null = torch's
+    default."""
 
     patterns: list[list[int]] = field(default_factory=lambda: [[128, 32]])
+    mix: MixConfig | None = None
+    scale: float = 1.0
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
     batches: list[int] = field(default_factory=lambda: [1])
     engines: list[str] = field(default_factory=lambda: ["compress"])
     together: bool = True
@@ -126,24 +150,6 @@ class SpeedConfig:
     repeats: int = 5
     seed: int = 0
     threads: int | None = None
-
-
-@dataclass
-class GateConfig:
-    """The most that a candidate may cost, null = any; one that costs more ends the command with exit code 1.
-
-    kl: nats per token on every text; perplexity: its ratio to the original's; top1: the least share of
-    tokens on which both agree; accuracy: points lost on any task."""
-
-    kl: float | None = None
-    perplexity: float | None = None
-    top1: float | None = None
-    accuracy: float | None = None
-
-    @property
-    def limits(self) -> dict[str, float]:
-        """Those that are set."""
-        return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
 
 
 @dataclass
@@ -171,7 +177,7 @@ class RecipeConfig:
     eval: EvalConfig | None = None
     context: ContextConfig | None = None
     speed: SpeedConfig | None = None
-    gate: GateConfig = field(default_factory=GateConfig)
+    gate: Gate = field(default_factory=Gate)
     device: str = "auto"
 
 
@@ -436,29 +442,25 @@ def _check_sizes(settings: RecipeConfig) -> None:
 
 def _check_eval(evaluation: EvalConfig) -> None:
     _check_names("eval.engine", [evaluation.engine], TASK_ENGINES)
-    most = {"window": "tokens"} | ({"prompt_tokens": "window"} if evaluation.generated else {})
-    for key, bound in most.items():
-        value, limit = getattr(evaluation, key), getattr(evaluation, bound)
-        if not 2 <= value <= limit:
-            raise UserError(f"eval.{key}={value} is not allowed: choose 2 to eval.{bound}={limit}")
+    if not 2 <= evaluation.window <= evaluation.tokens:
+        raise UserError(
+            f"eval.window={evaluation.window} is not allowed: choose 2 to eval.tokens="
+            f"{evaluation.tokens}"
+        )
 
 
-def _check_gate(gate: GateConfig, evaluation: EvalConfig | None) -> None:
-    """Raises UserError for a limit that nothing could meet, or that is on something not measured."""
+def _check_gate(gate: Gate, evaluation: EvalConfig | None) -> None:
+    """Raises UserError for a limit that makes no sense, or that is on something not measured."""
     for name, limit in gate.limits.items():
-        least = 1.0 if name == "perplexity" else 0.0
-        if limit < least or (name == "top1" and limit > 1):
-            raise UserError(
-                f"gate.{name}={limit} is not allowed: choose {least:g} "
-                f"{'to 1' if name == 'top1' else 'or more'}"
-            )
+        check_limit(name, limit)
         key = "tasks" if name == "accuracy" else "texts"
         if evaluation is None or not getattr(evaluation, key):
             raise UserError(f"gate.{name} needs eval.{key} to be measured: name one")
 
 
 def _check_speed(speed: SpeedConfig) -> None:
-    for pattern in speed.patterns or [[]]:
+    _check_served(speed)
+    for pattern in speed.patterns or ([[]] if speed.mix is None else []):
         # Of one token out there is no gap to measure.
         if len(pattern) != 2 or pattern[0] < 1 or pattern[1] < 2:
             raise UserError(
@@ -473,6 +475,27 @@ def _check_speed(speed: SpeedConfig) -> None:
     if not speed.engines:
         raise UserError(f"speed.engines=[] is not allowed: choose from {', '.join(ENGINES)}")
     _check_names("speed.engines", speed.engines, ENGINES)
+
+
+def _check_served(speed: SpeedConfig) -> None:
+    """Raises UserError for a mix, a scale or limits that mean nothing."""
+    if speed.mix is not None:
+        for key, least in (("input", 1), ("output", 2)):
+            ends = getattr(speed.mix, key)
+            if len(ends) != 2 or not least <= ends[0] <= ends[1]:
+                raise UserError(
+                    f"speed.mix.{key}={ends} is not allowed: choose the least and the most tokens, {least} "
+                    f"or more, as in speed.mix.{key}=[16,512]"
+                )
+    if not 0 < speed.scale < math.inf:
+        raise UserError(
+            f"speed.scale={speed.scale} is not allowed: choose a number above 0, as in speed.scale=0.25"
+        )
+    for key, limit in asdict(speed.limits).items():
+        if limit is not None and not limit > 0:
+            raise UserError(
+                f"speed.limits.{key}={limit} is not allowed: choose milliseconds above 0, or null"
+            )
 
 
 def _check_context(context: ContextConfig) -> None:

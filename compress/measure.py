@@ -48,7 +48,7 @@ from eval.context import agreement, by_position
 from eval.engines.transformers_decode import load_transformers, open_transformers
 from eval.engines.vllm_decode import open_vllm
 from eval.retrieval import Haystack, build_haystack, score, summarize
-from eval.speed import Decoder, Load, Point, measure_speed
+from eval.speed import Decoder, Limits, Load, Point, measure_speed
 from eval.task_scores import (
     Samples,
     load_tasks,
@@ -530,7 +530,7 @@ def measure_decode(
     """
     check_lengths(folders, config)
     load = Load(
-        points=tuple(Point(b, i, o) for i, o in config.patterns for b in config.batches),
+        points=points_of(config),
         warmup=config.warmup,
         repeats=config.repeats,
         seed=config.seed,
@@ -538,6 +538,7 @@ def measure_decode(
         together=config.together,
         tune=config.tune,
         device=str(device),
+        limits=Limits(config.limits.ttft_ms, config.limits.itl_ms),
     )
     labels = {
         (name, engine): name if len(config.engines) == 1 else f"{name} ({engine})"
@@ -562,14 +563,33 @@ def measure_decode(
 
 def check_lengths(folders: Mapping[str, ModelFolder | RandomModel], config: SpeedConfig) -> None:
     """Raises UserError for a pattern that a model does not take."""
-    longest = max(sum(pattern) for pattern in config.patterns)
+    longest = max(points_of(config), key=lambda point: point.input_length + point.output_length)
+    tokens = longest.input_length + longest.output_length
+    key = "patterns" if longest.least_input is None else "mix"
     for name, folder in folders.items():
-        found = folder.config if isinstance(folder, ModelFolder) else shape_config(folder.shape)
-        limit = found.get("max_position_embeddings")
-        if limit is not None and longest > limit:
-            raise UserError(
-                f"speed.patterns needs {longest} tokens, {name} takes {limit}: choose less"
-            )
+        limit = token_limit(folder)
+        if limit is not None and tokens > limit:
+            raise UserError(f"speed.{key} needs {tokens} tokens, {name} takes {limit}: choose less")
+
+
+def token_limit(folder: ModelFolder | RandomModel) -> int | None:
+    """The tokens of a sequence that a model takes, as far as its config says."""
+    config = folder.config if isinstance(folder, ModelFolder) else shape_config(folder.shape)
+    return config.get("max_position_embeddings")
+
+
+def points_of(config: SpeedConfig) -> tuple[Point, ...]:
+    """Every pattern at every batch size, then the mix."""
+
+    def scaled(tokens_in: int, tokens_out: int) -> tuple[int, int]:
+        # Of one token out there is no gap to measure.
+        return max(1, round(config.scale * tokens_in)), max(2, round(config.scale * tokens_out))
+
+    sizes: list[tuple[int, ...]] = [scaled(*pattern) for pattern in config.patterns]
+    if config.mix is not None:
+        least, most = zip(config.mix.input, config.mix.output, strict=True)
+        sizes.append((*scaled(*most), *scaled(*least)))
+    return tuple(Point(batch, *size) for size in sizes for batch in config.batches)
 
 
 def _bytes_on_disk(folder: ModelFolder | RandomModel) -> int | None:

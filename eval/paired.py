@@ -29,7 +29,7 @@ RESAMPLES = 2000
 # Fewer blocks say nothing of their spread.
 FEWEST = 10
 # Shorter blocks gain nothing: independent tokens give the same interval in blocks.
-SHORTEST = 8
+SHORTEST = 16
 # Of the resamples that are held in memory at a time.
 CHUNK = 4_000_000
 
@@ -51,7 +51,7 @@ class Interval:
 
 
 def block_length(figures: Sequence[Tensor]) -> int:
-    """Tokens a block: the length at which the bootstrap's variance is best, by Patton, Politis and White's rule.
+    """Tokens a block: where the bootstrap's variance is best, by the rule of Patton, Politis and White.
 
     At least SHORTEST, at most a window, or what leaves FEWEST blocks.
     """

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import numbers
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 
 from compress.errors import UserError
-from eval.engines.vllm_decode import QUIET
+from eval.engines.vllm_decode import set_environment
 
 TASKS = Path(__file__).parent / "tasks"
 # lm-eval's own defaults for its seeds, stated because results depend on them.
@@ -128,10 +127,7 @@ def open_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
 
 def open_vllm_model(path: Path, device: torch.device) -> Any:
     """The folder at ``path`` as ``lm_eval --model vllm`` has it; vLLM batches by itself."""
-    os.environ.update(QUIET)
-    if device.type != "cuda":
-        # Its own choice is a graphics card that is there.
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    set_environment(device.type == "cuda")
     from lm_eval.models.vllm_causallms import VLLM
 
     return VLLM(

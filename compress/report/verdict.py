@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from compress.report.gate import failures
 from eval.paired import holm
 
 Row = Mapping[str, Any]
@@ -18,7 +19,7 @@ Row = Mapping[str, Any]
 def verdict(candidate: Row, base: Row, limits: Mapping[str, float]) -> dict[str, Any] | None:
     """The verdict on a candidate from its row of metrics.json and its original's; None without a comparison.
 
-    limits: of the gate, those that are set (compress.config.GateConfig)
+    limits: of the gate, those that are set (compress.report.gate)
     Returns {text, measurable (a loss was found), gate: None or {limits, passed, failed: sentences}}.
     """
     texts = {t: f["paired"]["nll"] for t, f in candidate.get("texts", {}).items() if "paired" in f}
@@ -31,7 +32,7 @@ def verdict(candidate: Row, base: Row, limits: Mapping[str, float]) -> dict[str,
     losses = [_loss(t, texts[t]) for t in texts if t in named and texts[t]["mean"] > 0]
     losses += [_drop(t, tasks[t]) for t in tasks if t in named and tasks[t]["difference"] < 0]
     head = f"loss of {'; '.join(losses)}" if losses else "no measurable loss"
-    failed = failures(candidate, limits)
+    failed = failures(candidate, base, limits)
     return {
         "text": f"{head} ({_divergence(candidate, base)})" if texts else head,
         "measurable": bool(losses),
@@ -44,29 +45,6 @@ def verdict(candidate: Row, base: Row, limits: Mapping[str, float]) -> dict[str,
 def passed(judged: Mapping[str, Any] | None) -> bool:
     """Whether a verdict lets its candidate through: so does one without a gate."""
     return judged is None or judged["gate"] is None or judged["gate"]["passed"]
-
-
-def failures(candidate: Row, limits: Mapping[str, float]) -> list[str]:
-    """A sentence for every limit of a gate that a candidate does not keep."""
-    failed = []
-    for text, found in candidate.get("texts", {}).items():
-        measured = {"kl": found["kl"], "top1": found["top1"], "perplexity": _ratio(found)}
-        for key, value in measured.items():
-            if key in limits and (value < limits[key] if key == "top1" else value > limits[key]):
-                beyond = "below" if key == "top1" else "above"
-                failed.append(f"{key} {value:.4f} on {text} is {beyond} {limits[key]:g}")
-    for task, score in candidate.get("tasks", {}).items():
-        points = -100 * score["paired"]["difference"] if "paired" in score else 0.0
-        if "accuracy" in limits and points > limits["accuracy"]:
-            failed.append(
-                f"accuracy lost {points:.1f} points on {task}, above {limits['accuracy']:g}"
-            )
-    return failed
-
-
-def _ratio(text: Row) -> float:
-    """Perplexity over the original's."""
-    return math.exp(text["paired"]["nll"]["mean"])
 
 
 def _loss(text: str, change: Row) -> str:
