@@ -26,18 +26,11 @@ from compress.errors import UserError
 from compress.export.audit import audit, write_manifest
 from compress.export.formats import FORMATS
 from compress.kv_cache.stage import check as check_cache
-from compress.measure import (
-    check_context,
-    check_engines,
-    check_lengths,
-    check_tasks,
-    measure_accuracy,
-    measure_blocks,
-    measure_context,
-    measure_decode,
-    measure_size,
-    open_windows,
-)
+from compress.measure.accuracy import measure_accuracy, measure_blocks, open_windows
+from compress.measure.context import check_context, measure_context
+from compress.measure.size import measure_size
+from compress.measure.speed import check_engines, check_lengths, measure_decode
+from compress.measure.tasks import check_tasks
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder, Shapes, save_tensors, write_json
 from compress.model.sources import open_tokenizer, resolve_model

@@ -21,6 +21,7 @@ import torch
 
 from compress.errors import UserError
 from eval.engines.vllm_decode import set_environment
+from eval.paired import flips
 
 TASKS = Path(__file__).parent / "tasks"
 # lm-eval's own defaults for its seeds, stated because results depend on them.
@@ -182,6 +183,48 @@ def score_tasks(
             for sample in _samples(task, found["samples"][task.task_name])
         ]
     return scores, samples
+
+
+# The metrics that stand for a task in a table, the first that it has; all are in its scores.
+HEADLINES = ("acc_norm", "acc", "exact_match")
+
+
+def headline(score: Mapping[str, Any]) -> str | None:
+    """The metric of a task that goes into the table, with its filter if it has one; None of a task that has
+    none of HEADLINES."""
+    return next(
+        (
+            metric
+            for name in HEADLINES
+            for metric in score
+            if metric.partition(",")[0] == name and stderr_of(metric) in score
+        ),
+        None,
+    )
+
+
+def stderr_of(metric: str) -> str:
+    """The key of a metric's standard error: METRIC_stderr, or METRIC_stderr,FILTER."""
+    name, comma, kind = metric.partition(",")
+    return f"{name}_stderr{comma}{kind}"
+
+
+def compare_answers(base: Samples, candidate: Samples, metric: str | None) -> dict[str, Any] | None:
+    """The same questions answered by an original and a candidate: ``eval.paired.flips`` with the metric, and
+    ``changed``, the share of questions whose chosen answer is another one.
+
+    None of a task without a metric that is right or wrong by question. Raises ValueError for answers to
+    different questions.
+    """
+    pairs = list(zip(base, candidate, strict=True))
+    if any(theirs["question"] != ours["question"] for theirs, ours in pairs):
+        raise ValueError("answers are not to the same questions")
+    right = [[s["correct"].get(metric) for s in answers] for answers in (base, candidate)]
+    if not all(value in (0, 1) for answers in right for value in answers):
+        return None
+    changed = sum(theirs["chosen"] != ours["chosen"] for theirs, ours in pairs)
+    found = flips(*([value == 1 for value in answers] for answers in right))
+    return {"metric": metric, **found, "changed": changed / len(pairs)}
 
 
 def _counts(found: Mapping[str, Any], tasks: Iterable[Any]) -> dict[str, Any]:

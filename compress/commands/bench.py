@@ -17,7 +17,7 @@ from compress.compose import compose_settings, expand_shorthand
 from compress.config import SpeedConfig, cache_scheme_of, device_of, schemes_of
 from compress.environment import environment
 from compress.errors import UserError
-from compress.measure import check_engines, measure_decode, token_limit
+from compress.measure.speed import check_engines, measure_decode, token_limit
 from compress.model.folder import ModelFolder, write_json
 from compress.model.shapes import PREFIX, ShapeFolder
 from compress.model.sources import resolve_model

@@ -8,7 +8,9 @@ import json
 from compress.compose import compose_settings, expand_shorthand
 from compress.config import device_of
 from compress.errors import UserError
-from compress.measure import check_tasks, measure_accuracy, measure_size, open_windows
+from compress.measure.accuracy import measure_accuracy, open_windows
+from compress.measure.size import measure_size
+from compress.measure.tasks import check_tasks
 from compress.model.folder import ModelFolder
 from compress.model.sources import open_tokenizer, resolve_model
 from compress.report.verdict import passed, verdict

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from compress.errors import UserError
+from eval.task_scores import headline
 
 PREFIX = "gate."
 # The least and the largest that make sense.
@@ -143,8 +144,3 @@ def task_difference(score: Mapping[str, Any], base: Mapping[str, Any] | None) ->
     if base is None or metric is None or metric not in base:
         return None
     return score[metric] - base[metric]
-
-
-def headline(score: Mapping[str, Any]) -> str | None:
-    """The metric of a task that goes into the table; all of them are in metrics.json."""
-    return next((m for m in ("acc_norm", "acc", "exact_match") if f"{m}_stderr" in score), None)

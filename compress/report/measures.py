@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from compress.report.gate import headline, perplexity_ratio, task_difference
+from compress.report.gate import perplexity_ratio, task_difference
 from compress.report.table import Row, first_point, short, speedup
+from eval.task_scores import headline
 
 Point = Mapping[str, Any]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import UserError
-from compress.report.gate import headline
+from eval.task_scores import headline, stderr_of
 
 METRICS = "metrics.json"
 ABSENT = "-"
@@ -183,7 +183,7 @@ def _task(score: Mapping[str, float] | None) -> str:
     if score is None:
         return ABSENT
     metric = headline(score)
-    return f"{100 * score[metric]:.1f} ±{100 * score[f'{metric}_stderr']:.1f}" if metric else ABSENT
+    return f"{100 * score[metric]:.1f} ±{100 * score[stderr_of(metric)]:.1f}" if metric else ABSENT
 
 
 def _speed(speed: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> list[str]:

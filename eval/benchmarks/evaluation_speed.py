@@ -23,7 +23,7 @@ import torch
 from compress.compose import compose_settings
 from compress.config import device_of
 from compress.environment import environment
-from compress.measure import measure_accuracy, open_windows
+from compress.measure.accuracy import measure_accuracy, open_windows
 from compress.model.folder import ModelFolder, write_json
 from compress.model.sources import open_tokenizer
 from compress.runtime.load import load_dense

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from calibration.texts import load_texts
 from calibration.tokens import TokenBlocks, evaluation_windows
 from compress.config import EvalConfig
-from compress.measure import TOKENS, Accuracy, measure_accuracy
+from compress.measure.accuracy import TOKENS, Accuracy, measure_accuracy
 from compress.model.folder import ModelFolder
 from compress.model.sources import open_tokenizer
 from compress.quantize.scheme import Scheme
@@ -120,7 +120,7 @@ def test_noise_is_kept_in_the_cache(
     first = measure(candidate).rows["base"]["texts"]["prose"]["noise"]
     assert len(list((tmp_path / "compress" / "noise").iterdir())) == 1
     # Another pass would be different in nothing but time: only a pass that is not made may fail.
-    monkeypatch.setattr("compress.measure._Noise.reader", property(lambda _: 1 / 0))
+    monkeypatch.setattr("compress.measure.accuracy._Noise.reader", property(lambda _: 1 / 0))
     assert measure(candidate).rows["base"]["texts"]["prose"]["noise"] == first
 
 

@@ -18,13 +18,22 @@ import torch
 from compress.compose import compose_settings
 from compress.config import TASK_ENGINES, EvalConfig
 from compress.errors import UserError
-from compress.measure import _score, _score_cached, check_tasks
+from compress.measure.tasks import check_tasks, score_folder, score_original
 from compress.model.folder import ModelFolder
 from compress.model.sources import open_tokenizer, resolve_model
 from compress.quantize.scheme import Scheme
 from compress.runtime.load import load_dense
 from eval import task_scores
-from eval.task_scores import TASKS, load_tasks, open_model, packaged_tasks, score_tasks
+from eval.task_scores import (
+    TASKS,
+    compare_answers,
+    headline,
+    load_tasks,
+    open_model,
+    packaged_tasks,
+    score_tasks,
+    stderr_of,
+)
 from tests.conftest import byte_tokenizer
 from tests.exported import exported
 
@@ -275,7 +284,7 @@ def test_scores_of_the_original_are_kept(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tokenizer = byte_tokenizer()
-    ask = functools.partial(_score_cached, tiny, tokenizer=tokenizer, device=CPU)
+    ask = functools.partial(score_original, tiny, tokenizer=tokenizer, device=CPU)
     config = EvalConfig(tasks=["packaged_openbookqa"], limit=2)
     scores, samples = ask(config=config)
     again, same = ask(config=config)
@@ -341,7 +350,7 @@ def check_equal(
     folder: ModelFolder, expected: dict[str, Any], config: EvalConfig, tolerance: float = 0
 ) -> None:
     """Same scores, and log-likelihoods within ``tolerance`` nats."""
-    scores, samples = _score(folder, config, open_tokenizer(folder), CPU)
+    scores, samples = score_folder(folder, config, open_tokenizer(folder), CPU)
     for task, (theirs, loglikelihoods) in expected.items():
         assert theirs.keys() >= {"acc", "acc_stderr"}
         if tolerance == 0:
@@ -381,3 +390,34 @@ def test_the_demo_model_has_the_scores_of_the_lm_eval_command(
     tasks = ["packaged_openbookqa"]
     expected = command(folder.path, tasks, 20)
     check_equal(folder, expected, EvalConfig(tasks=tasks, limit=20))
+
+
+def _answers(*rows: tuple[int, float]) -> list[dict[str, Any]]:
+    return [
+        {"question": f"q{i}", "chosen": chosen, "correct": {"acc": right}}
+        for i, (chosen, right) in enumerate(rows)
+    ]
+
+
+def test_answers_are_compared_question_by_question() -> None:
+    """One gained, two lost, and one wrong answer replaced by another wrong one."""
+    base = _answers((0, 1), (1, 1), (2, 0), (3, 0), (0, 1))
+    candidate = _answers((0, 1), (2, 0), (0, 1), (1, 0), (1, 0))
+    found = compare_answers(base, candidate, "acc")
+    assert (found["metric"], found["gained"], found["lost"]) == ("acc", 1, 2)
+    assert found["difference"] == pytest.approx(-0.2)
+    assert found["changed"] == pytest.approx(0.8)
+    assert compare_answers(base, candidate, None) is None
+    assert compare_answers(base, _answers(*[(0, 0.5)] * 5), "acc") is None
+    with pytest.raises(ValueError, match="not to the same questions"):
+        compare_answers(base, [*candidate[1:], candidate[0]], "acc")
+
+
+def test_the_headline_keeps_its_filter() -> None:
+    strict = {"exact_match,strict-match": 0.5, "exact_match_stderr,strict-match": 0.1}
+    assert headline(strict) == "exact_match,strict-match"
+    assert stderr_of(headline(strict)) in strict
+    assert headline({"acc": 0.5, "acc_stderr": 0.1, "acc_norm": 0.6, "acc_norm_stderr": 0.1}) == (
+        "acc_norm"
+    )
+    assert headline({"word_perplexity": 3.0}) is None
