@@ -33,8 +33,10 @@ from compress.errors import UserError
 from compress.run_folder import check_free
 
 USER_ERROR = 2
+# A candidate costs more than the gate allows.
+GATE_ERROR = 1
 # Overrides that say where, how well and how fast, not what: they stay out of a run's name.
-UNNAMED = re.compile(r"[+~]*((recipe|model|eval|speed|device|hydra)\b|data=text|data\.source)")
+UNNAMED = re.compile(r"[+~]*((recipe|model|eval|speed|gate|device|hydra)\b|data=text|data\.source)")
 
 
 def main() -> None:
@@ -69,7 +71,7 @@ def _code(words: list[str]) -> int:
         if words and words[0] in VERBS:
             verb = importlib.import_module(f"compress.commands.{words[0]}")
             return int(verb.main(words[1:]))
-        run_recipes(words or ["--help"])
+        return run_recipes(words or ["--help"])
     except UserError as error:
         # All processes of a stage stumble over the same mistake.
         if processes.is_main():
@@ -80,15 +82,15 @@ def _code(words: list[str]) -> int:
         if isinstance(stop.code, str):
             raise
         return stop.code or 0
-    return 0
 
 
 def _stop(number: int, _: object) -> None:
     raise KeyboardInterrupt(number)
 
 
-def run_recipes(words: list[str]) -> None:
-    """Run one recipe, or a sweep with -m; every combination is checked before the first one runs."""
+def run_recipes(words: list[str]) -> int:
+    """Run one recipe, or a sweep with -m; every combination is checked before the first one runs. Returns the
+    exit code: 1 if a candidate costs more than the gate allows."""
     words = expand_shorthand(words)
     asked = get_args_parser().parse_args(words)
     combinations: list[list[str]] = []
@@ -126,10 +128,19 @@ def run_recipes(words: list[str]) -> None:
 
     sys.argv = [sys.argv[0], *words]
     hydra.main(version_base="1.3", config_path=str(RECIPES), config_name="config")(task)()
+    code = 0
     if finished:
-        from compress.report.table import table
+        from compress.report.terminal import comparison, terminal_width
+        from compress.report.verdict import passed
 
-        print(table(finished))
+        print(comparison(finished, None, terminal_width(sys.stdout.isatty())), end="")
+        for run in finished:
+            judged = run["candidate"].get("verdict")
+            if not passed(judged):
+                code = GATE_ERROR
+                failed = "; ".join(judged["gate"]["failed"])
+                print(f"compress: {run['name']} is outside the gate: {failed}", file=sys.stderr)
+    return code
 
 
 def _check_words(overrides: list[str]) -> None:

@@ -103,7 +103,9 @@ def one_sentence(error: BaseException, overrides: Sequence[str]) -> str:
             f"{merging[1]} has another form than its key: compress --help has the lists and numbers"
         )
     if unknown := re.match(r"Could not override '([^']+)'", str(error)):
-        return f"{unknown[1]} is not a known key: known are {', '.join(_known_keys(unknown[1], overrides))}"
+        # Of a value in braces the part that is not known.
+        key = getattr(cause, "full_key", None) or unknown[1]
+        return f"{key} is not a known key: known are {', '.join(_known_keys(key, overrides))}"
     if missing := re.search(r"Could not find '([^']+)/([^'/]+)'", str(error)):
         group, option = missing.groups()
         path = ", or the path of something that exists" if group in SHORTHAND else ""

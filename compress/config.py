@@ -6,8 +6,9 @@ refuses what does not fit, before a weight is read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from compress.quantize.scheme import Scheme, Schemes
 from compress.quantize.search import Search
 from compress.quantize.stage import needs_data
 from compress.quantize.transforms import TRANSFORMS
+from compress.report.gate import Gate, check_limit
 from eval.retrieval import MOST_FACTS
 
 
@@ -62,8 +64,12 @@ class DataConfig:
 class EvalConfig:
     """Accuracy: the first ``tokens`` tokens of each text in windows, lm-eval tasks on ``limit``
     questions each (null = all). text_field and split: where a text is in its source. dtype is for
-    the texts; tasks run in the checkpoint's own. block_tokens: tokens of each text on which the harm
-    of every block alone is measured, in whole windows beyond the first; null leaves it out."""
+    the texts; tasks run in the checkpoint's own. engine: what answers tasks, of TASK_ENGINES.
+    fewshot: examples before a question (null = as many as its task asks for). block_tokens: tokens
+    of each text on which the harm of every block alone is measured, in whole windows beyond the
+    first; null leaves it out. prompts: so many beginnings of windows, of at most prompt_tokens, from
+    which ``generated`` tokens are written greedily to see how long the candidate agrees with the
+    original; 0 leaves it out."""
 
     texts: list[str] = field(default_factory=list)
     text_field: str = "text"
@@ -71,9 +77,15 @@ class EvalConfig:
     tokens: int = 6144
     window: int = 1024
     block_tokens: int | None = None
+    prompts: int = 4
+    prompt_tokens: int = 256
+    generated: int = 0
     dtype: str = "float32"
     tasks: list[str] = field(default_factory=list)
     limit: int | None = None
+    fewshot: int | None = None
+    chat_template: bool = False
+    engine: str = "reference"
     batch_size: int = 16
 
 
@@ -101,13 +113,35 @@ class ContextConfig:
 
 
 @dataclass
+class MixConfig:
+    """A batch of requests of many sizes: tokens in drawn for each sequence, tokens out for the batch, both
+    log-uniformly between two bounds."""
+
+    input: list[int] = field(default_factory=lambda: [16, 512])
+    output: list[int] = field(default_factory=lambda: [8, 128])
+
+
+@dataclass
+class LimitsConfig:
+    """What a request must keep, in milliseconds: TTFT, and its mean ITL. null = no limit."""
+
+    ttft_ms: float | None = None
+    itl_ms: float | None = None
+
+
+@dataclass
 class SpeedConfig:
-    """Decode speed: every pattern [tokens in, tokens out] at every batch size, by every engine of ENGINES.
-    together: all candidates in memory at one time and in turns, one request a round; false: one after the
-    other. tune: on CUDA, measure first how products of these sizes run best, and keep it for later runs.
-    warmup: requests before ``repeats`` timed ones, at each point. threads null = torch's default."""
+    """Decode speed: every pattern [tokens in, tokens out], and the mix if there is one, at every batch size,
+    by every engine of ENGINES. scale: what all these lengths are multiplied by. limits: goodput counts the
+    requests within. together: all candidates in memory at one time and in turns, one request a round; false:
+    one after the other. tune: on CUDA, measure first how products of these sizes run best, and keep it for
+    later runs. warmup: requests before ``repeats`` timed ones, at each point. threads null = torch's
+    default."""
 
     patterns: list[list[int]] = field(default_factory=lambda: [[128, 32]])
+    mix: MixConfig | None = None
+    scale: float = 1.0
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
     batches: list[int] = field(default_factory=lambda: [1])
     engines: list[str] = field(default_factory=lambda: ["compress"])
     together: bool = True
@@ -153,6 +187,7 @@ class RecipeConfig:
     eval: EvalConfig | None = None
     context: ContextConfig | None = None
     speed: SpeedConfig | None = None
+    gate: Gate = field(default_factory=Gate)
     # What compress plan predicts on; a run does not look at them.
     hardware: dict[str, Any] | None = None
     plan: PlanConfig = field(default_factory=PlanConfig)
@@ -374,6 +409,8 @@ SHORTEST = 512
 EVAL_DTYPES = ("float32", "bfloat16", "float16")
 # What decodes: the runtime of this project, transformers' generate, vLLM.
 ENGINES = ("compress", "transformers", "vllm")
+# What answers tasks: our own reader, which computes with the weights that the codes stand for, and these.
+TASK_ENGINES = ("reference", *ENGINES)
 # The least value of a count, where it is not 1: in 2 tokens there is one to predict.
 LEAST = {
     "length": 2,
@@ -383,6 +420,7 @@ LEAST = {
     "generated_before_repair": 0,
     "seed": 0,
     "warmup": 0,
+    "fewshot": 0,
 }
 
 
@@ -407,21 +445,37 @@ def _check_sizes(settings: RecipeConfig) -> None:
     for section, config in (("eval", settings.eval), ("context", settings.context)):
         if config is not None:
             _check_names(f"{section}.dtype", [config.dtype], EVAL_DTYPES)
-    evaluation = settings.eval
-    if evaluation is not None and not 2 <= evaluation.window <= evaluation.tokens:
-        raise UserError(
-            f"eval.window={evaluation.window} is not allowed: choose 2 to eval.tokens="
-            f"{evaluation.tokens}"
-        )
+    if settings.eval is not None:
+        _check_eval(settings.eval)
     if settings.context is not None:
         _check_context(settings.context)
     if settings.speed is not None:
         _check_speed(settings.speed)
     _check_batches("plan.batches", settings.plan.batches)
+    _check_gate(settings.gate, settings.eval)
+
+
+def _check_eval(evaluation: EvalConfig) -> None:
+    _check_names("eval.engine", [evaluation.engine], TASK_ENGINES)
+    if not 2 <= evaluation.window <= evaluation.tokens:
+        raise UserError(
+            f"eval.window={evaluation.window} is not allowed: choose 2 to eval.tokens="
+            f"{evaluation.tokens}"
+        )
+
+
+def _check_gate(gate: Gate, evaluation: EvalConfig | None) -> None:
+    """Raises UserError for a limit that makes no sense, or that is on something not measured."""
+    for name, limit in gate.limits.items():
+        check_limit(name, limit)
+        key = "tasks" if name == "accuracy" else "texts"
+        if evaluation is None or not getattr(evaluation, key):
+            raise UserError(f"gate.{name} needs eval.{key} to be measured: name one")
 
 
 def _check_speed(speed: SpeedConfig) -> None:
-    for pattern in speed.patterns or [[]]:
+    _check_served(speed)
+    for pattern in speed.patterns or ([[]] if speed.mix is None else []):
         # Of one token out there is no gap to measure.
         if len(pattern) != 2 or pattern[0] < 1 or pattern[1] < 2:
             raise UserError(
@@ -439,6 +493,27 @@ def _check_batches(key: str, batches: list[int]) -> None:
         raise UserError(
             f"{key}={batches} is not allowed: choose sizes of 1 or more, as in {key}=[1,8,64]"
         )
+
+
+def _check_served(speed: SpeedConfig) -> None:
+    """Raises UserError for a mix, a scale or limits that mean nothing."""
+    if speed.mix is not None:
+        for key, least in (("input", 1), ("output", 2)):
+            ends = getattr(speed.mix, key)
+            if len(ends) != 2 or not least <= ends[0] <= ends[1]:
+                raise UserError(
+                    f"speed.mix.{key}={ends} is not allowed: choose the least and the most tokens, {least} "
+                    f"or more, as in speed.mix.{key}=[16,512]"
+                )
+    if not 0 < speed.scale < math.inf:
+        raise UserError(
+            f"speed.scale={speed.scale} is not allowed: choose a number above 0, as in speed.scale=0.25"
+        )
+    for key, limit in asdict(speed.limits).items():
+        if limit is not None and not limit > 0:
+            raise UserError(
+                f"speed.limits.{key}={limit} is not allowed: choose milliseconds above 0, or null"
+            )
 
 
 def _check_context(context: ContextConfig) -> None:

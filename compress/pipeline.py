@@ -26,18 +26,11 @@ from compress.errors import UserError
 from compress.export.audit import audit, write_manifest
 from compress.export.formats import FORMATS
 from compress.kv_cache.stage import check as check_cache
-from compress.measure import (
-    check_context,
-    check_engines,
-    check_lengths,
-    check_tasks,
-    measure_accuracy,
-    measure_blocks,
-    measure_context,
-    measure_decode,
-    measure_size,
-    open_windows,
-)
+from compress.measure.accuracy import measure_accuracy, measure_blocks, open_windows
+from compress.measure.context import check_context, measure_context
+from compress.measure.size import measure_size
+from compress.measure.speed import check_engines, check_lengths, measure_decode, points_of
+from compress.measure.tasks import check_tasks
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder, Shapes, save_tensors, write_json
 from compress.model.sources import open_tokenizer, resolve_model
@@ -49,12 +42,12 @@ from compress.prune.stage import check as check_prune
 from compress.quantize.search import budget
 from compress.quantize.stage import settle
 from compress.report.table import METRICS, table
+from compress.report.verdict import verdict
 from compress.rotate import rotated_sizes
 from compress.run_folder import RUN, Step, check_same, opened, step, whole
 from compress.runtime.load import load_dense
 from compress.stages import Work, run_stage, training_text
 from eval.memory import reset_peak, rss
-from eval.speed import Point
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +75,7 @@ def check(run: Run, out: Path | None = None) -> None:
     if settings.eval is not None:
         for text in settings.eval.texts:
             load_texts(text, settings.eval.text_field, settings.eval.split)
-        check_tasks(settings.eval)
+        check_tasks(settings.eval, model)
     if settings.context is not None:
         check_context(settings.context, model)
     if settings.speed is not None:
@@ -172,6 +165,10 @@ def run_recipe(run: Run, name: str, out: Path, *, last: bool = True) -> dict[str
         compression |= sections.pop("compression", {})
         for row, found in sections.items():
             rows[row] |= found
+        judged = verdict(rows["candidate"], rows["base"], settings.gate.limits)
+        if judged is not None:
+            rows["candidate"]["verdict"] = judged
+            log.info("verdict: %s", judged["text"])
 
         metrics = {
             "name": name,
@@ -203,8 +200,9 @@ def _measured(
         accuracy = measure_accuracy(
             checkpoint, model, windows, settings.eval, tokenizer, run.device
         )
-        for row, found in accuracy.items():
+        for row, found in accuracy.rows.items():
             rows[row] |= found
+        accuracy.write(out)
         if settings.eval.block_tokens is not None and "quantize" in settings.stages:
             quantized = _quantized(settings.stages, model, out)
             rows["compression"]["block_kl"] = measure_blocks(
@@ -232,7 +230,10 @@ def _add_predicted(
     speed, hardware = run.settings.speed, hardware_here(run.device)
     if speed is None or hardware is None:
         return
-    point = Point(speed.batches[0], *speed.patterns[0])
+    point = points_of(speed)[0]
+    if point.least_input is not None:
+        # Of a mix of sizes there is no one step.
+        return
     for row, folder in folders.items():
         rows[row]["predicted"] = predict(folder, None, None, hardware, point)
 

@@ -4,7 +4,7 @@
 many tokens a candidate goes on writing what the original writes. Both take readers, which see a
 text piece by piece through their own cache, as decoding does.
 
-tokens int64 (window,); logits (1, n, vocabulary)
+tokens int64 (window,); logits (count, n, vocabulary)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PIECE = 64
 
 
 class Reader(Protocol):
-    """A model with its cache. tokens (1, n) -> logits (1, n, vocabulary) of what comes after each."""
+    """A model with its cache. tokens (count, n) -> logits (count, n, vocabulary) of what comes after each."""
 
     def __call__(self, tokens: Tensor) -> Tensor: ...
 
@@ -120,38 +120,21 @@ def _cut(rows: list[Tensor], buckets: int) -> list[list[Tensor]]:
 def agreement(
     base: Callable[[], Reader],
     candidates: Mapping[str, Callable[[], Reader]],
-    prompts: Iterable[Tensor],
+    prompts: Tensor,
     generated: int,
 ) -> dict[str, dict[str, Any]]:
-    """How many tokens each candidate writes greedily as ``base`` does, from prompts (n,) of any length.
+    """How many tokens each candidate writes greedily as ``base`` does, from prompts (count, n).
 
     Up to the first difference both have written the same, so a candidate reads what the base wrote, and the
     first place at which it would have gone elsewhere counts. Returns for each lengths, median, mean, and
     ``whole``, the share of prompts without a difference; at most ``generated``.
     """
-    lengths: dict[str, list[int]] = {name: [] for name in candidates}
-    for prompt in prompts:
-        reader = base()
-        written = [reader(prompt.unsqueeze(0))[0, -1].argmax().view(1)]
-        while len(written) < generated:
-            written.append(reader(written[-1].unsqueeze(0))[0, -1].argmax().view(1))
-        text = torch.cat(written).cpu()
-        for name, new in candidates.items():
-            other = new()
-            logits = [other(prompt.unsqueeze(0))[0, -1:]]
-            # Pieces: most candidates differ soon.
-            same = 0
-            for start in range(0, generated, PIECE):
-                expected = text[start : start + PIECE]
-                found = logits[0]
-                if len(expected) > 1:
-                    found = torch.cat([found, other(expected[:-1].unsqueeze(0))[0]])
-                equal = found.argmax(-1).cpu() == expected
-                same += int(equal.long().cumprod(0).sum())
-                if not equal.all() or start + PIECE >= generated:
-                    break
-                logits = [other(expected[-1:].unsqueeze(0))[0]]
-            lengths[name].append(same)
+    reader = base()
+    written = [_last(reader, prompts).argmax(-1)]
+    while len(written) < generated:
+        written.append(reader(written[-1]).argmax(-1))
+    text = torch.cat(written, dim=1).cpu()
+    lengths = {name: _agreed(new(), prompts, text).tolist() for name, new in candidates.items()}
     return {
         name: {
             "lengths": found,
@@ -162,3 +145,25 @@ def agreement(
         }
         for name, found in lengths.items()
     }
+
+
+def _last(reader: Reader, prompts: Tensor) -> Tensor:
+    """Logits (count, 1, vocabulary) after the prompts, which are read in pieces."""
+    for piece in prompts.split(PIECE, dim=1):
+        logits = reader(piece)[:, -1:]
+    return logits
+
+
+def _agreed(reader: Reader, prompts: Tensor, text: Tensor) -> Tensor:
+    """For each prompt, how many of the tokens of ``text`` (count, generated) the reader would write."""
+    last, equal = _last(reader, prompts), []
+    # Pieces: most candidates differ soon.
+    for expected in text.split(PIECE, dim=1):
+        found = last
+        if expected.shape[1] > 1:
+            found = torch.cat([last, reader(expected[:, :-1])], dim=1)
+        equal.append(found.argmax(-1).cpu() == expected)
+        if not torch.cat(equal, dim=1).all(dim=1).any():
+            break
+        last = reader(expected[:, -1:])
+    return torch.cat(equal, dim=1).long().cumprod(dim=1).sum(dim=1)

@@ -9,9 +9,16 @@ measures the read bandwidth of its memory.
 
 TTFT = request to first token. ITL = gap between two tokens after the first; its mean over a request is
 (end to end - TTFT) / (tokens out - 1). tokens/s counts the output tokens of the batch after the first
-over the time after the first. Share of roofline = (bytes that a step must read / read bandwidth) / median
-ITL, at the mean context of the decoding. Memory is the peak while decoding, after load, with the processes
-that a candidate starts.
+over the time after the first; end to end is from the request to its last token. Share of roofline = (bytes
+that a step must read / read bandwidth) / median ITL, at the mean context of the decoding. Memory is the peak
+while decoding, after load, with the processes that a candidate starts.
+
+A point may be a mix: then every round draws its own sizes, the tokens in of each sequence by itself and the
+tokens out of the whole batch, log-uniformly and with the seed; the same for all candidates. Shorter prompts
+have padding on their left. It is a batch that begins and ends together, not one that requests join and leave.
+
+Limits, as a service promises them and MLPerf asks: a request meets them if its TTFT and its own mean ITL are
+within. Goodput is the requests a second that do: batch x share / median end to end.
 
 A point that a candidate refuses, as for want of memory, is noted with the reason, and so is a candidate
 that cannot be opened: the others are measured all the same.
@@ -21,6 +28,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import multiprocessing
 import signal
 import statistics
@@ -45,19 +53,23 @@ GRACE = 20
 # Characters of a reason that are kept.
 REASON = 300
 DIED = "its process died"
+# The most parts of the output that ITL is told of.
+BUCKETS = 64
 
 
 class Decoder(Protocol):
     """Something that decodes greedily. ``kernels`` says what runs: name -> number of linears. One that starts
-    processes has a ``close()`` too, which ends them."""
+    processes has a ``close()`` too, which ends them; one whose buffers grow with the request a
+    ``reserve(tokens)``: the room that every request of a point gets, so that none has to make it."""
 
     vocabulary: int
     kernels: dict[str, int]
 
-    def start(self, prompt: Tensor, tokens: int) -> Tensor:
+    def start(self, prompt: Tensor, tokens: int, padding: Tensor | None = None) -> Tensor:
         """Prefill prompt (batch, length); the first token (batch, 1), computed when this returns.
 
         tokens: how many will be asked for in all, the first included
+        padding: int64 (batch,) tokens on the left of each row that are none; only in batches of a mix
         """
         ...
 
@@ -73,19 +85,58 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True)
 class Point:
-    """One size of request: sequences at a time, tokens in and tokens out of each."""
+    """One size of request: sequences at a time, tokens in and tokens out of each; or, with the least of both,
+    a mix of sizes up to these."""
 
     batch: int
     input_length: int
     output_length: int
+    least_input: int | None = None
+    least_output: int | None = None
 
     def __str__(self) -> str:
-        return f"batch {self.batch}, {self.input_length}/{self.output_length}"
+        return f"batch {self.batch}, {pattern_of(asdict(self))}"
 
-    @property
-    def context(self) -> int:
-        """Tokens in the cache at a step after the first token, on average."""
-        return self.input_length + self.output_length // 2
+    def sizes(self, generator: torch.Generator) -> tuple[list[int], int]:
+        """Tokens in of each sequence, and tokens out of all, of one request."""
+        if self.least_input is None or self.least_output is None:
+            return [self.input_length] * self.batch, self.output_length
+        inputs = _log_uniform(self.least_input, self.input_length, self.batch, generator)
+        (output,) = _log_uniform(self.least_output, self.output_length, 1, generator)
+        return inputs, output
+
+
+def _log_uniform(least: int, most: int, count: int, generator: torch.Generator) -> list[int]:
+    """Whole numbers of least to most: as many between 10 and 20 as between 100 and 200."""
+    drawn = torch.rand(count, generator=generator, dtype=torch.float64)
+    low, high = math.log(least), math.log(most + 1)
+    # Rounding may leave exp(log(x)) a hair beside x.
+    return [min(most, max(least, int(math.exp(low + (high - low) * u)))) for u in drawn.tolist()]
+
+
+def pattern_of(point: Mapping[str, Any]) -> str:
+    """Tokens in and out of a point, as 128/32, or 16-512/8-64 of a mix."""
+    ends = ("input", "output")
+    least = [point.get(f"least_{end}") for end in ends]
+    most = [point[f"{end}_length"] for end in ends]
+    return "/".join(
+        str(high) if low is None else f"{low}-{high}" for low, high in zip(least, most, strict=True)
+    )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request must keep, in milliseconds: TTFT, and its mean ITL. None: no limit."""
+
+    ttft_ms: float | None = None
+    itl_ms: float | None = None
+
+    def __bool__(self) -> bool:
+        return self.ttft_ms is not None or self.itl_ms is not None
+
+    def met(self, ttft_ms: float, itl_ms: float) -> bool:
+        pairs = ((ttft_ms, self.ttft_ms), (itl_ms, self.itl_ms))
+        return all(limit is None or found <= limit for found, limit in pairs)
 
 
 @dataclass(frozen=True)
@@ -102,6 +153,7 @@ class Load:
     together: bool = True
     tune: bool = False
     device: str = "cpu"
+    limits: Limits = Limits()
 
 
 def measure_speed(
@@ -113,10 +165,12 @@ def measure_speed(
     Returns name -> {load_s, first_request_s (the first of all, cold), idle_rss (before it was opened),
     load_peak_rss, load_peak_cuda, tune_s, loaded_rss, loaded_cuda,
     memory_since_load, read_kernel, points}, or of one that was not opened {refused, points}. A point is
-    {batch, input_length, output_length} with {ttft_ms, ttft_ms_iqr, ttft_ms_p90, itl_ms_mean, itl_ms_p50,
-    itl_ms_p90, itl_ms_p99, tokens_per_s, tokens_per_s_iqr, peak_rss, peak_cuda, kernels, bytes_per_step,
-    read_gb_s, share_of_roofline, rounds}, medians over the rounds, or with {refused}, a sentence.
-    ``rounds`` keeps every round's TTFT and tokens/s for ratios.
+    {batch, input_length, output_length; of a mix also least_input, least_output} with {ttft_ms, ttft_ms_iqr,
+    ttft_ms_p90, itl_ms_mean, itl_ms_p50, itl_ms_p90, itl_ms_p99, tokens_per_s, tokens_per_s_iqr, e2e_ms,
+    e2e_ms_iqr, itl_by_position {positions, p50_ms, p90_ms}, meets_limits (share of the timed requests),
+    goodput_rps, peak_rss, peak_cuda, kernels, bytes_per_step, read_gb_s, share_of_roofline, rounds}, medians
+    over the rounds, or with {refused}, a sentence. ``rounds`` keeps every round's TTFT, tokens/s and end to
+    end for ratios, and of a mix the sizes that were drawn.
 
     Raises RuntimeError with a child's own message if nothing at all was measured.
     """
@@ -152,7 +206,7 @@ def _measure(
             for candidate, answers in zip(
                 candidates, _requests(candidates, point, load), strict=True
             ):
-                found = _summary(point, answers)
+                found = _summary(point, answers, load.limits)
                 candidate.points.append(found)
                 speed = "refused" if "refused" in found else f"{found['tokens_per_s']:.1f}"
                 told.append(f"{candidate.name} {speed}")
@@ -329,22 +383,30 @@ def _request(decoder: Decoder, point: Point, load: Load, number: int) -> dict[st
     if number == 0:
         # What other points left behind is not of this one.
         give_back()
+        getattr(decoder, "reserve", lambda tokens: None)(point.input_length + point.output_length)
     generator = torch.Generator().manual_seed(load.seed + number)
-    shape = (point.batch, point.input_length)
+    inputs, output = point.sizes(generator)
+    shape = (point.batch, max(inputs))
     prompt = torch.randint(decoder.vocabulary, shape, generator=generator)
+    padding = max(inputs) - torch.tensor(inputs)
+    padded = [padding] if padding.any() else []
     mark_peak(tree=True)
     times = [time.perf_counter()]
-    decoder.start(prompt, point.output_length)
+    decoder.start(prompt, output, *padded)
     times.append(time.perf_counter())
-    for _ in range(point.output_length - 1):
+    for _ in range(output - 1):
         decoder.step()
         times.append(time.perf_counter())
     answer = {
         "gaps": [after - before for before, after in itertools.pairwise(times)],
+        "inputs": inputs,
         "peak_rss": peak_rss(tree=True),
         "peak_cuda": peak_cuda(),
         "kernels": dict(decoder.kernels),
-        "bytes_per_step": decoder.bytes_per_step(point.batch, point.context),
+        # At the tokens in the cache after the first token, on average.
+        "bytes_per_step": decoder.bytes_per_step(
+            point.batch, sum(inputs) // point.batch + output // 2
+        ),
         "bandwidth": None,
     }
     if number >= load.warmup:
@@ -360,22 +422,29 @@ def _bandwidth(device: torch.device) -> float | None:
         return None
 
 
-def _summary(point: Point, answers: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(point: Point, answers: list[dict[str, Any]], limits: Limits) -> dict[str, Any]:
     """A point of the results: what the timed requests of one candidate say."""
+    facts = {key: value for key, value in asdict(point).items() if value is not None}
     if "refused" in answers[0]:
-        return {**asdict(point), "refused": answers[0]["refused"]}
+        return {**facts, "refused": answers[0]["refused"]}
     ttft = [1e3 * answer["gaps"][0] for answer in answers]
     gaps = [[1e3 * gap for gap in answer["gaps"][1:]] for answer in answers]
     means = [statistics.fmean(found) for found in gaps]
     speed = [1e3 * point.batch / mean for mean in means]
+    e2e = [1e3 * sum(answer["gaps"]) for answer in answers]
+    rounds = {"ttft_ms": ttft, "tokens_per_s": speed, "e2e_ms": e2e}
+    if point.least_input is not None:
+        rounds["inputs"] = [answer["inputs"] for answer in answers]
+        rounds["outputs"] = [len(answer["gaps"]) for answer in answers]
     itl = torch.tensor([gap for found in gaps for gap in found], dtype=torch.float64)
     p50, p90, p99 = (float(itl.quantile(q)) for q in (0.5, 0.9, 0.99))
-    nbytes = answers[-1]["bytes_per_step"]
+    counted = [answer["bytes_per_step"] for answer in answers]
+    nbytes = None if None in counted else round(statistics.fmean(counted))
     read = [answer["bandwidth"] for answer in answers if answer["bandwidth"] is not None]
     bandwidth = statistics.median(read) if read else None
     cuda = [answer["peak_cuda"] for answer in answers if answer["peak_cuda"] is not None]
     return {
-        **asdict(point),
+        **facts,
         "ttft_ms": statistics.median(ttft),
         "ttft_ms_iqr": iqr(ttft),
         "ttft_ms_p90": float(torch.tensor(ttft, dtype=torch.float64).quantile(0.9)),
@@ -385,6 +454,10 @@ def _summary(point: Point, answers: list[dict[str, Any]]) -> dict[str, Any]:
         "itl_ms_p99": p99,
         "tokens_per_s": statistics.median(speed),
         "tokens_per_s_iqr": iqr(speed),
+        "e2e_ms": statistics.median(e2e),
+        "e2e_ms_iqr": iqr(e2e),
+        "itl_by_position": by_position(gaps),
+        **_within(limits, point.batch, ttft, means, statistics.median(e2e)),
         "peak_rss": max(answer["peak_rss"] for answer in answers),
         "peak_cuda": max(cuda, default=None),
         "kernels": answers[-1]["kernels"],
@@ -393,8 +466,38 @@ def _summary(point: Point, answers: list[dict[str, Any]]) -> dict[str, Any]:
         "share_of_roofline": (
             None if nbytes is None or bandwidth is None else nbytes / bandwidth / (p50 / 1e3)
         ),
-        "rounds": {"ttft_ms": ttft, "tokens_per_s": speed},
+        "rounds": rounds,
     }
+
+
+def by_position(gaps: Sequence[Sequence[float]]) -> dict[str, list[float]]:
+    """Median and 90th percentile over the rounds of the gaps before the tokens of each part of the output, of
+    equal width, at most BUCKETS of them.
+
+    gaps: of each round those before its second token, its third, and so on, in ms
+    Returns {positions, p50_ms, p90_ms}; a position is the mean number of the part's tokens, the first token
+    of the output being number 1.
+    """
+    most = max(map(len, gaps))
+    width = -(-most // BUCKETS)
+    found: dict[str, list[float]] = {"positions": [], "p50_ms": [], "p90_ms": []}
+    for first in range(0, most, width):
+        last = min(first + width, most)
+        part = torch.tensor([gap for row in gaps for gap in row[first:last]], dtype=torch.float64)
+        found["positions"].append((first + 2 + last + 1) / 2)
+        found["p50_ms"].append(float(part.quantile(0.5)))
+        found["p90_ms"].append(float(part.quantile(0.9)))
+    return found
+
+
+def _within(
+    limits: Limits, batch: int, ttft: list[float], itl: list[float], e2e: float
+) -> dict[str, float | None]:
+    """The share of requests within the limits, and how many of those a second; None without limits."""
+    if not limits:
+        return {"meets_limits": None, "goodput_rps": None}
+    share = statistics.fmean(map(limits.met, ttft, itl))
+    return {"meets_limits": share, "goodput_rps": 1e3 * batch * share / e2e}
 
 
 def iqr(values: list[float]) -> float:

@@ -12,11 +12,14 @@ tokens (window,); logits (window, vocabulary); per-token results float32 (window
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from eval.paired import paired
 
 # tokens (1, window) -> logits (1, window, vocabulary)
 LogitsOf = Callable[[Tensor], Tensor]
@@ -34,32 +37,68 @@ def token_kl(base_log_probs: Tensor, log_probs: Tensor) -> Tensor:
     return (base_log_probs.exp() * (base_log_probs - log_probs)).sum(-1)
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """What a model makes of every predicted token, a tensor (window - 1,) a window: negative log-probability
+    and, where there is an original, KL(original || model) in nats and 1 where both prefer the same token."""
+
+    nll: list[Tensor]
+    kl: list[Tensor]
+    top1: list[Tensor]
+
+
 @torch.no_grad()
+def read_text(
+    models: Mapping[str, LogitsOf], windows: Iterable[Tensor], base: str | None = None
+) -> dict[str, Tokens]:
+    """Every model over the same windows, once. base: which of them is the original of the others."""
+    found = {name: Tokens([], [], []) for name in models}
+    for tokens in windows:
+        row = tokens.unsqueeze(0)
+        logits = {name: model(row)[0] for name, model in models.items()}
+        for name, parts in _window(logits, tokens, base).items():
+            for column, part in parts.items():
+                getattr(found[name], column).append(part)
+    return found
+
+
 def evaluate_text(
     candidate: LogitsOf, windows: Iterable[Tensor], base: LogitsOf | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Perplexity of ``candidate`` on the windows; with ``base``, divergence from it too.
+    """``summary`` of a candidate on the windows, and with ``base`` that of its original too.
 
-    Standard errors take windows as independent and count their spread (delta method for
-    perplexity). Returns {"candidate": {perplexity, perplexity_stderr, tokens, windows}}; with a
-    base, its own under "base", and in the candidate kl, kl_stderr, kl_p99 (nats per token), top1,
-    top1_stderr (share).
+    Returns {"candidate": ...} and, with a base, "base".
     """
-    columns: list[list[Tensor]] = [[], [], [], []]
-    for tokens in windows:
-        row = tokens.unsqueeze(0)
-        logits = candidate(row)[0]
-        base_logits = base(row)[0] if base is not None else None
-        parts = _window(logits, base_logits, tokens.to(logits.device))
-        for column, part in zip(columns, parts, strict=False):
-            column.append(part)
-    nll, base_nll, kl, top1 = columns
+    models = {"candidate": candidate} if base is None else {"candidate": candidate, "base": base}
+    found = read_text(models, windows, None if base is None else "base")
+    results = {"candidate": summary(found["candidate"], found.get("base"))}
+    if base is not None:
+        results["base"] = summary(found["base"])
+    return results
+
+
+def summary(found: Tokens, base: Tokens | None = None) -> dict[str, Any]:
+    """Perplexity of a model and, with the original's tokens, its divergence from it.
+
+    Standard errors take windows as independent and count their spread (delta method for perplexity).
+    Returns {perplexity, perplexity_stderr, tokens, windows}, and with a base kl, kl_stderr, kl_p99, kl_p999
+    (nats per token), top1, top1_stderr (share), paired (see eval.paired).
+    """
+    result = _perplexity(found.nll)
     if base is None:
-        return {"candidate": _perplexity(nll)}
-    divergence: dict[str, float | None] = {"kl_p99": float(torch.cat(kl).quantile(0.99))}
-    divergence["kl"], divergence["kl_stderr"] = mean_and_stderr(kl)
-    divergence["top1"], divergence["top1_stderr"] = mean_and_stderr(top1)
-    return {"candidate": _perplexity(nll) | divergence, "base": _perplexity(base_nll)}
+        return result
+    p99, p999 = torch.cat(found.kl).double().quantile(torch.tensor([0.99, 0.999]).double()).tolist()
+    kl, kl_stderr = mean_and_stderr(found.kl)
+    top1, top1_stderr = mean_and_stderr(found.top1)
+    return result | {
+        "kl": kl,
+        "kl_stderr": kl_stderr,
+        "kl_p99": p99,
+        "kl_p999": p999,
+        "top1": top1,
+        "top1_stderr": top1_stderr,
+        "paired": paired(found.nll, base.nll, found.kl, found.top1),
+    }
 
 
 def _perplexity(nll: list[Tensor]) -> dict[str, Any]:
@@ -72,23 +111,26 @@ def _perplexity(nll: list[Tensor]) -> dict[str, Any]:
     }
 
 
-def _window(logits: Tensor, base_logits: Tensor | None, tokens: Tensor) -> tuple[Tensor, ...]:
-    """nll, and with base logits base_nll, kl, top1, of one window."""
-    rows = []
+def _window(
+    logits: Mapping[str, Tensor], tokens: Tensor, base: str | None
+) -> dict[str, dict[str, Tensor]]:
+    """The columns of ``Tokens`` for one window, by model."""
+    rows: dict[str, dict[str, list[Tensor]]] = {name: {} for name in logits}
     for start in range(0, len(tokens) - 1, ROWS):
         part = slice(start, min(start + ROWS, len(tokens) - 1))
-        targets = tokens[1:][part]
-        log_probs = logits[part].float().log_softmax(-1)
-        row = [token_nll(log_probs, targets)]
-        if base_logits is not None:
-            base_log_probs = base_logits[part].float().log_softmax(-1)
-            row += [
-                token_nll(base_log_probs, targets),
-                token_kl(base_log_probs, log_probs),
-                (base_log_probs.argmax(-1) == log_probs.argmax(-1)).float(),
-            ]
-        rows.append(row)
-    return tuple(torch.cat(column).cpu() for column in zip(*rows, strict=True))
+        log_probs = {name: found[part].float().log_softmax(-1) for name, found in logits.items()}
+        for name, found in log_probs.items():
+            columns = {"nll": token_nll(found, tokens[1:][part].to(found.device))}
+            if base is not None and name != base:
+                theirs = log_probs[base]
+                columns["kl"] = token_kl(theirs, found)
+                columns["top1"] = (theirs.argmax(-1) == found.argmax(-1)).float()
+            for column, values in columns.items():
+                rows[name].setdefault(column, []).append(values)
+    return {
+        name: {column: torch.cat(parts).cpu() for column, parts in columns.items()}
+        for name, columns in rows.items()
+    }
 
 
 def mean_and_stderr(per_window: list[Tensor]) -> tuple[float, float | None]:

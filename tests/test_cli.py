@@ -52,16 +52,20 @@ def sweep(
 
 def test_a_sweep_ends_in_a_table(sweep: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     cwd, done = sweep
-    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    names = [row.split("|")[1].strip() for row in rows[2:]]
-    assert names[-3:] == [
-        "model (original)",
-        "rtn-int3 scheme.group_size=32 data.sequences=4 data.length=64",
-        "awq-int3 scheme.group_size=32 data.sequences=4 data.length=64",
-    ]
-    again = compress("compare", "outputs", cwd=cwd)
+    _, end = done.stdout.split("\nmodel (original) ", 1)
+    changed = "scheme.group_size=32 data.sequences=4 data.length=64"
+    names = [f"{recipe} {changed}" for recipe in ("rtn-int3", "awq-int3")]
+    first, second = end.splitlines()[1:3]
+    assert first.startswith(names[0])
+    assert second.startswith(names[1])
+    again = compress("compare", "outputs", "gate.kl=0", "--out", "report", cwd=cwd)
     assert again.returncode == 0
-    assert all(name in again.stdout for name in names)
+    rows = [line for line in again.stdout.splitlines() if line.startswith(tuple(names))]
+    assert len(rows) == 2
+    assert all(row.endswith("FAILED: kl") for row in rows)
+    assert "None of 2 passes the gate (KL at most 0 on every text)." in again.stdout
+    files = {"report.html", "table.csv", "table.md", "table.tex"}
+    assert {file.name for file in (cwd / "report").iterdir()} == files
 
 
 def test_a_run_folder_holds_what_it_should(
@@ -76,6 +80,8 @@ def test_a_run_folder_holds_what_it_should(
         metrics = json.loads((run / "metrics.json").read_text())
         assert metrics["model"]["fingerprint"] == tiny.fingerprint
         candidate, base = metrics["candidate"], metrics["base"]
+        assert candidate["predicted"]["hardware"] == "cpu"
+        assert candidate["predicted"]["bytes"] < base["predicted"]["bytes"]
         (text,) = candidate["texts"].values()
         assert text["kl"] > 0.001, "three bits on a random model must show"
         assert 0 < text["top1"] < 1
@@ -142,7 +148,8 @@ def test_bench_measures_every_point_by_every_engine(
 ) -> None:
     cwd, _ = sweep
     (checkpoint,) = cwd.glob("outputs/model/awq-int3/*/checkpoint")
-    words = ["engine=compress,transformers", "speed.batches=[2,1]", *QUICK[5:]]
+    mix = ["speed=mix", "speed.mix.input=[8,64]", "speed.mix.output=[8,16]"]
+    words = [*mix, "engine=compress,transformers", "speed.batches=[2,1]", *QUICK[5:]]
     done = compress("bench", str(checkpoint), *words, "--out", "found.json", cwd=cwd)
     assert done.returncode == 0, done.stderr
     assert "batch 2, 8/4, tokens/s: checkpoint (compress)" in done.stderr
@@ -158,7 +165,13 @@ def test_bench_measures_every_point_by_every_engine(
     assert found["command"] == " ".join(["compress bench checkpoint", *words])
     assert str(cwd) not in json.dumps(found)
     speed = found["folders"]["checkpoint"]["compress"]
-    assert [point["batch"] for point in speed["points"]] == [2, 1]
+    assert [point["batch"] for point in speed["points"]] == [2, 1, 2, 1]
+    # After the patterns the mix: shorter prompts padded, by both engines the same.
+    ours, theirs = (engine["points"][2] for engine in found["folders"]["checkpoint"].values())
+    assert (ours["least_input"], ours["input_length"], ours["least_output"]) == (8, 64, 8)
+    assert ours["rounds"]["inputs"] == theirs["rounds"]["inputs"]
+    assert len(set(ours["rounds"]["inputs"][0])) == 2, "nothing was padded"
+    assert (cwd / "found.png").read_bytes().startswith(b"\x89PNG")
     assert sum(speed["points"][0]["kernels"].values()) == 25
     assert speed["load"]["engines"] == ["compress", "transformers"]
 
@@ -172,6 +185,58 @@ def test_bench_measures_a_shape_without_a_folder(tiny: ModelFolder, tmp_path: Pa
     dense, packed = (found["compress"]["points"][0] for found in (first, second))
     assert packed["bytes_per_step"] < 0.5 * dense["bytes_per_step"]
     assert sum(packed["kernels"].values()) == 25
+
+
+def test_bench_over_a_traffic_ends_in_a_weighted_row(
+    sweep: tuple[Path, subprocess.CompletedProcess[str]], tiny: ModelFolder
+) -> None:
+    cwd, _ = sweep
+    (cwd / "asked.csv").write_text("isl,osl\n8,3\n8,3\n8,3\n40,5\n500,300\n")
+    folders = [str(tiny.path), str(next(cwd.glob("outputs/model/awq-int3/*/checkpoint")))]
+    words = ["speed.repeats=2", "speed.limits={ttft_ms: 60000}", "traffic=asked.csv"]
+    short = ["traffic.longest=45", "traffic.patterns=2"]
+    done = compress("bench", *folders, *words, *short, "--out", "traffic.json", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((cwd / "traffic.json").read_text())
+    mixture = found["traffic"]
+    assert mixture["patterns"] == [
+        {"input_length": 8, "output_length": 3, "weight": 0.75},
+        {"input_length": 40, "output_length": 5, "weight": 0.25},
+    ]
+    assert found["speed"]["patterns"] == [[8, 3], [40, 5]]
+    (row,) = mixture["weighted"]["checkpoint"]["compress"]
+    points = found["folders"]["checkpoint"]["compress"]["points"]
+    times = [point["rounds"]["e2e_ms"] for point in points]
+    assert row["rounds"]["time_per_request_ms"] == pytest.approx(
+        [0.75 * short + 0.25 * long for short, long in zip(*times, strict=True)]
+    )
+    assert [point["meets_limits"] for point in points] == [1, 1]
+    assert "(left out: 1 (20.0%) of more than 45 tokens) as 2 sizes" in done.stdout
+    assert "- checkpoint: 8/3 batch 1, " in done.stdout
+    assert (cwd / "traffic.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_traffic_tells_of_a_log_and_invents_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def told(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["compress", "traffic", *words])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert not stopped.value.code
+        return capsys.readouterr().out
+
+    for name in ("a.jsonl", "b.jsonl"):
+        told("--sample", name, "--requests", "50", "--mix", "chat", "--seed", "3")
+    assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text()
+    assert "- a.jsonl: 50 requests." in told("a.jsonl", "traffic.patterns=2", "--out", "a.json")
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert (found["requests"], len(found["patterns"])) == (50, 2)
+    assert sum(map(sum, found["heat_map"]["requests"])) == 50
+    assert json.loads(told("a.jsonl", "traffic.patterns=2", "--json", "--out", "a.png")) == found
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_bench_prints_json_for_programs(
@@ -315,18 +380,27 @@ MISTAKES = [
     (["recipe=best-int3", "data.sequences=1"], "set data.sequences to 2 or more"),
     (["eval=none"], "recipe= is missing: choose one of awq-int3"),
     (["-m", "recipe=rtn-int4", "scheme.bits=4,9"], "scheme.bits=9 is not allowed"),
-    (["compares", "outputs"], "compares is neither a verb (bench, compare, evaluate, verify) nor"),
+    (
+        ["compares", "outputs"],
+        "compares is neither a verb (bench, compare, evaluate, traffic, verify) nor",
+    ),
     (["recipe=rtn-int4", "scheme.bits=four"], "scheme.bits: Value 'four'"),
     (["recipe=rtn-int4", f"hydra.run.dir={__file__}/x"], "cannot be written: choose another"),
     (["compare", "nowhere"], "there is no folder nowhere"),
     (["compare", "."], "no finished run below ."),
+    (["compare", ".", "gate.kl=small"], "gate.kl=small is not allowed: choose a number"),
+    (["compare", ".", "gate.bits=3"], "choose KEY=VALUE of gate.kl, gate.perplexity, gate.top1, "),
+    (["compare", ".", "gate.top1=70"], "gate.top1=70 is not allowed: choose 0 to 1"),
+    (["compare", "gate.kl=0.1"], "compare needs at least one DIR"),
+    (["compare", ".", "--out", "nowhere/report"], "cannot be written: there is no folder nowhere"),
+    (["compare", ".", "--out", __file__], "test_cli.py is not allowed: choose a folder"),
     (["verify", "nowhere"], "there is no folder nowhere"),
     (["evaluate", "./nowhere"], "model './nowhere' is neither"),
     (["bench", "./nowhere"], "model './nowhere' is neither"),
     (["bench", "speed.repeats=2"], "bench needs at least one FOLDER"),
     (
         ["bench", ".", "speed.output_length=8"],
-        "known are batches, engines, patterns, repeats, seed",
+        "known are batches, engines, limits, mix, patterns, repeats, scale, seed",
     ),
     (
         ["bench", ".", "speed.patterns=[[128,1]]"],
@@ -350,10 +424,57 @@ MISTAKES = [
         "--out x.txt is not allowed: choose a name that ends in .json",
     ),
     (
+        ["bench", ".", "speed=mix", "speed.mix.input=[9]"],
+        "speed.mix.input=[9] is not allowed: choose the least and the most tokens, 1 or more",
+    ),
+    (["bench", ".", "speed=mix", "speed.mix.output=[1,9]"], "tokens, 2 or more, as in speed.mix.o"),
+    (["bench", ".", "speed=mix", "speed.mix.output=[9,8]"], "speed.mix.output=[9, 8] is not allow"),
+    (["bench", ".", "speed.scale=0"], "speed.scale=0.0 is not allowed: choose a number above 0"),
+    (["bench", ".", "speed.limits.itl_ms=0"], "speed.limits.itl_ms=0.0 is not allowed: choose mil"),
+    (
+        ["bench", ".", "speed.limits={tpot_ms: 1}"],
+        "speed.limits.tpot_ms is not a known key: known are itl_ms, ttft_ms",
+    ),
+    (
+        ["bench", "shape:llama-2-7b", "speed=mix", "speed.scale=200"],
+        "speed.mix needs 409600 tokens",
+    ),
+    (["bench", ".", "traffic=gone.csv"], "there is no file gone.csv"),
+    (["bench", ".", "traffic.longest=9"], "traffic.longest needs a log: add traffic=FILE"),
+    (["bench", ".", "traffic=x.csv", "traffic.most=9"], "traffic.most is not known: known are"),
+    (["bench", ".", "traffic=x.csv", "traffic.patterns=0"], "traffic.patterns=0 is not allowed"),
+    (
+        ["bench", ".", "traffic=x.csv", "speed.patterns=[[8,8]]"],
+        "traffic=x.csv and speed.patterns=[[8,8]] both say the sizes: leave one of them out",
+    ),
+    (["traffic"], "traffic needs a LOG, or --sample FILE"),
+    (["traffic", "gone.csv"], "there is no file gone.csv"),
+    (["traffic", "a.csv", "b.csv"], "traffic reads one log, not a.csv, b.csv"),
+    (["traffic", "a.csv", "speed.batches=[1]"], "speed.batches=[1] is not known to traffic"),
+    (["traffic", "a.csv", "--out", "x.svg"], "--out x.svg is not allowed: choose a name that ends"),
+    (["traffic", "--sample", "x.txt"], "--sample x.txt is not allowed: choose a name that ends in"),
+    (["traffic", "--sample", "x.csv", "--requests", "0"], "--requests=0 is not allowed: choose 1"),
+    (["traffic", "--sample", "x.csv", "--rate", "0"], "--rate=0.0 is not allowed: choose a number"),
+    (
         ["bench", ".", "--out", "no/x.json"],
         "--out no/x.json cannot be written: there is no folder no",
     ),
 ]
+
+
+def test_requests_that_a_model_does_not_take_are_not_dropped_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.csv").write_text("isl,osl\n131000,72\n131000,73\n8,8\n8,8\n")
+    words = ["bench", "shape:llama-2-7b", f"traffic={tmp_path / 'a.csv'}"]
+    monkeypatch.setattr(sys, "argv", ["compress", *words])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == (
+        "compress: 1 of 4 requests of a.csv (25.0%) need more tokens than the 131072 that shape:llama-2-7b "
+        "takes: leave them out with traffic.longest=131072\n"
+    )
 
 
 @pytest.mark.parametrize(("words", "sentence"), MISTAKES, ids=lambda v: " ".join(v)[:40])

@@ -8,19 +8,27 @@ import json
 from compress.compose import compose_settings, expand_shorthand
 from compress.config import device_of
 from compress.errors import UserError
-from compress.measure import check_tasks, measure_accuracy, measure_size, open_windows
+from compress.measure.accuracy import measure_accuracy, open_windows
+from compress.measure.size import measure_size
+from compress.measure.tasks import check_tasks
 from compress.model.folder import ModelFolder
 from compress.model.sources import open_tokenizer, resolve_model
+from compress.report.verdict import passed, verdict
 
 
 def main(words: list[str]) -> int:
-    """Prints JSON: size and accuracy of FOLDER, and with --base the divergence from it."""
+    """Prints JSON: size and accuracy of FOLDER, and with --base the divergence from it and a verdict.
+
+    1 if the gate does not let it through.
+    """
     parser = argparse.ArgumentParser("compress evaluate", description=__doc__)
     parser.add_argument(
         "folder", metavar="FOLDER", help="a folder, owner/name, or a run's checkpoint/"
     )
     parser.add_argument("--base", metavar="FOLDER", help="the original, for KL and top-1 agreement")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="eval.* and device")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="eval.*, gate.* and device"
+    )
     asked = parser.parse_intermixed_args(words)
     settings = compose_settings(expand_shorthand(asked.overrides))
     if settings.eval is None:
@@ -31,12 +39,18 @@ def main(words: list[str]) -> int:
         raise UserError(
             f"{asked.base} has another vocabulary than {asked.folder}: choose its original"
         )
+    if base is None and settings.gate.limits:
+        raise UserError(f"gate.{next(iter(settings.gate.limits))} needs --base, the original")
     tokenizer = open_tokenizer(folder)
     windows = open_windows(settings.eval, tokenizer)
-    check_tasks(settings.eval)
+    check_tasks(settings.eval, folder)
     size = measure_size(folder)
     accuracy = measure_accuracy(
         folder, base, windows, settings.eval, tokenizer, device_of(settings)
     )
-    print(json.dumps({"size": size, **accuracy}, indent=2))
-    return 0
+    judged = None
+    if base is not None:
+        judged = verdict(accuracy.rows["candidate"], accuracy.rows["base"], settings.gate.limits)
+        accuracy.rows["candidate"]["verdict"] = judged
+    print(json.dumps({"size": size, **accuracy.rows}, indent=2))
+    return int(not passed(judged))

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compress.report.table import ABSENT, markdown, speedup
+from eval.speed import Limits, pattern_of
 
 HEADER = [
     "batch",
@@ -49,6 +50,7 @@ def bench_report(results: Results, environment: Mapping[str, Any]) -> str:
         markdown(rows),
         _loads(candidates),
         _crossovers(results),
+        _kept(candidates),
         _legend(results, environment),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -56,18 +58,15 @@ def bench_report(results: Results, environment: Mapping[str, Any]) -> str:
 
 def _order(points: list[Point]) -> list[int]:
     """Points in the order of a reader: by pattern, then by batch."""
-    patterns = list(dict.fromkeys(_pattern(point) for point in points))
+    patterns = list(dict.fromkeys(pattern_of(point) for point in points))
     return sorted(
-        range(len(points)), key=lambda i: (patterns.index(_pattern(points[i])), points[i]["batch"])
+        range(len(points)),
+        key=lambda i: (patterns.index(pattern_of(points[i])), points[i]["batch"]),
     )
 
 
-def _pattern(point: Point) -> str:
-    return f"{point['input_length']}/{point['output_length']}"
-
-
 def _named(folder: str, engine: str, point: Point, base: Point, together: bool) -> list[str]:
-    cells = [str(point["batch"]), _pattern(point), folder, engine]
+    cells = [str(point["batch"]), pattern_of(point), folder, engine]
     if "refused" in point:
         return [*cells, "refused", *[ABSENT] * 7]
     ratio = ABSENT if "refused" in base else f"{speedup(point, base, together=together):.2f}x"
@@ -135,7 +134,7 @@ def crossover(speed: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     ratios: dict[str, dict[int, float]] = {}
     for ours, theirs in zip(speed["points"], base["points"], strict=True):
         if "refused" not in ours and "refused" not in theirs:
-            found = ratios.setdefault(_pattern(ours), {})
+            found = ratios.setdefault(pattern_of(ours), {})
             found[ours["batch"]] = speedup(ours, theirs, together=together)
     told = []
     for pattern, by_batch in ratios.items():
@@ -155,6 +154,28 @@ def crossover(speed: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     )
     loss = f"largest loss {worst:.2f}x at batch {batch}, {pattern}" if worst < 1 else "no loss"
     return f"{'; '.join(told)}; {loss}"
+
+
+def _kept(candidates: list[tuple[str, str, Mapping[str, Any]]]) -> str:
+    """A line for each candidate: the largest batch of each pattern whose requests all kept the limits."""
+    limits = Limits(**candidates[0][2]["load"].get("limits", {}))
+    if not limits:
+        return ""
+    both = (("TTFT", limits.ttft_ms), ("mean ITL", limits.itl_ms))
+    told = " and ".join(f"{name} within {ms:g} ms" for name, ms in both if ms is not None)
+    engines = {engine for _, engine, _ in candidates}
+    lines = []
+    for folder, engine, speed in candidates:
+        by_pattern: dict[str, list[str]] = {}
+        for point in sorted(speed["points"], key=lambda point: point["batch"]):
+            met = by_pattern.setdefault(pattern_of(point), [])
+            if point.get("meets_limits") == 1:
+                met.append(f"batch {point['batch']}, {point['goodput_rps']:.3g} requests/s")
+        found = "; ".join(f"{p} {met[-1] if met else 'none'}" for p, met in by_pattern.items())
+        name = folder if len(engines) == 1 else f"{folder} ({engine})"
+        lines.append(f"- {name}: {found}")
+    head = f"The largest batch measured of which every timed request had {told}:"
+    return "\n".join([head, "", *lines])
 
 
 def _legend(results: Results, environment: Mapping[str, Any]) -> str:
@@ -183,6 +204,11 @@ def _legend(results: Results, environment: Mapping[str, Any]) -> str:
         "200 MB of it code; most meanwhile: while it was opened.",
     ]
     points = [(f, e, s, point) for f, e, s in speeds for point in s["points"]]
+    if any("least_input" in point for *_, point in points):
+        lines.append(
+            "Of a mix, as 16-512/8-64: the tokens in of each request and out of the batch drawn every round, "
+            "log-uniformly and the same for all; shorter prompts padded on the left, the batch ends together."
+        )
     read = [point["read_gb_s"] for *_, point in points if point.get("read_gb_s")]
     if read:
         kernel = next(s["read_kernel"] for _, _, s in speeds if "read_kernel" in s)
@@ -195,7 +221,7 @@ def _legend(results: Results, environment: Mapping[str, Any]) -> str:
     threads = load["threads"] or environment["threads"]
     lines.append(f"{environment['device']}, threads: {threads}, torch {versions['torch']}.")
     lines += [
-        f"Refused: {f} ({e}), batch {point['batch']}, {_pattern(point)}: {point['refused']}"
+        f"Refused: {f} ({e}), batch {point['batch']}, {pattern_of(point)}: {point['refused']}"
         for f, e, _, point in points
         if "refused" in point
     ]

@@ -6,10 +6,12 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compress.errors import UserError
+from eval.task_scores import headline, stderr_of
 
 METRICS = "metrics.json"
 ABSENT = "-"
@@ -24,53 +26,116 @@ def find_runs(paths: Iterable[Path]) -> list[dict[str, Any]]:
     for path in paths:
         if not path.is_dir():
             raise UserError(f"there is no folder {path}")
-    files = {file for path in paths for file in path.rglob(METRICS)}
-    runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    # By its true place: a folder may be named twice.
+    files = {file.resolve(): file for path in paths for file in path.rglob(METRICS)}
+    runs = [
+        {**json.loads(file.read_text(encoding="utf-8")), "folder": str(file.parent)}
+        for file in files.values()
+    ]
     if not runs:
         raise UserError(f"no finished run below {', '.join(map(str, paths))}: none has {METRICS}")
     return sorted(runs, key=lambda run: run["environment"]["date"])
 
 
-def table(runs: list[dict[str, Any]]) -> str:
-    """A Markdown table of the runs, each model's original first, with what the columns mean below.
+@dataclass(frozen=True)
+class Row:
+    """A model as it was, or what a run made of it.
+
+    label: tells it from the others of its model
+    model: the fingerprint of the original
+    values: its section of metrics.json (size, texts, tasks, ...)
+    base: the same of its original; of an original None
+    run: the whole metrics.json; of an original those of the newest run of it
+    """
+
+    label: str
+    model: str
+    values: Mapping[str, Any]
+    base: Mapping[str, Any] | None
+    run: Mapping[str, Any]
+
+
+def rows_of(runs: list[dict[str, Any]]) -> list[Row]:
+    """Each model's original and then its runs, oldest first.
 
     The original's row takes each section from the newest run of its model that measured it.
     """
-    rows: list[tuple[str, dict[str, Any], dict[str, Any] | None]] = []
+    rows = []
     for fingerprint in dict.fromkeys(run["model"]["fingerprint"] for run in runs):
         of_model = [run for run in runs if run["model"]["fingerprint"] == fingerprint]
         original: dict[str, Any] = {}
         for run in of_model:
             original |= {section: found for section, found in run["base"].items() if found}
-        rows.append((f"{of_model[-1]['model']['name']} (original)", original, None))
-        rows += [(run["name"], run["candidate"], run["base"]) for run in of_model]
+        newest = of_model[-1]
+        rows.append(
+            Row(f"{newest['model']['name']} (original)", fingerprint, original, None, newest)
+        )
+        names = [run["name"] for run in of_model]
+        for run in of_model:
+            twice = f" of {run['environment']['date']}" if names.count(run["name"]) > 1 else ""
+            rows.append(Row(run["name"] + twice, fingerprint, run["candidate"], run["base"], run))
+    return rows
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """A Markdown table of the runs, each model's original first, with what the columns mean below."""
+    rows = [
+        [plain_markdown(cell).replace("|", "\\|") for cell in row] for row in cells(rows_of(runs))
+    ]
+    legend = [f"- {plain_markdown(line)}" for line in legend_lines(runs)]
+    return markdown(rows) + "\n\n" + "\n".join(legend) + "\n"
+
+
+def plain_markdown(text: str) -> str:
+    """Text that may hold a name, so that it breaks no line and is no HTML."""
+    return text.replace("<", "&lt;").replace("\n", " ")
+
+
+def cells(rows: list[Row]) -> list[list[str]]:
+    """The wide table as text, the header first."""
     texts = _keys(rows, "texts")
     tasks = _keys(rows, "tasks")
     # Quantizing leaves as many weights as there were.
     pruned = any(
-        base and row["size"]["parameters"] != base["size"]["parameters"] for _, row, base in rows
+        row.base and row.values["size"]["parameters"] != row.base["size"]["parameters"]
+        for row in rows
     )
     header = ["", *(["M weights"] if pruned else []), "MB", "bits/weight linears", "whole file"]
     header += [f"perplexity {text}" for text in texts] + [f"KL {text}" for text in texts]
-    header += [f"top-1 {text}" for text in texts] + [_short(task) for task in tasks]
-    at_length = any("context" in row for _, row, _ in rows)
+    header += [f"top-1 {text}" for text in texts] + [short(task) for task in tasks]
+    at_length = any("context" in row.values for row in rows)
     header += ["cache", "KL at length", "facts found"] if at_length else []
     header += ["TTFT ms", "tokens/s", "peak MB", "kernel"]
+    judged = any(verdict_of(row) for row in rows)
+    header += ["verdict"] if judged else []
     lines = []
-    for name, row, base in rows:
-        beside = base or {}
-        weights = [f"{row['size']['parameters'] / 1e6:.1f}"] if pruned else []
-        cells = [name, *weights, *_cells(row, texts, tasks)]
-        cells += _context(row.get("context"), beside.get("context")) if at_length else []
-        lines.append(cells + _speed(row.get("speed"), beside.get("speed")))
-    return markdown([header, *lines]) + "\n" + _legend(runs)
+    for row in rows:
+        beside = row.base or {}
+        weights = [f"{row.values['size']['parameters'] / 1e6:.1f}"] if pruned else []
+        line = [row.label, *weights, *_cells(row.values, texts, tasks)]
+        line += _context(row.values.get("context"), beside.get("context")) if at_length else []
+        line += _speed(row.values.get("speed"), beside.get("speed"))
+        lines.append([*line, verdict_of(row) or ABSENT] if judged else line)
+    return [header, *lines]
 
 
-def _keys(rows: list[Any], section: str) -> list[str]:
-    return list(dict.fromkeys(key for _, row, _ in rows for key in row.get(section, {})))
+def verdict_of(row: Row) -> str | None:
+    """What a run says of itself in a line, with what its own gate said."""
+    verdict = row.values.get("verdict")
+    if not verdict:
+        return None
+    gate = verdict.get("gate")
+    if not gate:
+        return verdict["text"]
+    judged = "passed" if gate["passed"] else "FAILED: " + ", ".join(gate["failed"])
+    return f"{verdict['text']}; gate {judged}"
 
 
-def _short(task: str) -> str:
+def _keys(rows: list[Row], section: str) -> list[str]:
+    return list(dict.fromkeys(key for row in rows for key in row.values.get(section) or {}))
+
+
+def short(task: str) -> str:
     return task.removeprefix("packaged_")
 
 
@@ -117,13 +182,8 @@ def with_error(value: float, stderr: float | None, form: str) -> str:
 def _task(score: Mapping[str, float] | None) -> str:
     if score is None:
         return ABSENT
-    metric = _headline(score)
-    return f"{100 * score[metric]:.1f} ±{100 * score[f'{metric}_stderr']:.1f}" if metric else ABSENT
-
-
-def _headline(score: Mapping[str, float]) -> str | None:
-    """The metric of a task that goes into the table; all of them are in metrics.json."""
-    return next((m for m in ("acc_norm", "acc", "exact_match") if f"{m}_stderr" in score), None)
+    metric = headline(score)
+    return f"{100 * score[metric]:.1f} ±{100 * score[stderr_of(metric)]:.1f}" if metric else ABSENT
 
 
 def _speed(speed: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> list[str]:
@@ -168,7 +228,7 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
-def _legend(runs: list[dict[str, Any]]) -> str:
+def legend_lines(runs: list[dict[str, Any]]) -> list[str]:
     """What the columns mean, with the settings of the newest run."""
     run = runs[-1]
     row, env = run["candidate"], run["environment"]
@@ -183,9 +243,9 @@ def _legend(runs: list[dict[str, Any]]) -> str:
         )
     for name, task in row.get("tasks", {}).items():
         lines.append(
-            f"{_short(name)}: {_headline(task) or 'see metrics.json'} in %, the first "
-            f"{task['questions']} questions, zero-shot, lm-eval {env['versions']['lm-eval']}; "
-            "± is a standard error."
+            f"{short(name)}: {headline(task) or 'see metrics.json'} in %, the first "
+            f"{task['questions']} questions, {task.get('fewshot', 0)}-shot, lm-eval "
+            f"{env['versions']['lm-eval']}; ± is a standard error."
         )
     if "context" in row:
         context = row["context"]
@@ -218,4 +278,4 @@ def _legend(runs: list[dict[str, Any]]) -> str:
         lines.append(
             "NOT ALL ROWS are measured with these settings or on this device: see each metrics.json."
         )
-    return "\n" + "\n".join(f"- {line}" for line in lines) + "\n"
+    return lines

@@ -69,6 +69,7 @@ class Decoder:
         # Those the last token was picked from, (batch, vocabulary); the next step overwrites them.
         self.logits = torch.empty(0, device=device)
         self._request: Request | None = None
+        self._least = LEAST
         waiting = [linear for linear in network.linears if waits(linear.weight)]
         self._captures = device.type == "cuda" and not waiting
         if device.type == "cuda" and waiting:
@@ -144,6 +145,11 @@ class Decoder:
         found = torch.cat(columns, 1).tolist()
         return [row[: row.index(end) + 1] if end in row else row for row in found]
 
+    def reserve(self, tokens: int) -> None:
+        """Requests get room for so many tokens, even if they ask for fewer: those of many lengths share a
+        cache and a graph."""
+        self._least = max(LEAST, tokens)
+
     def tune(self, batches: Sequence[int]) -> None:
         """Measure on the device how products of these many rows run best, and keep it: see kernels.tuning."""
         for batch in batches:
@@ -181,7 +187,7 @@ class Decoder:
     def _room(self, batch: int, tokens: int) -> Request:
         """Buffers and graph for such a batch with room for so many tokens: those of the last request, if they
         fit. Only one set lives at a time."""
-        capacity = max(LEAST, 1 << (tokens - 1).bit_length())
+        capacity = 1 << (max(self._least, tokens) - 1).bit_length()
         request = self._request
         if request is not None and (request.batch, request.capacity) == (batch, capacity):
             return request

@@ -252,7 +252,7 @@ class _Bench:
         return agreement(
             self.exact,
             {name: self.reader(name, self.model) for name in (NOISE, *self.served)},
-            track(prompts.tokens, "prompts"),
+            prompts.tokens,
             self.asked.generated,
         )
 

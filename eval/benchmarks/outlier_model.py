@@ -23,7 +23,7 @@ import torch
 from compress.compose import compose_settings
 from compress.environment import environment
 from compress.export.shards import ShardWriter
-from compress.measure import open_windows
+from compress.measure.accuracy import open_windows
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder, read_json, write_json
 from compress.model.sources import open_tokenizer, resolve_model

@@ -37,7 +37,8 @@ from calibration.tokens import TokenBlocks, calibration_blocks
 from compress.compose import compose_settings
 from compress.config import RecipeConfig
 from compress.environment import environment
-from compress.measure import measure_accuracy, measure_size, open_windows
+from compress.measure.accuracy import measure_accuracy, open_windows
+from compress.measure.size import measure_size
 from compress.model.folder import ModelFolder, read_json, write_json
 from compress.model.sources import open_tokenizer, resolve_model
 from compress.report.table import with_error
@@ -235,7 +236,7 @@ def judge(
         accuracy = measure_accuracy(
             written, folder, windows, settings.eval, tokenizer, torch.device("cpu")
         )
-        measured["texts"] = accuracy["candidate"]["texts"]
+        measured["texts"] = accuracy.rows["candidate"]["texts"]
     write_json(place / MEASUREMENT, measured)
     return measured
 

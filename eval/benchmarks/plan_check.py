@@ -27,7 +27,7 @@ from compress.commands.plan import plan
 from compress.compose import compose_settings, expand_shorthand
 from compress.config import SpeedConfig
 from compress.environment import environment
-from compress.measure import measure_decode
+from compress.measure.speed import measure_decode
 from compress.model.folder import ModelFolder, save_tensors, write_json
 from compress.model.shapes import ShapeFolder
 from compress.model.sources import resolve_model

@@ -32,7 +32,7 @@ from compress.compose import compose_settings
 from compress.distill.knobs import Distill
 from compress.distill.stage import distill
 from compress.environment import environment
-from compress.measure import open_windows
+from compress.measure.accuracy import open_windows
 from compress.model.folder import ModelFolder, write_json
 from compress.model.sources import open_tokenizer, resolve_model
 from compress.prune.knobs import Prune

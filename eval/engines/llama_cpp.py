@@ -35,7 +35,7 @@ class LlamaCppDecoder:
         release = json.loads(self._line())["release"]
         self.kernels = {f"llama.cpp {release} {gguf.stem.rpartition('.')[2]}": len(tensors)}
 
-    def start(self, prompt: Tensor, tokens: int) -> Tensor:
+    def start(self, prompt: Tensor, tokens: int, padding: Tensor | None = None) -> Tensor:
         if len(prompt) != 1:
             raise ValueError(f"one sequence at a time, not {len(prompt)}")
         assert self._process.stdin is not None

@@ -34,11 +34,11 @@ class TransformersDecoder:
         self._request: Future[None] | None = None
         self._handed: SimpleQueue[Handed] = SimpleQueue()
 
-    def start(self, prompt: Tensor, tokens: int) -> Tensor:
+    def start(self, prompt: Tensor, tokens: int, padding: Tensor | None = None) -> Tensor:
         if self._request is not None:
             self._request.result()
         self._handed = SimpleQueue()
-        self._request = self._thread.submit(self._generate, prompt, tokens, self._handed)
+        self._request = self._thread.submit(self._generate, prompt, tokens, padding, self._handed)
         return self.step()
 
     def step(self) -> Tensor:
@@ -69,12 +69,17 @@ class TransformersDecoder:
         states = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
         return weights + batch * context * states * self.model.dtype.itemsize
 
-    def _generate(self, prompt: Tensor, tokens: int, handed: SimpleQueue[Handed]) -> None:
+    def _generate(
+        self, prompt: Tensor, tokens: int, padding: Tensor | None, handed: SimpleQueue[Handed]
+    ) -> None:
         try:
+            seen = torch.ones_like(prompt)
+            if padding is not None:
+                seen = (torch.arange(prompt.shape[1]) >= padding[:, None]).to(seen)
             prompt = prompt.to(self.device)
             self.model.generate(
                 prompt,
-                attention_mask=torch.ones_like(prompt),
+                attention_mask=seen.to(self.device),
                 do_sample=False,
                 min_new_tokens=tokens,
                 max_new_tokens=tokens,
@@ -101,13 +106,18 @@ class _HandOver(StoppingCriteria):
         return self.no
 
 
+def load_transformers(path: Path, device: torch.device) -> Any:
+    """The model of a folder as transformers itself loads it."""
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype="auto", device_map=device, local_files_only=True
+    )
+    return model.eval()
+
+
 def open_transformers(path: Path, device: str) -> TransformersDecoder:
     """A decoder over the folder at ``path``; picklable by name, for a process of its own."""
     # Warnings on requests are for people; here they would come once a request.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     target = torch.device(device)
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype="auto", device_map=target, local_files_only=True
-    )
-    return TransformersDecoder(model.eval(), target)
+    return TransformersDecoder(load_transformers(path, target), target)

@@ -34,7 +34,7 @@ class VllmDecoder:
         # Tokens that came and were not asked for yet, by request.
         self._come: dict[str, list[int]] = {}
 
-    def start(self, prompt: Tensor, tokens: int) -> Tensor:
+    def start(self, prompt: Tensor, tokens: int, padding: Tensor | None = None) -> Tensor:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -50,8 +50,9 @@ class VllmDecoder:
         )
         self._open = [str(next(self._names)) for _ in prompt]
         self._come = {name: [] for name in self._open}
-        for name, row in zip(self._open, prompt.tolist(), strict=True):
-            self.engine.add_request(name, {"prompt_token_ids": row}, sampling)
+        left = [0] * len(prompt) if padding is None else padding.tolist()
+        for name, row, first in zip(self._open, prompt.tolist(), left, strict=True):
+            self.engine.add_request(name, {"prompt_token_ids": row[first:]}, sampling)
         return self.step()
 
     def step(self) -> Tensor:
@@ -68,20 +69,25 @@ class VllmDecoder:
         self.engine.engine_core.shutdown()
 
 
-def open_vllm(path: Path, device: str, *, longest: int, most: int) -> VllmDecoder:
-    """A decoder over the folder at ``path``; picklable by name, for a process of its own.
-
-    longest: tokens of a sequence; most: sequences at a time. The cache has room for these
-    """
-    on_cuda = torch.device(device).type == "cuda"
+def set_environment(on_cuda: bool) -> None:
+    """What vLLM reads when it is imported."""
     os.environ.update(QUIET)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if on_cuda else "1"
     # As many threads as the others get; left to itself it would bind one to every core.
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     # Its own choice is a graphics card that is there.
     if not on_cuda:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def open_vllm(path: Path, device: str, *, longest: int, most: int) -> VllmDecoder:
+    """A decoder over the folder at ``path``; picklable by name, for a process of its own.
+
+    longest: tokens of a sequence; most: sequences at a time. The cache has room for these
+    """
+    on_cuda = torch.device(device).type == "cuda"
+    set_environment(on_cuda)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if on_cuda else "1"
     import vllm
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine

@@ -23,10 +23,11 @@ class Counting:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         logits = torch.zeros(*tokens.shape, VOCABULARY)
-        for i, token in enumerate(tokens[0].tolist()):
-            logits[0, i, (token + 1) % VOCABULARY] = 2.0
-            if self.seen >= self.wrong_from:
-                logits[0, i, (token + 1 + self.step) % VOCABULARY] += self.sure
+        for i, column in enumerate(tokens.T.tolist()):
+            for row, token in enumerate(column):
+                logits[row, i, (token + 1) % VOCABULARY] = 2.0
+                if self.seen >= self.wrong_from:
+                    logits[row, i, (token + 1 + self.step) % VOCABULARY] += self.sure
             self.seen += 1
         return logits
 
@@ -69,10 +70,9 @@ def test_every_token_is_seen_once() -> None:
 @pytest.mark.parametrize("strays", [0, 1, 63, 64, 65, 99, 100])
 def test_agreement_ends_at_the_first_difference(strays: int) -> None:
     """``wrong_from`` counts the prompt's tokens: its last one gives the first answer."""
-    prompt = torch.tensor([1, 2, 3])
-    found = agreement(
-        Counting, {"x": lambda: Counting(len(prompt) - 1 + strays, 5.0)}, [prompt, prompt], 100
-    )["x"]
+    prompts = torch.arange(PIECE + 3).expand(2, -1) % VOCABULARY
+    wrong_from = prompts.shape[1] - 1 + strays
+    found = agreement(Counting, {"x": lambda: Counting(wrong_from, 5.0)}, prompts, 100)["x"]
     assert found["lengths"] == [strays, strays]
     assert found["median"] == found["mean"] == strays
     assert found["whole"] == (strays == 100)

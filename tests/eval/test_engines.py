@@ -42,6 +42,19 @@ def test_transformers_hands_over_what_generate_writes(
         assert torch.equal(torch.cat(ours, dim=1), theirs[:, prompt.shape[1] :])
 
 
+def test_transformers_sees_prompts_of_different_lengths_as_each_by_itself(
+    tiny: ModelFolder, tokens: torch.Tensor
+) -> None:
+    decoder = open_transformers(tiny.path, "cpu")
+    decoder.model.float()
+    prompt, padding = tokens[:2, :8].clone(), torch.tensor([0, 3])
+    padded = [decoder.start(prompt, 4, padding), *(decoder.step() for _ in range(3))]
+    alone = [decoder.start(prompt[1:, 3:], 4), *(decoder.step() for _ in range(3))]
+    assert torch.equal(torch.cat(padded, 1)[1:], torch.cat(alone, 1))
+    blind = [decoder.start(prompt[1:], 4), *(decoder.step() for _ in range(3))]
+    assert not torch.equal(torch.cat(blind, 1), torch.cat(alone, 1)), "the padding would not show"
+
+
 def test_an_error_in_generate_is_raised_where_the_token_is_awaited(
     tiny: ModelFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,11 +105,13 @@ def test_vllm_s_steps_become_tokens_of_a_batch(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=dict))  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "vllm.sampling_params", kinds)  # type: ignore[arg-type]
     engine = FakeEngine()
-    engine.script = [{}, {0: [5]}, {1: [6], 0: [7]}, {1: [8]}]
+    engine.script = [{}, {0: [5]}, {1: [6], 0: [7]}, {1: [8]}, {2: [1], 3: [1]}]
     decoder = VllmDecoder(engine, "0.32", 100)
     assert decoder.start(torch.tensor([[1, 2], [3, 4]]), 2).tolist() == [[5], [6]]
     assert decoder.step().tolist() == [[7], [8]]
     assert [prompt for prompt, _ in engine.requests.values()] == [[1, 2], [3, 4]]
+    decoder.start(torch.tensor([[1, 2, 3], [0, 0, 4]]), 2, torch.tensor([0, 2]))
+    assert [prompt for prompt, _ in engine.requests.values()][2:] == [[1, 2, 3], [4]]
     (_, sampling), *_ = engine.requests.values()
     assert sampling["max_tokens"] == 2
     assert sampling["ignore_eos"]

@@ -19,7 +19,7 @@ from compress.export.audit import audit, verify, write_manifest
 from compress.export.bitsandbytes import SIDECAR
 from compress.export.formats import FORMATS, Weights
 from compress.kernels import w8a8
-from compress.measure import measure_size
+from compress.measure.size import measure_size
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder, read_json, write_json
 from compress.quantize.inputs import InputScheme

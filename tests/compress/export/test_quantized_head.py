@@ -14,7 +14,7 @@ from compress.errors import UserError
 from compress.export import compressed_tensors
 from compress.export.audit import AuditError, audit, verify, write_manifest
 from compress.export.formats import Weights
-from compress.measure import measure_size
+from compress.measure.size import measure_size
 from compress.model.folder import ModelFolder
 from compress.quantize import record as records
 from compress.quantize.qtensor import QTensor

@@ -106,6 +106,14 @@ def test_a_longer_request_gets_more_room(tiny: ModelFolder) -> None:
         decoder.step()
     with pytest.raises(RuntimeError, match="room for 256 tokens"):
         decoder.step()
+    # Reserved: requests of any length share one set of buffers, and write the same.
+    alone = decoder.generate([prompt[0].tolist()], 6)
+    decoder.reserve(600)
+    assert decoder.generate([prompt[0].tolist()], 6) == alone
+    shared = decoder._request
+    assert shared.capacity == 1024
+    decoder.start(prompt[:, :10], 500)
+    assert decoder._request is shared
 
 
 SCHEMES = {

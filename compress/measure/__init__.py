@@ -1,0 +1,1 @@
+"""Measuring folders on disk: size, accuracy, tasks, length, speed."""

@@ -1,0 +1,262 @@
+"""Accuracy of folders on disk: hands the ``eval`` package models opened from the files that will be served.
+
+The original runs through the same code as its candidates everywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calibration.texts import load_texts
+from calibration.tokens import TokenBlocks, evaluation_windows
+from compress.config import EvalConfig
+from compress.measure.kept import cache_file, keep
+from compress.measure.tasks import score_folder, score_original
+from compress.model.families import family_of
+from compress.model.folder import DTYPES, ModelFolder, read_json, save_tensors
+from compress.progress import track
+from compress.run_folder import whole
+from compress.runtime.cached import Caches, Reader, load_served
+from compress.runtime.load import load_dense
+from eval.blocks import block_divergence
+from eval.context import agreement
+from eval.task_scores import Samples, compare_answers, headline
+from eval.text import LogitsOf, read_text, summary
+
+log = logging.getLogger(__name__)
+
+
+def open_windows(config: EvalConfig, tokenizer: Any) -> dict[str, TokenBlocks]:
+    """The evaluation windows of each text. Raises UserError for a missing or short text."""
+    return {
+        text: evaluation_windows(
+            load_texts(text, config.text_field, config.split),
+            tokenizer,
+            tokens=config.tokens,
+            window=config.window,
+        )
+        for text in config.texts
+    }
+
+
+# Of a run: figures by token, ``Accuracy.tokens``, whose columns are those of eval.text.Tokens and the
+# original's own; and a folder of answers, a file a task and a line a question.
+TOKENS, SAMPLES = "accuracy.safetensors", "samples"
+BASE_NLL = "base_nll"
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What a candidate and its base were found to do.
+
+    rows: "candidate" and, if there is one, "base" -> sections of metrics.json; tokens: ``TEXT.COLUMN`` -> a
+    figure for every predicted token (windows, window - 1); samples: row -> task -> answers (eval.task_scores)
+    """
+
+    rows: dict[str, dict[str, Any]]
+    tokens: dict[str, Tensor]
+    samples: dict[str, dict[str, Samples]]
+
+    def write(self, out: Path) -> None:
+        """Put what metrics.json has no room for into the folder of a run."""
+        if self.tokens:
+            with whole(out / TOKENS) as partial:
+                save_tensors(partial, self.tokens)
+        if self.samples.get("candidate"):
+            with whole(out / SAMPLES) as folder:
+                folder.mkdir()
+                for task in self.samples["candidate"]:
+                    lines = map(json.dumps, self._beside(task))
+                    (folder / f"{task}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def _beside(self, task: str) -> Iterator[dict[str, Any]]:
+        """A question with the answers of all rows."""
+        answers = {row: found[task] for row, found in self.samples.items()}
+        for entries in zip(*answers.values(), strict=True):
+            question = {key: entries[0][key] for key in ("doc_id", "question", "target")}
+            own = {
+                row: {key: value for key, value in entry.items() if key not in question}
+                for row, entry in zip(answers, entries, strict=True)
+            }
+            yield question | own
+
+
+def measure_accuracy(
+    candidate: ModelFolder,
+    base: ModelFolder | None,
+    windows: Mapping[str, TokenBlocks],
+    config: EvalConfig,
+    tokenizer: Any,
+    device: torch.device,
+) -> Accuracy:
+    """Texts and tasks of a candidate, and of its base with the same tokens and questions.
+
+    Of the base also the noise of its own 16 bits; of a candidate with a base also for how many tokens greedy
+    decoding agrees.
+    """
+    rows: dict[str, dict[str, Any]] = {"candidate": {"texts": {}, "tasks": {}}}
+    if base is not None:
+        rows["base"] = {"texts": {}, "tasks": {}}
+    tokens: dict[str, Tensor] = {}
+    samples: dict[str, dict[str, Samples]] = {}
+    if windows:
+        tokens = _measure_texts(rows, candidate, base, windows, config, device)
+    if config.tasks:
+        log.info("scoring %s", ", ".join(config.tasks))
+        scores, samples["candidate"] = score_folder(candidate, config, tokenizer, device)
+        rows["candidate"]["tasks"] = scores
+        if base is not None:
+            rows["base"]["tasks"], samples["base"] = score_original(base, config, tokenizer, device)
+            for task, score in scores.items():
+                theirs, ours = samples["base"][task], samples["candidate"][task]
+                if (beside := compare_answers(theirs, ours, headline(score))) is not None:
+                    score["paired"] = beside
+    return Accuracy(rows, tokens, samples)
+
+
+def _measure_texts(
+    rows: dict[str, dict[str, Any]],
+    candidate: ModelFolder,
+    base: ModelFolder | None,
+    windows: Mapping[str, TokenBlocks],
+    config: EvalConfig,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Fills ``texts`` of the rows, and ``agreement`` of the candidate's; returns figures by token."""
+    dtype = DTYPES[config.dtype]
+    models = {"candidate": load_served(candidate, device, dtype)}
+    if base is not None:
+        models["base"] = load_dense(base, device, dtype)
+    noise = None if base is None else _Noise(base, config, device)
+    columns = {}
+    for text, blocks in windows.items():
+        data = {"data_sha256": blocks.sha256, "window": config.window, "dtype": config.dtype}
+        readers = {name: _logits_of(model, device) for name, model in models.items()}
+        if noise is not None and noise.missing(blocks):
+            readers["noise"] = noise.reader
+        found = read_text(readers, _rows(blocks, text), None if base is None else "base")
+        own = found["candidate"]
+        rows["candidate"]["texts"][text] = data | summary(own, found.get("base"))
+        columns[f"{text}.nll"] = torch.stack(own.nll)
+        if noise is not None:
+            beside = summary(found["base"])
+            if "noise" in found:
+                noise.keep(blocks, summary(found["noise"], found["base"]))
+            rows["base"]["texts"][text] = data | beside | {"noise": noise.of(blocks)}
+            parts = {"kl": own.kl, "top1": own.top1, BASE_NLL: found["base"].nll}
+            columns |= {f"{text}.{column}": torch.stack(part) for column, part in parts.items()}
+        log.info("%s: %s", text, _remark(rows["candidate"]["texts"][text]))
+    if base is not None and config.generated:
+        rows["candidate"]["agreement"] = _agreement(models, candidate, base, windows, config)
+    return columns
+
+
+def _logits_of(model: Any, device: torch.device) -> LogitsOf:
+    return lambda tokens: model(tokens.to(device)).logits
+
+
+class _Noise:
+    """What rounding to 16 bits alone does to an original: the least divergence that means anything. The same
+    for every candidate, so it is kept in the user cache."""
+
+    def __init__(self, base: ModelFolder, config: EvalConfig, device: torch.device):
+        self._base, self._config, self._device = base, config, device
+        self.dtype = base.dtype if base.dtype.itemsize == 2 else torch.bfloat16
+        self._known: dict[str, Any] = {}
+
+    @functools.cached_property
+    def reader(self) -> LogitsOf:
+        return _logits_of(load_dense(self._base, self._device, self.dtype), self._device)
+
+    def _file(self, blocks: TokenBlocks) -> Path:
+        return cache_file(
+            "noise", [self._base.fingerprint, blocks.sha256, self._config.dtype], self._device
+        )
+
+    def missing(self, blocks: TokenBlocks) -> bool:
+        if self.dtype == DTYPES[self._config.dtype]:
+            return False
+        file = self._file(blocks)
+        if file.exists():
+            self._known[blocks.sha256] = read_json(file)
+        return blocks.sha256 not in self._known
+
+    def keep(self, blocks: TokenBlocks, found: dict[str, Any]) -> None:
+        kept = ("kl", "kl_stderr", "kl_p99", "kl_p999", "top1", "top1_stderr", "paired")
+        noise = {"dtype": str(self.dtype).removeprefix("torch.")} | {
+            key: found[key] for key in kept
+        }
+        self._known[blocks.sha256] = noise
+        keep(self._file(blocks), noise)
+
+    def of(self, blocks: TokenBlocks) -> dict[str, Any] | None:
+        """None where the texts are read in 16 bits themselves."""
+        return self._known.get(blocks.sha256)
+
+
+def _agreement(
+    models: Mapping[str, Any],
+    candidate: ModelFolder,
+    base: ModelFolder,
+    windows: Mapping[str, TokenBlocks],
+    config: EvalConfig,
+) -> dict[str, Any]:
+    """Greedy agreement from the beginnings of windows, spread over all texts."""
+    starts = torch.cat([blocks.tokens[:, : config.prompt_tokens] for blocks in windows.values()])
+    chosen = torch.linspace(0, len(starts) - 1, min(config.prompts, len(starts))).round().long()
+    readers = {
+        name: functools.partial(Reader, models[name], Caches(folder, models[name]))
+        for name, folder in (("base", base), ("candidate", candidate))
+    }
+    found = agreement(
+        readers["base"], {"it": readers["candidate"]}, starts[chosen], config.generated
+    )["it"]
+    return found | {"prompts": len(chosen), "prompt_tokens": starts.shape[1]}
+
+
+def measure_blocks(
+    candidate: ModelFolder,
+    base: ModelFolder,
+    windows: Mapping[str, TokenBlocks],
+    config: EvalConfig,
+    device: torch.device,
+) -> dict[str, list[float]]:
+    """KL of every block of the candidate alone in ``base``, for each text; see eval.blocks.
+
+    base: the folder that was quantized, whose hidden states the candidate's blocks share
+    """
+    assert config.block_tokens is not None
+    family, dtype = family_of(base.config), DTYPES[config.dtype]
+    model, other = load_dense(base, device, dtype), load_dense(candidate, device, dtype)
+    norm, head = model.get_submodule(family.final_norm), model.get_output_embeddings()
+    found = {}
+    for text, blocks in windows.items():
+        rows = [row[: config.block_tokens] for row in blocks.tokens.to(device)]
+        count = math.ceil(config.block_tokens / config.window)
+        found[text] = block_divergence(
+            model,
+            list(model.get_submodule(family.blocks)),
+            list(other.get_submodule(family.blocks)),
+            lambda hidden: head(norm(hidden)),
+            track(rows[:count], f"blocks alone, {text}"),
+        )
+    return found
+
+
+def _remark(found: Mapping[str, float]) -> str:
+    divergence = f", KL {found['kl']:.4f}" if "kl" in found else ""
+    return f"perplexity {found['perplexity']:.2f}{divergence}"
+
+
+def _rows(blocks: TokenBlocks, text: str) -> Iterator[Tensor]:
+    yield from track(blocks.tokens, f"evaluate {text}")

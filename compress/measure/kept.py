@@ -1,0 +1,29 @@
+"""Figures of an original, which are the same for every candidate: kept in the user cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.environment import environment
+from compress.model.folder import write_json
+from compress.user_cache import cache_dir
+
+
+def cache_file(kind: str, asked: list[Any], device: torch.device) -> Path:
+    """Where the user cache has a figure of an original, named by all that it depends on."""
+    facts = environment(device)
+    key = json.dumps([*asked, *(facts[k] for k in ("commit", "versions", "device", "threads"))])
+    return cache_dir() / kind / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+
+
+def keep(file: Path, found: dict[str, Any]) -> None:
+    file.parent.mkdir(exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    write_json(partial, found)
+    partial.replace(file)

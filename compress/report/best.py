@@ -1,0 +1,158 @@
+"""Which run to take, in words: the smallest and the fastest that pass, and those that another one beats."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from compress.report.gate import described, failures
+from compress.report.measures import Value, common_points, speed_ratio
+from compress.report.table import Row
+
+# What passes if nobody says otherwise.
+DEFAULT = {"kl": 0.05}
+# Sizes that differ by less than this share are the same: a header is longer by a name.
+SAME_SIZE = 1e-3
+
+
+def answers(rows: list[Row], limits: Mapping[str, float] | None) -> dict[str, list[str]]:
+    """Sentences for each model, by the name of its original. rows: as ``rows_of`` gives them"""
+    found = {}
+    for original in (row for row in rows if row.base is None):
+        candidates = [row for row in rows if row.model == original.model and row.base is not None]
+        name, other = original.run["model"]["name"], 2
+        while name in found:
+            name, other = f"{original.run['model']['name']} ({other})", other + 1
+        found[name] = _of_model(candidates, limits)
+    return found
+
+
+def _of_model(rows: list[Row], limits: Mapping[str, float] | None) -> list[str]:
+    asked = DEFAULT if limits is None else limits
+    gate = described(asked) + ("" if limits is not None else "; no gate was given")
+    passing = [row for row in rows if not failures(row.values, row.base or {}, asked)]
+    sentences = []
+    if not passing:
+        sentences.append(f"None of {len(rows)} passes the gate ({gate}).")
+    else:
+        verb = "passes" if len(passing) == 1 else "pass"
+        sentences.append(f"{len(passing)} of {len(rows)} {verb} the gate ({gate}).")
+        sentences += [smallest(passing), fastest(passing)]
+    free = [row for row in rows if (row.values.get("verdict") or {}).get("measurable") is False]
+    if free:
+        sentences.append(
+            f"No measurable loss: {', '.join(row.label for row in sorted(free, key=_bytes))}."
+        )
+    return [sentence for sentence in sentences if sentence] + _not_worth(rows)
+
+
+def _not_worth(rows: list[Row]) -> list[str]:
+    """A sentence for each candidate that beats others: of several that beat the same one, the one that beats
+    most."""
+    found = dominated(rows)
+    counts = Counter(id(winner) for _, better in found for winner in better)
+    by_winner: dict[int, tuple[Row, list[Row]]] = {}
+    for row, better in found:
+        winner = max(better, key=lambda other: counts[id(other)])
+        by_winner.setdefault(id(winner), (winner, []))[1].append(row)
+    return [
+        f"Not worth taking: {', '.join(row.label for row in beaten)}, for {winner.label} is at least as "
+        f"good in {_compared(winner)}, and better in one."
+        for winner, beaten in by_winner.values()
+    ]
+
+
+def _bytes(row: Row) -> int:
+    return int(row.values["size"]["bytes"])
+
+
+def smallest(rows: list[Row]) -> str:
+    """The sentence about the smallest of the candidates, with others of the same size."""
+    ranked = sorted(rows, key=lambda row: (_bytes(row), sum(_losses(row).values())))
+    best, *others = ranked
+    size = best.values["size"]
+    share = size["bytes"] / (best.base or {})["size"]["bytes"]
+    text = (
+        f"Smallest within it: {best.label}, {size['bytes'] / 1e6:.1f} MB "
+        f"({share:.0%} of the original, {size['bits_file']:.2f} bits per weight)"
+    )
+    same = [row.label for row in others if _as_small(row, best)]
+    return f"{text}; of the same size: {', '.join(same)}." if same else f"{text}."
+
+
+def fastest(rows: list[Row]) -> str:
+    """The sentence about the fastest at the point that most were measured at; "" if none was measured."""
+    for key in common_points(rows):
+        ratios = [(row, speed_ratio(row, key)) for row in rows]
+        measured = [(row, ratio) for row, ratio in ratios if ratio is not None]
+        if not measured:
+            continue
+        best, top = max(measured, key=lambda pair: pair[1].value)
+        text = f"Fastest within it: {best.label}, {top.value:.2f} times the original ({key})"
+        ties = [
+            f"{row.label} ({ratio.value:.2f})"
+            for row, ratio in measured
+            if row is not best and _as_fast(ratio, top)
+        ]
+        missing = len(rows) - len(measured)
+        text += f"; as fast within the noise: {', '.join(ties)}" if ties else ""
+        return text + (f"; {missing} not measured there." if missing else ".")
+    return ""
+
+
+def dominated(rows: list[Row]) -> list[tuple[Row, list[Row]]]:
+    """Candidates of one model that others beat, with those: at least as small, as exact on every text and as
+    fast, and better in one of these. Speeds whose quartiles overlap are the same. Only what was measured
+    alike is compared."""
+    keys = common_points(rows)
+    key = keys[0] if keys else ""
+    speeds = [speed_ratio(row, key) for row in rows]
+    losses = [_losses(row) for row in rows]
+    found = []
+    for i, row in enumerate(rows):
+        better = [
+            other
+            for j, other in enumerate(rows)
+            if i != j and _beats((other, losses[j], speeds[j]), (row, losses[i], speeds[i]))
+        ]
+        if better:
+            found.append((row, better))
+    return found
+
+
+Judged = tuple[Row, Mapping[tuple[str, ...], float], Value | None]
+
+
+def _beats(ours: Judged, theirs: Judged) -> bool:
+    (a, loss_a, speed_a), (b, loss_b, speed_b) = ours, theirs
+    if not loss_a or loss_a.keys() != loss_b.keys() or (speed_a is None) != (speed_b is None):
+        return False
+    pairs = [(_as_small(a, b), _as_small(b, a))]
+    pairs += [(loss_a[k] <= loss_b[k], loss_b[k] <= loss_a[k]) for k in loss_a]
+    if speed_a is not None and speed_b is not None:
+        pairs.append((_as_fast(speed_a, speed_b), _as_fast(speed_b, speed_a)))
+    return all(ours for ours, _ in pairs) and not all(theirs for _, theirs in pairs)
+
+
+def _as_small(row: Row, other: Row) -> bool:
+    return _bytes(row) <= _bytes(other) * (1 + SAME_SIZE)
+
+
+def _as_fast(ratio: Value, other: Value) -> bool:
+    high = ratio.value if ratio.high is None else ratio.high
+    return high >= (other.value if other.low is None else other.low)
+
+
+def _losses(row: Row) -> dict[tuple[str, ...], float]:
+    """KL of each text, by all that makes it comparable."""
+    return {
+        (text, *(str(found.get(k)) for k in ("data_sha256", "window", "tokens", "dtype"))): found[
+            "kl"
+        ]
+        for text, found in (row.values.get("texts") or {}).items()
+        if "kl" in found
+    }
+
+
+def _compared(row: Row) -> str:
+    return "size, KL and speed" if row.values.get("speed") else "size and KL"

@@ -1,0 +1,70 @@
+"""What a candidate cost, in a line, and whether that is within the gate.
+
+A loss is measurable if the paired comparison with the original says so on a text or a task, after Holm's
+correction for how many were compared (eval.paired).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from compress.report.gate import failures
+from eval.paired import holm
+
+Row = Mapping[str, Any]
+
+
+def verdict(candidate: Row, base: Row, limits: Mapping[str, float]) -> dict[str, Any] | None:
+    """The verdict on a candidate from its row of metrics.json and its original's; None without a comparison.
+
+    limits: of the gate, those that are set (compress.report.gate)
+    Returns {text, measurable (a loss was found), gate: None or {limits, passed, failed: sentences}}.
+    """
+    texts = {t: f["paired"]["nll"] for t, f in candidate.get("texts", {}).items() if "paired" in f}
+    tasks = {t: s["paired"] for t, s in candidate.get("tasks", {}).items() if "paired" in s}
+    if not texts and not tasks:
+        return None
+    found = {**texts, **tasks}
+    significant = holm([1.0 if f["p"] is None else f["p"] for f in found.values()])
+    named = {name for name, is_so in zip(found, significant, strict=True) if is_so}
+    losses = [_loss(t, texts[t]) for t in texts if t in named and texts[t]["mean"] > 0]
+    losses += [_drop(t, tasks[t]) for t in tasks if t in named and tasks[t]["difference"] < 0]
+    head = f"loss of {'; '.join(losses)}" if losses else "no measurable loss"
+    failed = failures(candidate, base, limits)
+    return {
+        "text": f"{head} ({_divergence(candidate, base)})" if texts else head,
+        "measurable": bool(losses),
+        "gate": {"limits": dict(limits), "passed": not failed, "failed": failed}
+        if limits
+        else None,
+    }
+
+
+def passed(judged: Mapping[str, Any] | None) -> bool:
+    """Whether a verdict lets its candidate through: so does one without a gate."""
+    return judged is None or judged["gate"] is None or judged["gate"]["passed"]
+
+
+def _loss(text: str, change: Row) -> str:
+    half = (change["high"] - change["low"]) / 2
+    return (
+        f"{change['mean']:.4f} ±{half:.4f} nats per token on {text} "
+        f"(perplexity {math.expm1(change['mean']):+.1%})"
+    )
+
+
+def _drop(task: str, change: Row) -> str:
+    return (
+        f"{-100 * change['difference']:.1f} points on {task} ({change['lost']} answers lost, "
+        f"{change['gained']} gained)"
+    )
+
+
+def _divergence(candidate: Row, base: Row) -> str:
+    """The text on which the candidate strays most, beside what 16 bits alone do there."""
+    text, found = max(candidate["texts"].items(), key=lambda item: item[1]["kl"])
+    noise = (base.get("texts", {}).get(text) or {}).get("noise")
+    floor = "" if noise is None else f", noise of {noise['dtype']} {noise['kl']:.4f}"
+    return f"KL {found['kl']:.4f} on {text}{floor}"
