@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from calibration.generated import generated_tokens
-from calibration.texts import load_mix, load_texts
+from calibration.texts import load_mix
 from calibration.tokens import TokenBlocks, calibration_blocks, interleave
 from compress import processes
 from compress.config import Run
@@ -26,7 +26,12 @@ from compress.errors import UserError
 from compress.export.audit import audit, write_manifest
 from compress.export.formats import FORMATS
 from compress.kv_cache.stage import check as check_cache
-from compress.measure.accuracy import measure_accuracy, measure_blocks, open_windows
+from compress.measure.accuracy import (
+    check_texts,
+    measure_accuracy,
+    measure_blocks,
+    open_windows,
+)
 from compress.measure.context import check_context, measure_context
 from compress.measure.size import measure_size
 from compress.measure.speed import check_engines, check_lengths, measure_decode, points_of
@@ -73,8 +78,7 @@ def check(run: Run, out: Path | None = None) -> None:
     elif settings.data.generated:
         log.warning("no method of the recipe looks at data: data.generated is not used")
     if settings.eval is not None:
-        for text in settings.eval.texts:
-            load_texts(text, settings.eval.text_field, settings.eval.split)
+        check_texts(settings.eval, model)
         check_tasks(settings.eval, model)
     if settings.context is not None:
         check_context(settings.context, model)

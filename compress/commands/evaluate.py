@@ -8,7 +8,7 @@ import json
 from compress.compose import compose_settings, expand_shorthand
 from compress.config import device_of
 from compress.errors import UserError
-from compress.measure.accuracy import measure_accuracy, open_windows
+from compress.measure.accuracy import check_texts, measure_accuracy, open_windows
 from compress.measure.size import measure_size
 from compress.measure.tasks import check_tasks
 from compress.model.folder import ModelFolder
@@ -42,6 +42,7 @@ def main(words: list[str]) -> int:
     if base is None and settings.gate.limits:
         raise UserError(f"gate.{next(iter(settings.gate.limits))} needs --base, the original")
     tokenizer = open_tokenizer(folder)
+    check_texts(settings.eval, folder)
     windows = open_windows(settings.eval, tokenizer)
     check_tasks(settings.eval, folder)
     size = measure_size(folder)

@@ -9,6 +9,7 @@ import functools
 import json
 import logging
 import math
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 from calibration.texts import load_texts
 from calibration.tokens import TokenBlocks, evaluation_windows
 from compress.config import EvalConfig
+from compress.errors import UserError
 from compress.measure.kept import cache_file, keep
 from compress.measure.tasks import score_folder, score_original
 from compress.model.families import family_of
@@ -34,6 +36,22 @@ from eval.task_scores import Samples, compare_answers, headline
 from eval.text import LogitsOf, read_text, summary
 
 log = logging.getLogger(__name__)
+
+
+def check_texts(config: EvalConfig, model: ModelFolder) -> None:
+    """Raises UserError if a text does not exist, or the model does not take such lengths."""
+    for text in config.texts:
+        load_texts(text, config.text_field, config.split)
+    if not config.texts:
+        return
+    limit = model.config.get("max_position_embeddings")
+    asked = {"eval.window": config.window}
+    if config.generated:
+        prompt = min(config.prompt_tokens, config.window)
+        asked["eval.prompt_tokens + eval.generated"] = prompt + config.generated
+    for key, tokens in asked.items():
+        if limit is not None and tokens > limit:
+            raise UserError(f"{key} needs {tokens} tokens, {model.path} takes {limit}: choose less")
 
 
 def open_windows(config: EvalConfig, tokenizer: Any) -> dict[str, TokenBlocks]:
@@ -73,6 +91,8 @@ class Accuracy:
             with whole(out / TOKENS) as partial:
                 save_tensors(partial, self.tokens)
         if self.samples.get("candidate"):
+            # Of an earlier measuring of the same run.
+            shutil.rmtree(out / SAMPLES, ignore_errors=True)
             with whole(out / SAMPLES) as folder:
                 folder.mkdir()
                 for task in self.samples["candidate"]:

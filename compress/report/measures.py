@@ -12,6 +12,7 @@ import numpy as np
 
 from compress.report.gate import perplexity_ratio, task_difference
 from compress.report.table import Row, first_point, short, speedup
+from eval.speed import pattern_of
 from eval.task_scores import headline
 
 Point = Mapping[str, Any]
@@ -160,8 +161,7 @@ def _speeds(speed: Mapping[str, Any] | None) -> Iterable[Mapping[str, Any]]:
 def point_key(point: Point, speed: Mapping[str, Any], row: Row) -> str:
     """A point in words, with engine and device."""
     return (
-        f"batch {point['batch']}, {point.get('input_length', '?')} tokens in, "
-        f"{point['output_length']} out, {speed.get('engine', 'compress')} on "
+        f"batch {point['batch']}, {pattern_of(point)} tokens in/out, {speed.get('engine', 'compress')} on "
         f"{row.run['environment']['device']}"
     )
 

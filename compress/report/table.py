@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import UserError
+from eval.speed import pattern_of
 from eval.task_scores import headline, stderr_of
 
 METRICS = "metrics.json"
@@ -263,7 +264,7 @@ def legend_lines(runs: list[dict[str, Any]]) -> list[str]:
             else ("requests, one model AFTER the other", "of the medians")
         )
         lines.append(
-            f"Speed: {point['input_length']} tokens in, {point['output_length']} out, "
+            f"Speed: {pattern_of(point)} tokens in/out, "
             f"batch {point['batch']}, median of {load['repeats']} {rounds}, ± half the interquartile "
             f"range, (x) the ratio to the original {ratio}; peak memory "
             f"{'while decoding' if row['speed']['memory_since_load'] else 'of the process'}. "

@@ -166,7 +166,7 @@ def test_the_comparison_table_shows_the_first_point(base: dict[str, Any], shown:
     }
     found = table([run])
     assert cells(found)[3][-4:] == ["250", shown, "700", "int4-cpu+dense"]
-    assert "- Speed: 128 tokens in, 32 out, batch 1, median of 3 interleaved rounds, ±" in found
+    assert "- Speed: 128/32 tokens in/out, batch 1, median of 3 interleaved rounds, ±" in found
 
 
 def test_short_names_tell_folders_apart() -> None:

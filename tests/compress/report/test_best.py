@@ -11,7 +11,7 @@ from compress.report.measures import common_points, speed_ratio
 from compress.report.table import rows_of
 from tests.report_runs import point, run_of
 
-POINT = "batch 1, 128 tokens in, 32 out, compress on 2 x AMD EPYC"
+POINT = "batch 1, 128/32 tokens in/out, compress on 2 x AMD EPYC"
 
 
 def run(name: str, size: int, kl: float, rounds: list[float] | None, **more: Any) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def test_csv_has_every_figure(runs: list[dict[str, Any]], tmp_path: Path) -> Non
         assert float(row["tasks.packaged_piqa.paired.p"]) == 0.27
         for point in ours["speed"]["points"]:
             key = (
-                f"speed.batch {point['batch']}, {point['input_length']} tokens in, 32 out, compress on "
+                f"speed.batch {point['batch']}, {point['input_length']}/32 tokens in/out, compress on "
                 "2 x AMD EPYC"
             )
             assert float(row[f"{key}.tokens_per_s"]) == point["tokens_per_s"]
@@ -148,7 +148,7 @@ def test_the_data_of_the_page_are_those_of_the_runs(
     assert ratio["high"][2] == pytest.approx(math.exp(paired[1]["nll"]["high"]), rel=1e-4)
     assert by_title["piqa, points over the original"]["values"] == [0.0, -1.0, -1.0, 0.0, -1.0]
     assert data["size"][0]["values"][0] == pytest.approx(269.06, rel=1e-4)
-    key = "batch 8, 512 tokens in, 32 out, compress on 2 x AMD EPYC"
+    key = "batch 8, 512/32 tokens in/out, compress on 2 x AMD EPYC"
     point = runs[1]["candidate"]["speed"]["points"][3]
     drawn = data["points"][key][2]
     assert drawn["tokens_per_s"] == pytest.approx(point["tokens_per_s"], rel=1e-4)
