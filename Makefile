@@ -9,7 +9,7 @@ PEER := .venv-llmcompressor
 KV_PEERS := .venv-kv-peers
 LLAMA_CPP := .node-llama-cpp
 
-.PHONY: help setup demo test check test-gpu golden serve-check bench-peers bench-int8 bench-cpu-kernels bench-kv bench-kv-speed bench-kernels bench-pruning bench-distill bench-cpu-decode bench-plan bench-gpu clean
+.PHONY: help setup demo sweep test check test-gpu golden serve-check bench-peers bench-int8 bench-cpu-kernels bench-kv bench-kv-speed bench-kernels bench-pruning bench-distill bench-cpu-decode bench-plan bench-gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -28,6 +28,12 @@ $(READY): pyproject.toml constraints.txt
 
 demo: setup  ## compress the demo model three ways and print the table
 	HF_HUB_OFFLINE=1 $(BIN)/compress -m recipe=rtn-int4,awq-int4,awq-int3 data=sotu
+
+SWEEP := rtn-int4,awq-int4,gptq-int4,rtn-int3,awq-int3,gptq-int3,w8a16-int8,fp8
+
+sweep: setup  ## eight recipes on the demo model and their report in outputs/report: half an hour on 2 cores
+	HF_HUB_OFFLINE=1 $(BIN)/compress -m recipe=$(SWEEP) data=sotu hydra.sweep.dir=outputs/sweep
+	$(BIN)/compress compare outputs/sweep gate.kl=0.05 --out outputs/report
 
 test: setup check  ## every check and test
 	$(BIN)/pytest

@@ -106,6 +106,7 @@ def run_recipes(words: list[str]) -> int:
             check(parse(compose_settings(overrides)), None if asked.multirun else run_dir)
     register()
     finished: list[dict[str, Any]] = []
+    limits: dict[str, float] = {}
 
     def task(config: DictConfig) -> None:
         from compress.pipeline import run_recipe
@@ -115,7 +116,9 @@ def run_recipes(words: list[str]) -> int:
         name = _run_name(choice.runtime.choices["recipe"], list(choice.overrides.task))
         try:
             last = len(finished) + 1 == len(combinations)
-            finished.append(run_recipe(parse(settings_of(config)), name, out, last=last))
+            run = parse(settings_of(config))
+            finished.append(run_recipe(run, name, out, last=last))
+            limits.update(run.settings.gate.limits)
         except UserError as error:
             # Hydra would print a traceback; SystemExit passes through it.
             print(f"compress: {error}", file=sys.stderr)
@@ -133,7 +136,7 @@ def run_recipes(words: list[str]) -> int:
         from compress.report.terminal import comparison, terminal_width
         from compress.report.verdict import passed
 
-        print(comparison(finished, None, terminal_width(sys.stdout.isatty())), end="")
+        print(comparison(finished, limits or None, terminal_width(sys.stdout.isatty())), end="")
         for run in finished:
             judged = run["candidate"].get("verdict")
             if not passed(judged):

@@ -21,7 +21,7 @@ from compress.report.measures import (
     speed_ratio,
     tokens_per_s,
 )
-from compress.report.table import ABSENT, Row, rows_of, verdict_of
+from compress.report.table import ABSENT, Row, rows_of
 
 # Where no terminal says how wide it is, lines are as long as they need to be.
 ENDLESS = 10_000
@@ -103,13 +103,16 @@ def _speed(row: Row, key: str) -> str:
 
 
 def _verdict(row: Row, limits: Mapping[str, float] | None) -> str | None:
-    """What the run says of itself; by the gate that is asked for now, if one is."""
-    if limits is None or row.base is None:
-        return verdict_of(row)
-    failed = [
-        name for name, limit in limits.items() if failures(row.values, row.base, {name: limit})
-    ]
-    return f"FAILED: {', '.join(failed)}" if failed else "passed"
+    """What the run says of itself, and whether it passes the gate that is asked for now, else its own."""
+    if row.base is None:
+        return None
+    judged = row.values.get("verdict") or {}
+    asked = (judged.get("gate") or {}).get("limits") if limits is None else limits
+    said = [judged["text"]] if judged else []
+    if asked:
+        failed = [n for n, most in asked.items() if failures(row.values, row.base, {n: most})]
+        said.append(f"gate FAILED: {', '.join(failed)}" if failed else "gate passed")
+    return "; ".join(said) or None
 
 
 def _legend(rows: list[Row]) -> list[str]:

@@ -7,7 +7,7 @@ correction for how many were compared (eval.paired).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from compress.report.gate import failures
@@ -20,6 +20,7 @@ def verdict(candidate: Row, base: Row, limits: Mapping[str, float]) -> dict[str,
     """The verdict on a candidate from its row of metrics.json and its original's; None without a comparison.
 
     limits: of the gate, those that are set (compress.report.gate)
+    A line names the text with the largest loss and every task with one.
     Returns {text, measurable (a loss was found), gate: None or {limits, passed, failed: sentences}}.
     """
     texts = {t: f["paired"]["nll"] for t, f in candidate.get("texts", {}).items() if "paired" in f}
@@ -29,12 +30,17 @@ def verdict(candidate: Row, base: Row, limits: Mapping[str, float]) -> dict[str,
     found = {**texts, **tasks}
     significant = holm([1.0 if f["p"] is None else f["p"] for f in found.values()])
     named = {name for name, is_so in zip(found, significant, strict=True) if is_so}
-    losses = [_loss(t, texts[t]) for t in texts if t in named and texts[t]["mean"] > 0]
+    worse = [t for t in texts if t in named and texts[t]["mean"] > 0]
+    worst = sorted(worse, key=lambda text: texts[text]["mean"])[-1:]
+    losses = [_loss(text, texts[text]) for text in worst]
     losses += [_drop(t, tasks[t]) for t in tasks if t in named and tasks[t]["difference"] < 0]
-    head = f"loss of {'; '.join(losses)}" if losses else "no measurable loss"
+    if losses:
+        text = f"loss of {'; '.join(losses)}"
+    else:
+        text = "; ".join(["no measurable loss", *_divergence(candidate, base)])
     failed = failures(candidate, base, limits)
     return {
-        "text": f"{head} ({_divergence(candidate, base)})" if texts else head,
+        "text": text,
         "measurable": bool(losses),
         "gate": {"limits": dict(limits), "passed": not failed, "failed": failed}
         if limits
@@ -62,9 +68,9 @@ def _drop(task: str, change: Row) -> str:
     )
 
 
-def _divergence(candidate: Row, base: Row) -> str:
+def _divergence(candidate: Row, base: Row) -> Iterator[str]:
     """The text on which the candidate strays most, beside what 16 bits alone do there."""
-    text, found = max(candidate["texts"].items(), key=lambda item: item[1]["kl"])
-    noise = (base.get("texts", {}).get(text) or {}).get("noise")
-    floor = "" if noise is None else f", noise of {noise['dtype']} {noise['kl']:.4f}"
-    return f"KL {found['kl']:.4f} on {text}{floor}"
+    for text, found in sorted(candidate.get("texts", {}).items(), key=lambda t: -t[1]["kl"])[:1]:
+        noise = (base.get("texts", {}).get(text) or {}).get("noise")
+        floor = "" if noise is None else f" (noise of {noise['dtype']}: {noise['kl']:.4f})"
+        yield f"KL {found['kl']:.4f} on {text}{floor}"

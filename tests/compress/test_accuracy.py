@@ -138,5 +138,5 @@ def test_the_original_itself_has_no_loss(
 ) -> None:
     found = measure(tiny)
     judged = verdict(found.rows["candidate"], found.rows["base"], {})
-    assert judged["text"].startswith("no measurable loss (KL 0.0000 on prose")
+    assert judged["text"].startswith("no measurable loss; KL 0.0000 on prose")
     assert found.rows["candidate"]["agreement"]["whole"] == 1
