@@ -105,6 +105,8 @@ def cells(rows: list[Row]) -> list[list[str]]:
     header += [f"perplexity {text}" for text in texts] + [f"KL {text}" for text in texts]
     header += [f"top-1 {text}" for text in texts] + [short(task) for task in tasks]
     at_length = any("context" in row.values for row in rows)
+    agreed = any("agreement" in row.values for row in rows)
+    header += ["agrees for"] if agreed else []
     header += ["cache", "KL at length", "facts found"] if at_length else []
     header += ["TTFT ms", "tokens/s", "peak MB", "kernel"]
     judged = any(verdict_of(row) for row in rows)
@@ -114,6 +116,7 @@ def cells(rows: list[Row]) -> list[list[str]]:
         beside = row.base or {}
         weights = [f"{row.values['size']['parameters'] / 1e6:.1f}"] if pruned else []
         line = [row.label, *weights, *_cells(row.values, texts, tasks)]
+        line += [_agreed(row.values.get("agreement"))] if agreed else []
         line += _context(row.values.get("context"), beside.get("context")) if at_length else []
         line += _speed(row.values.get("speed"), beside.get("speed"))
         lines.append([*line, verdict_of(row) or ABSENT] if judged else line)
@@ -153,6 +156,10 @@ def _cells(row: Mapping[str, Any], texts: list[str], tasks: list[str]) -> list[s
     cells += [_with_error(text, "top1", "{:.1%}") for text in found]
     cells += [_task(row.get("tasks", {}).get(task)) for task in tasks]
     return cells
+
+
+def _agreed(found: Mapping[str, Any] | None) -> str:
+    return ABSENT if found is None else f"{found['mean']:.0f} of {found['generated']}"
 
 
 def _context(found: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> list[str]:
@@ -247,6 +254,11 @@ def legend_lines(runs: list[dict[str, Any]]) -> list[str]:
             f"{short(name)}: {headline(task) or 'see metrics.json'} in %, the first "
             f"{task['questions']} questions, {task.get('fewshot', 0)}-shot, lm-eval "
             f"{env['versions']['lm-eval']}; ± is a standard error."
+        )
+    if found := row.get("agreement"):
+        lines.append(
+            f"Agrees for: how many tokens greedy decoding writes as the original does, the mean of "
+            f"{found['prompts']} prompts of {found['prompt_tokens']} tokens."
         )
     if "context" in row:
         context = row["context"]
