@@ -67,8 +67,8 @@ class EvalConfig:
     the texts; tasks run in the checkpoint's own. engine: what answers tasks, of TASK_ENGINES.
     fewshot: examples before a question (null = as many as its task asks for). block_tokens: tokens
     of each text on which the harm of every block alone is measured, in whole windows beyond the
-    first; null leaves it out. prompts: so many beginnings of windows, of at most prompt_tokens, from
-    which ``generated`` tokens are written greedily to see how long the candidate agrees with the
+    first; null leaves it out. generated: tokens that are written greedily from each of ``prompts``
+    beginnings of windows, of at most prompt_tokens, to see how long the candidate agrees with the
     original; 0 leaves it out."""
 
     texts: list[str] = field(default_factory=list)

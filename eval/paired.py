@@ -25,6 +25,7 @@ from scipy.stats import binomtest, norm
 from torch import Tensor
 
 LEVEL = 0.95
+# The least p-value is 2 / (RESAMPLES + 1), which is small enough for ``holm`` of fifty.
 RESAMPLES = 2000
 # Fewer blocks say nothing of their spread.
 FEWEST = 10
@@ -36,8 +37,9 @@ CHUNK = 4_000_000
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean, the ends of its interval at LEVEL, and the two-sided p-value of its being zero; ends and p are
-    None of too few tokens."""
+    """A mean, the ends of its interval, and the two-sided p-value of its being zero, which is below 1 - level
+    where the interval is on one side of zero. Ends and p are None of too few tokens, and of a mean that is
+    not finite."""
 
     mean: float
     low: float | None
@@ -55,7 +57,8 @@ def block_length(figures: Sequence[Tensor]) -> int:
 
     At least SHORTEST, at most a window, or what leaves FEWEST blocks.
     """
-    series = [f.double() - torch.cat(list(figures)).double().mean() for f in figures]
+    mean = torch.cat(list(figures)).double().mean()
+    series = [f.double() - mean for f in figures]
     n, longest = sum(map(len, series)), max(map(len, series))
     most = max(1, min(longest, n // FEWEST))
     room = min(longest - 1, math.ceil(math.sqrt(n)) + max(5, round(math.sqrt(math.log10(n)))))
@@ -104,7 +107,10 @@ def interval(
     """
     every = torch.cat(list(figures)).double()
     mean = float(every.mean())
-    blocks = [part for f in figures for part in f.double().split(block or block_length(figures))]
+    if not math.isfinite(mean):
+        return Interval(mean, None, None, None)
+    size = block_length(figures) if block is None else block
+    blocks = [part for f in figures for part in f.double().split(size)]
     if len(blocks) < FEWEST:
         return Interval(mean, None, None, None)
     sums = torch.stack([part.sum() for part in blocks])
@@ -115,13 +121,22 @@ def interval(
         return Interval(mean, mean, mean, 1.0 if mean == 0 else 0.0)
     drawn = _resampled(parts, resamples, seed)
     means = drawn[:, 0] / drawn[:, 1]
-    # A resample of equal blocks has no spread, and its statistic is as far out as can be.
-    t = (means - mean) / _error(drawn.T, means).clamp_min(1e-300)
+    spread = _error(drawn.T, means)
+    # A resample of equal blocks shows no spread, as where few tokens of a share differ: it gets that of the
+    # one block that is farthest off.
+    least = float((sums - mean * counts).abs().max()) / len(every)
+    t = (means - mean) / torch.where(spread > 0, spread, least)
     low, high = torch.quantile(
         t, torch.tensor([(1 + level) / 2, (1 - level) / 2], dtype=t.dtype)
     ).tolist()
-    beyond = int((t.abs() >= abs(mean / error)).sum())
-    return Interval(mean, mean - low * error, mean - high * error, (beyond + 1) / (resamples + 1))
+    beyond = min(int((t >= mean / error).sum()), int((t <= mean / error).sum()))
+    # A mean lies among the figures: a share is at most 1.
+    return Interval(
+        mean,
+        max(mean - low * error, float(every.min())),
+        min(mean - high * error, float(every.max())),
+        min(1.0, 2 * (beyond + 1) / (resamples + 1)),
+    )
 
 
 def _error(parts: Tensor, mean: Any) -> Tensor:

@@ -55,8 +55,10 @@ def read_text(
     found = {name: Tokens([], [], []) for name in models}
     for tokens in windows:
         row = tokens.unsqueeze(0)
-        logits = {name: model(row)[0] for name, model in models.items()}
-        for name, parts in _window(logits, tokens, base).items():
+        # Without a name, so that the logits of one window are gone before the next one's come.
+        for name, parts in _window(
+            {name: model(row)[0] for name, model in models.items()}, tokens, base
+        ).items():
             for column, part in parts.items():
                 getattr(found[name], column).append(part)
     return found

@@ -41,10 +41,12 @@ def main(words: list[str]) -> int:
         )
     if base is None and settings.gate.limits:
         raise UserError(f"gate.{next(iter(settings.gate.limits))} needs --base, the original")
-    tokenizer = open_tokenizer(folder)
+    # Both are asked the same, in the words of the original.
+    original = folder if base is None else base
+    tokenizer = open_tokenizer(original)
     check_texts(settings.eval, folder)
     windows = open_windows(settings.eval, tokenizer)
-    check_tasks(settings.eval, folder)
+    check_tasks(settings.eval, original)
     size = measure_size(folder)
     accuracy = measure_accuracy(
         folder, base, windows, settings.eval, tokenizer, device_of(settings)

@@ -32,6 +32,7 @@ from compress.runtime.cached import Caches, Reader, load_served
 from compress.runtime.load import load_dense
 from eval.blocks import block_divergence
 from eval.context import agreement
+from eval.memory import give_back
 from eval.task_scores import Samples, compare_answers, headline
 from eval.text import LogitsOf, read_text, summary
 
@@ -131,6 +132,8 @@ def measure_accuracy(
     samples: dict[str, dict[str, Samples]] = {}
     if windows:
         tokens = _measure_texts(rows, candidate, base, windows, config, device)
+        # A model that reads through a cache refers to itself, so it is still there.
+        give_back()
     if config.tasks:
         log.info("scoring %s", ", ".join(config.tasks))
         scores, samples["candidate"] = score_folder(candidate, config, tokenizer, device)
@@ -199,9 +202,9 @@ class _Noise:
         return _logits_of(load_dense(self._base, self._device, self.dtype), self._device)
 
     def _file(self, blocks: TokenBlocks) -> Path:
-        return cache_file(
-            "noise", [self._base.fingerprint, blocks.sha256, self._config.dtype], self._device
-        )
+        # The same tokens in other windows have the same hash.
+        asked = [self._base.fingerprint, blocks.sha256, list(blocks.tokens.shape)]
+        return cache_file("noise", [*asked, self._config.dtype], self._device)
 
     def missing(self, blocks: TokenBlocks) -> bool:
         if self.dtype == DTYPES[self._config.dtype]:

@@ -16,10 +16,11 @@ from compress.environment import version_of
 from compress.errors import UserError
 from compress.measure.kept import cache_file, keep
 from compress.measure.speed import check_installed
-from compress.model.folder import ModelFolder, read_json
+from compress.model.folder import ModelFolder, file_sha256, read_json
 from compress.model.sources import open_tokenizer
 from compress.runtime.cached import load_running, load_served
 from eval.engines.transformers_decode import load_transformers
+from eval.memory import give_back
 from eval.task_scores import (
     Samples,
     load_tasks,
@@ -59,6 +60,8 @@ def score_folder(
             fewshot=config.fewshot,
             chat_template=config.chat_template,
         )
+    # A model that reads through a cache refers to itself, so it is still there.
+    give_back()
     return {task: score | {"engine": config.engine} for task, score in scores.items()}, samples
 
 
@@ -86,10 +89,12 @@ def _answering(
 def score_original(
     folder: ModelFolder, config: EvalConfig, tokenizer: Any, device: torch.device
 ) -> tuple[dict[str, Any], dict[str, Samples]]:
-    """``score_folder`` of the original: the same for every candidate of a sweep, so it is kept in the user
-    cache under everything it depends on."""
+    """``score_folder`` of the original, by its own tokenizer: the same for every candidate of a sweep, so it
+    is kept in the user cache under everything it depends on."""
     asked = [folder.fingerprint, config.tasks, config.limit, config.batch_size, task_sources()]
     asked += [config.engine, version_of(config.engine), config.fewshot, config.chat_template]
+    # Tokenizer, chat template, and what generation asks for.
+    asked += [file_sha256(file) for file in folder.companions()]
     file = cache_file("task-scores", asked, device)
     if file.exists():
         log.info("task scores of the original come from the cache: %s", file)

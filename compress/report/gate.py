@@ -94,7 +94,7 @@ def failures(
         found += [
             _clause(name, value, text, limit)
             for text, value in values.items()
-            if value is None or (value < limit if name == "top1" else value > limit)
+            if not _keeps(name, value, limit)
         ]
         if not values:
             found.append(f"{_TITLES[name]} was not measured")
@@ -102,7 +102,11 @@ def failures(
 
 
 _TITLES = {"kl": "KL", "perplexity": "the perplexity ratio", "top1": "top-1 agreement"}
-_FORMS = {"kl": "{:.4f}", "perplexity": "{:.4f}", "top1": "{:.4f}"}
+
+
+def _keeps(name: str, value: float | None, limit: float) -> bool:
+    """No value, and one that is not a number, keeps to nothing."""
+    return value is not None and (value >= limit if name == "top1" else value <= limit)
 
 
 def _of_text(name: str, own: Mapping[str, Any], base: Mapping[str, Any]) -> float | None:
@@ -121,8 +125,10 @@ def perplexity_ratio(own: Mapping[str, Any], base: Mapping[str, Any]) -> float |
 def _clause(name: str, value: float | None, text: str, limit: float) -> str:
     if value is None:
         return f"{_TITLES[name]} was not measured on {text}"
+    if math.isnan(value):
+        return f"{_TITLES[name]} on {text} is not a number"
     side = "below" if name == "top1" else "above"
-    return f"{_TITLES[name]} {_FORMS[name].format(value)} on {text} is {side} {limit:g}"
+    return f"{_TITLES[name]} {value:.4f} on {text} is {side} {limit:g}"
 
 
 def _tasks_lost(tasks: Mapping[str, Any], base: Mapping[str, Any], limit: float) -> Iterable[str]:
@@ -131,7 +137,10 @@ def _tasks_lost(tasks: Mapping[str, Any], base: Mapping[str, Any], limit: float)
     for task, score in tasks.items():
         difference = task_difference(score, base.get(task))
         if difference is None:
-            yield f"the original was not measured on {task}"
+            had = (
+                "the original was not measured on" if headline(score) else "there is no accuracy of"
+            )
+            yield f"{had} {task}"
         elif difference < -limit / 100:
             yield f"{-100 * difference:.2f} points lost on {task} are above {limit:g}"
 

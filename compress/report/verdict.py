@@ -20,28 +20,35 @@ def verdict(candidate: Row, base: Row, limits: Mapping[str, float]) -> dict[str,
     """The verdict on a candidate from its row of metrics.json and its original's; None without a comparison.
 
     limits: of the gate, those that are set (compress.report.gate)
-    A line names the text with the largest loss and every task with one.
+    The line names the text with the largest loss and every task with one.
     Returns {text, measurable (a loss was found), gate: None or {limits, passed, failed: sentences}}.
     """
     texts = {t: f["paired"]["nll"] for t, f in candidate.get("texts", {}).items() if "paired" in f}
     tasks = {t: s["paired"] for t, s in candidate.get("tasks", {}).items() if "paired" in s}
     if not texts and not tasks:
         return None
-    found = {**texts, **tasks}
-    significant = holm([1.0 if f["p"] is None else f["p"] for f in found.values()])
-    named = {name for name, is_so in zip(found, significant, strict=True) if is_so}
-    worse = [t for t in texts if t in named and texts[t]["mean"] > 0]
+    found = [*texts.values(), *tasks.values()]
+    significant = holm([1.0 if f["p"] is None else f["p"] for f in found])
+    of_texts, of_tasks = significant[: len(texts)], significant[len(texts) :]
+    worse = [t for t, is_so in zip(texts, of_texts, strict=True) if is_so and texts[t]["mean"] > 0]
     worst = sorted(worse, key=lambda text: texts[text]["mean"])[-1:]
     losses = [_loss(text, texts[text]) for text in worst]
-    losses += [_drop(t, tasks[t]) for t in tasks if t in named and tasks[t]["difference"] < 0]
-    if losses:
+    losses += [
+        _drop(t, tasks[t])
+        for t, is_so in zip(tasks, of_tasks, strict=True)
+        if is_so and tasks[t]["difference"] < 0
+    ]
+    broken = [text for text, change in texts.items() if not math.isfinite(change["mean"])]
+    if broken:
+        text = f"loss without bound: log-probabilities on {', '.join(broken)} are not finite"
+    elif losses:
         text = f"loss of {'; '.join(losses)}"
     else:
         text = "; ".join(["no measurable loss", *_divergence(candidate, base)])
     failed = failures(candidate, base, limits)
     return {
         "text": text,
-        "measurable": bool(losses),
+        "measurable": bool(broken or losses),
         "gate": {"limits": dict(limits), "passed": not failed, "failed": failed}
         if limits
         else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ from tests.exported import exported
 
 CPU = torch.device("cpu")
 CONFIG = EvalConfig(tokens=2048, window=128, prompts=3, prompt_tokens=32, generated=70)
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -111,17 +117,24 @@ def test_what_is_kept(
 
 
 def test_noise_is_kept_in_the_cache(
+    tiny: ModelFolder,
     candidate: ModelFolder,
+    windows: dict[str, TokenBlocks],
     measure: Callable[[ModelFolder], Accuracy],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = measure(candidate).rows["base"]["texts"]["prose"]["noise"]
-    assert len(list((tmp_path / "compress" / "noise").iterdir())) == 1
+    assert len(list((tmp_path / "cache" / "compress" / "noise").iterdir())) == 1
     # Another pass would be different in nothing but time: only a pass that is not made may fail.
-    monkeypatch.setattr("compress.measure.accuracy._Noise.reader", property(lambda _: 1 / 0))
-    assert measure(candidate).rows["base"]["texts"]["prose"]["noise"] == first
+    with monkeypatch.context() as patch:
+        patch.setattr("compress.measure.accuracy._Noise.reader", property(lambda _: 1 / 0))
+        assert measure(candidate).rows["base"]["texts"]["prose"]["noise"] == first
+    # The same tokens in windows of half the length have the same hash, and other figures.
+    halves = replace(windows["prose"], tokens=windows["prose"].tokens.view(-1, 64))
+    config = replace(CONFIG, window=64, generated=0)
+    found = measure_accuracy(candidate, tiny, {"prose": halves}, config, open_tokenizer(tiny), CPU)
+    assert found.rows["base"]["texts"]["prose"]["noise"]["kl"] != first["kl"]
 
 
 def test_in_its_own_16_bits_there_is_no_noise_to_tell(

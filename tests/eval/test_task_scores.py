@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -294,6 +295,11 @@ def test_scores_of_the_original_are_kept(
     for change in ({"fewshot": 1}, {"engine": "transformers"}, {"limit": 3}):
         found, _ = ask(config=EvalConfig(**{"tasks": config.tasks, "limit": 2} | change))
         assert "cached" not in found["packaged_openbookqa"]
+    # With another template the same folder is asked otherwise.
+    other = ModelFolder(shutil.copytree(tiny.path, tmp_path / "other"))
+    (other.path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    found, _ = score_original(other, config, tokenizer, CPU)
+    assert "cached" not in found["packaged_openbookqa"]
 
 
 def lm_eval_command(folder: Path, out: Path, tasks: list[str], limit: int) -> dict[str, Any]:

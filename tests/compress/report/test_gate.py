@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -64,6 +65,20 @@ def test_what_was_not_measured_does_not_pass() -> None:
         "top-1 agreement was not measured on a",
         "the original was not measured on piqa",
     ]
+
+
+def test_a_task_without_accuracy_does_not_pass() -> None:
+    tasks = {"wikitext": {"word_perplexity": 3.0}}
+    assert failures({"tasks": tasks}, {"tasks": tasks}, {"accuracy": 50.0}) == [
+        "there is no accuracy of wikitext"
+    ]
+
+
+@pytest.mark.parametrize("name", ["kl", "perplexity"])
+def test_what_is_not_a_number_does_not_pass(name: str) -> None:
+    text = {"kl": math.nan, "paired": {"nll": {"mean": math.nan}}}
+    (clause,) = failures({"texts": {"a": text}}, {}, {name: 9.0})
+    assert clause.endswith(" on a is not a number")
 
 
 def test_differences_of_the_same_questions_count() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -74,6 +75,21 @@ def test_too_little_text_finds_nothing() -> None:
     change = {"mean": 0.5, "low": None, "high": None, "p": None}
     row = {"texts": {"near": {"kl": 0.4, "top1": 0.5, "paired": {"nll": change}}}}
     assert not verdict(row, {}, {})["measurable"]
+
+
+def test_a_broken_candidate_has_lost() -> None:
+    change = {"mean": math.nan, "low": None, "high": None, "p": None}
+    broken = {"kl": math.nan, "top1": 0.0, "paired": {"nll": change}}
+    found = verdict({"texts": {"near": _text(0, 1, 0.9), "far": broken}}, BASE, {"kl": 1.0})
+    assert found["measurable"]
+    assert found["text"] == "loss without bound: log-probabilities on far are not finite"
+    assert found["gate"]["failed"] == ["KL on far is not a number"]
+    assert not passed(found)
+
+
+def test_a_text_and_a_task_of_one_name_are_two() -> None:
+    row = {"texts": {"boolq": _text(0.09, 0.02, 0.001)}, "tasks": {"boolq": _task(5, 9, 0.4)}}
+    assert verdict(row, {}, {})["text"].startswith("loss of 0.0900 ±0.0200 nats per token on boolq")
 
 
 @pytest.mark.parametrize("limit", [0.03, 0.01])
