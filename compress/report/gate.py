@@ -75,7 +75,7 @@ def failures(
     candidate: Mapping[str, Any], base: Mapping[str, Any], limits: Mapping[str, float]
 ) -> list[str]:
     """Why a candidate does not pass, a clause each; empty if it does. What a limit is about and was not
-    measured is a failure too.
+    measured is a failure too, and so is what is no number.
 
     candidate, base: the rows of metrics.json
     limits: kl: the largest on any text, nats per token; perplexity: the largest over the original's;
@@ -94,7 +94,7 @@ def failures(
         found += [
             _clause(name, value, text, limit)
             for text, value in values.items()
-            if value is None or (value < limit if name == "top1" else value > limit)
+            if value is None or not (value >= limit if name == "top1" else value <= limit)
         ]
         if not values:
             found.append(f"{_TITLES[name]} was not measured")
@@ -121,6 +121,8 @@ def perplexity_ratio(own: Mapping[str, Any], base: Mapping[str, Any]) -> float |
 def _clause(name: str, value: float | None, text: str, limit: float) -> str:
     if value is None:
         return f"{_TITLES[name]} was not measured on {text}"
+    if math.isnan(value):
+        return f"{_TITLES[name]} on {text} is no number"
     side = "below" if name == "top1" else "above"
     return f"{_TITLES[name]} {_FORMS[name].format(value)} on {text} is {side} {limit:g}"
 
@@ -130,9 +132,11 @@ def _tasks_lost(tasks: Mapping[str, Any], base: Mapping[str, Any], limit: float)
         yield "no task was measured"
     for task, score in tasks.items():
         difference = task_difference(score, base.get(task))
-        if difference is None:
+        if difference is None and headline(score) is None:
+            yield f"{task} has no accuracy of its own"
+        elif difference is None:
             yield f"the original was not measured on {task}"
-        elif difference < -limit / 100:
+        elif not difference >= -limit / 100:
             yield f"{-100 * difference:.2f} points lost on {task} are above {limit:g}"
 
 

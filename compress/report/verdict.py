@@ -30,8 +30,10 @@ def verdict(candidate: Row, base: Row, limits: Mapping[str, float]) -> dict[str,
     found = {**texts, **tasks}
     significant = holm([1.0 if f["p"] is None else f["p"] for f in found.values()])
     named = {name for name, is_so in zip(found, significant, strict=True) if is_so}
-    worse = [t for t in texts if t in named and texts[t]["mean"] > 0]
-    worst = sorted(worse, key=lambda text: texts[text]["mean"])[-1:]
+    # What is no number is the largest loss of all.
+    broken = {t for t, found in texts.items() if math.isnan(found["mean"])}
+    worse = [t for t in texts if t in broken or (t in named and texts[t]["mean"] > 0)]
+    worst = sorted(worse, key=lambda text: (text in broken, texts[text]["mean"]))[-1:]
     losses = [_loss(text, texts[text]) for text in worst]
     losses += [_drop(t, tasks[t]) for t in tasks if t in named and tasks[t]["difference"] < 0]
     if losses:
@@ -54,6 +56,8 @@ def passed(judged: Mapping[str, Any] | None) -> bool:
 
 
 def _loss(text: str, change: Row) -> str:
+    if math.isnan(change["mean"]):
+        return f"everything: the loss on {text} is no number"
     half = (change["high"] - change["low"]) / 2
     return (
         f"{change['mean']:.4f} ±{half:.4f} nats per token on {text} "

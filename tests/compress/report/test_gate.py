@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -63,6 +64,25 @@ def test_what_was_not_measured_does_not_pass() -> None:
         "the perplexity ratio was not measured on a",
         "top-1 agreement was not measured on a",
         "the original was not measured on piqa",
+    ]
+
+
+def test_what_is_no_number_does_not_pass() -> None:
+    """A checkpoint that computes NaN has no figure above any limit."""
+    nan = {"perplexity": math.nan, "kl": math.nan, "top1": math.nan}
+    broken = {"texts": {"a": nan}, "tasks": {"piqa": {"acc": math.nan, "acc_stderr": math.nan}}}
+    assert failures(broken, BASE, {"kl": 9, "perplexity": 9, "top1": 0, "accuracy": 99}) == [
+        "KL on a is no number",
+        "the perplexity ratio on a is no number",
+        "top-1 agreement on a is no number",
+        "nan points lost on piqa are above 99",
+    ]
+
+
+def test_a_group_without_a_metric_of_its_own_says_so() -> None:
+    group = {"tasks": {"inner": {"acc": 0.5, "acc_stderr": 0.1}}, "questions": 9}
+    assert failures({"tasks": {"group": group}}, {"tasks": {"group": group}}, {"accuracy": 1}) == [
+        "group has no accuracy of its own"
     ]
 
 

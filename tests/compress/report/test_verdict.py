@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -68,6 +69,13 @@ def test_many_comparisons_need_more() -> None:
 def test_nothing_compared_is_no_verdict() -> None:
     assert verdict({"texts": {"near": {"perplexity": 3.0}}, "tasks": {}}, {}, {}) is None
     assert passed(None)
+
+
+def test_what_is_no_number_is_a_loss() -> None:
+    row = {"texts": {"near": _text(math.nan, 0.0, None), "far": _text(9.0, 0.1, 0.001)}}
+    found = verdict(row, {}, {"kl": 0.05})
+    assert found["measurable"]
+    assert found["text"] == "loss of everything: the loss on near is no number"
 
 
 def test_too_little_text_finds_nothing() -> None:
