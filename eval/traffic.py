@@ -278,7 +278,10 @@ def _arrivals(times: NDArray[np.float64]) -> dict[str, Any] | None:
     if seconds == 0:
         return None
     rate = (len(times) - 1) / seconds
-    peaks = {width: int(np.bincount((since // width).astype(np.int64)).max()) for width in (1, 60)}
+    # Not by bincount: a log may have a gap of years.
+    peaks = {
+        width: int(np.unique(since // width, return_counts=True)[1].max()) for width in (1, 60)
+    }
     return {
         "seconds": seconds,
         "requests_per_s": rate,

@@ -102,7 +102,6 @@ def failures(
 
 
 _TITLES = {"kl": "KL", "perplexity": "the perplexity ratio", "top1": "top-1 agreement"}
-_FORMS = {"kl": "{:.4f}", "perplexity": "{:.4f}", "top1": "{:.4f}"}
 
 
 def _of_text(name: str, own: Mapping[str, Any], base: Mapping[str, Any]) -> float | None:
@@ -124,7 +123,7 @@ def _clause(name: str, value: float | None, text: str, limit: float) -> str:
     if math.isnan(value):
         return f"{_TITLES[name]} on {text} is no number"
     side = "below" if name == "top1" else "above"
-    return f"{_TITLES[name]} {_FORMS[name].format(value)} on {text} is {side} {limit:g}"
+    return f"{_TITLES[name]} {value:.4f} on {text} is {side} {limit:g}"
 
 
 def _tasks_lost(tasks: Mapping[str, Any], base: Mapping[str, Any], limit: float) -> Iterable[str]:

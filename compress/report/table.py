@@ -270,8 +270,10 @@ def legend_lines(runs: list[dict[str, Any]]) -> list[str]:
             "KL(original || candidate) in nats per token; ± is a standard error over windows."
         )
     for name, task in row.get("tasks", {}).items():
+        metric = headline(task)
+        figure = "no metric of its own, see metrics.json" if metric is None else f"{metric} in %"
         lines.append(
-            f"{short(name)}: {headline(task) or 'see metrics.json'} in %, {_asked(task)}, "
+            f"{short(name)}: {figure}, {_asked(task)}, "
             f"{task.get('fewshot', 0)}-shot, lm-eval "
             f"{env['versions']['lm-eval']}; ± is a standard error."
         )

@@ -139,6 +139,9 @@ def test_lengths_and_arrivals() -> None:
     assert (arrivals["peak_second"], arrivals["peak_minute"], arrivals["seconds"]) == (2, 101, 50)
     # All in one part of a minute: it is that part that a mean one is counted by.
     assert arrivals["burstiness"] == pytest.approx(1.01)
+    # A clock that was not set: 50 years of seconds are not counted one by one.
+    late = describe(traffic([1, 2, 3], [1, 1, 1], [0.0, 1.7e9, 1.7e9 + 0.5]))["arrivals"]
+    assert (late["peak_second"], late["peak_minute"]) == (2, 2)
     constant = describe(traffic([3, 3], [1, 2], [5.0, 5.0]))
     assert (constant["correlation"], constant["arrivals"]) == (None, None)
     assert describe(traffic([1, 2], [4, 2]))["correlation"] == pytest.approx(-1)
