@@ -62,6 +62,8 @@ COLUMNS = {
     "time": ("timestamp", "time", "arrival", "arrival_time", "created", "created_at"),
 }
 JSON_ENDINGS, CSV_ENDINGS = (".jsonl", ".ndjson"), (".csv", ".tsv")
+# Tokens that no request has, and of which a sum is still exact.
+MOST = 10**12
 # Times above this are milliseconds since 1970: as seconds it would be the year 5138.
 MILLISECONDS = 1e11
 PERCENTILES = (50, 90, 95, 99)
@@ -166,6 +168,8 @@ def _rows(path: Path) -> Iterator[tuple[int, Row]]:
                     yield line, _object(text, f"{path.name} line {line}")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text in UTF-8") from error
+    except csv.Error as error:
+        raise UserError(f"{path} cannot be read as CSV: {error}") from error
 
 
 def _object(text: str, where: str) -> Row:
@@ -210,9 +214,9 @@ def _count(row: Row, column: str | None, where: str) -> int:
         number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         number = math.nan
-    if not number.is_integer() or number < 0:
+    if not number.is_integer() or not 0 <= number <= MOST:
         told = "nothing" if value in (None, "") else value
-        raise UserError(f"{where} has {column}={told}: a count of tokens is 0 or more")
+        raise UserError(f"{where} has {column}={told}: a count of tokens is 0 to {MOST:.0e}")
     return int(number)
 
 
@@ -274,7 +278,10 @@ def _arrivals(times: NDArray[np.float64]) -> dict[str, Any] | None:
     if seconds == 0:
         return None
     rate = (len(times) - 1) / seconds
-    peaks = {width: int(np.bincount((since // width).astype(np.int64)).max()) for width in (1, 60)}
+    # Not by bincount: a log may have a gap of years.
+    peaks = {
+        width: int(np.unique(since // width, return_counts=True)[1].max()) for width in (1, 60)
+    }
     return {
         "seconds": seconds,
         "requests_per_s": rate,

@@ -337,6 +337,48 @@ def run_of(
     }
 
 
+def odd_runs() -> list[dict[str, Any]]:
+    """Runs of one model that are as runs may be, but not as ``run_of`` makes them: by two engines, of which
+    one refuses a batch, with a mix that ends at another pattern's lengths; without speed; without accuracy;
+    with too little text for intervals, no noise, a group of tasks; a NaN; other engines that did not open.
+    """
+    engines, quiet, fast, short, broken, closed = (
+        run_of(name, kl=0.01 * (i + 1), seed=i)
+        for i, name in enumerate(("engines", "quiet", "fast", "short", "broken", "closed"))
+    )
+    for row, factor in (("base", 1.0), ("candidate", 2.0)):
+        speed = engines[row]["speed"]
+        mix = point(1, [90.0 * factor] * 5, length=512) | {"least_input": 16, "least_output": 2}
+        speed["points"] += [mix, point(1, [80.0 * factor] * 5, length=128, out=64)]
+        refused = {"batch": 8, "input_length": 128, "output_length": 32, "refused": "no room"}
+        other = speed_of(10 * factor, seed=9) | {"engine": "vllm", "other_engines": None}
+        other["points"][1] = refused
+        speed["other_engines"] = [other]
+        quiet[row] |= {"speed": None, "predicted": None}
+        fast[row] |= {"texts": {}, "tasks": {}, "verdict": None, "agreement": None}
+        for text in short[row]["texts"].values():
+            if row == "base":
+                text["noise"] = None
+            else:
+                for key in ("nll", "kl", "top1"):
+                    text["paired"][key] |= {"low": None, "high": None, "p": None}
+        inner = short[row]["tasks"].pop("packaged_piqa")
+        short[row]["tasks"]["group"] = {"questions": 200, "of": 200, "tasks": {"inner": inner}}
+        shut = {
+            "load": speed["load"],
+            "engine": "transformers",
+            "version": "5",
+            "checkpoint_bytes": 9,
+        }
+        shut |= {"refused": "no", "points": [refused | {"batch": batch} for batch in (1, 8)]}
+        closed[row]["speed"] = shut | {"other_engines": []}
+    for text in broken["candidate"]["texts"].values():
+        text |= dict.fromkeys(("perplexity", "perplexity_stderr", "kl", "kl_stderr"), math.nan)
+        for key in ("nll", "kl"):
+            text["paired"][key] = dict.fromkeys(("mean", "low", "high"), math.nan)
+    return [engines, quiet, fast, short, broken, closed]
+
+
 def write_runs(folder: Path, runs: list[dict[str, Any]]) -> Path:
     """One folder a run, as ``compress`` leaves it."""
     for index, run in enumerate(runs):

@@ -57,7 +57,7 @@ def _not_worth(rows: list[Row]) -> list[str]:
         by_winner.setdefault(id(winner), (winner, []))[1].append(row)
     return [
         f"Not worth taking: {', '.join(row.label for row in beaten)}, for {winner.label} is at least as "
-        f"good in {_compared(winner)}, and better in one."
+        f"good in {_compared(winner, rows)}, and better in one."
         for winner, beaten in by_winner.values()
     ]
 
@@ -67,17 +67,19 @@ def _bytes(row: Row) -> int:
 
 
 def smallest(rows: list[Row]) -> str:
-    """The sentence about the smallest of the candidates, with others of the same size."""
-    ranked = sorted(rows, key=lambda row: (_bytes(row), sum(_losses(row).values())))
-    best, *others = ranked
+    """The sentence about the smallest of the candidates; of several of the same size the one with the least
+    KL."""
+    least = min(rows, key=_bytes)
+    as_small = [row for row in rows if _as_small(row, least)]
+    best, *others = sorted(as_small, key=lambda row: sum(_losses(row).values()))
     size = best.values["size"]
     share = size["bytes"] / (best.base or {})["size"]["bytes"]
     text = (
         f"Smallest within it: {best.label}, {size['bytes'] / 1e6:.1f} MB "
         f"({share:.0%} of the original, {size['bits_file']:.2f} bits per weight)"
     )
-    same = [row.label for row in others if _as_small(row, best)]
-    return f"{text}; of the same size: {', '.join(same)}." if same else f"{text}."
+    same = ", ".join(row.label for row in others)
+    return f"{text}; of the same size: {same}." if same else f"{text}."
 
 
 def fastest(rows: list[Row]) -> str:
@@ -154,5 +156,7 @@ def _losses(row: Row) -> dict[tuple[str, ...], float]:
     }
 
 
-def _compared(row: Row) -> str:
-    return "size, KL and speed" if row.values.get("speed") else "size and KL"
+def _compared(row: Row, rows: list[Row]) -> str:
+    """What ``dominated`` compared it by."""
+    measured = any(speed_ratio(row, key) for key in common_points(rows)[:1])
+    return "size, KL and speed" if measured else "size and KL"

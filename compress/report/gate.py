@@ -75,7 +75,7 @@ def failures(
     candidate: Mapping[str, Any], base: Mapping[str, Any], limits: Mapping[str, float]
 ) -> list[str]:
     """Why a candidate does not pass, a clause each; empty if it does. What a limit is about and was not
-    measured is a failure too.
+    measured is a failure too, and so is what is no number.
 
     candidate, base: the rows of metrics.json
     limits: kl: the largest on any text, nats per token; perplexity: the largest over the original's;
@@ -141,7 +141,7 @@ def _tasks_lost(tasks: Mapping[str, Any], base: Mapping[str, Any], limit: float)
                 "the original was not measured on" if headline(score) else "there is no accuracy of"
             )
             yield f"{had} {task}"
-        elif difference < -limit / 100:
+        elif not difference >= -limit / 100:
             yield f"{-100 * difference:.2f} points lost on {task} are above {limit:g}"
 
 

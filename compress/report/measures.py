@@ -16,6 +16,8 @@ from eval.speed import pattern_of
 from eval.task_scores import headline
 
 Point = Mapping[str, Any]
+# Between what is asked and of whom, in the words of a point.
+ASKED_OF = " tokens in/out, "
 
 
 @dataclass(frozen=True)
@@ -144,26 +146,29 @@ def size_measures(rows: list[Row]) -> list[Measure]:
 def points_of(row: Row) -> dict[str, Point]:
     """The measured points of a row by what was asked, and of whom: figures are comparable under one key."""
     found = {}
-    for speed in _speeds(row.values.get("speed")):
+    for speed in speeds_of(row):
         for point in speed["points"] if "points" in speed else [first_point(speed)]:
             if point is not None and "refused" not in point:
                 found[point_key(point, speed, row)] = point
     return found
 
 
-def _speeds(speed: Mapping[str, Any] | None) -> Iterable[Mapping[str, Any]]:
+def speeds_of(row: Row) -> Iterable[Mapping[str, Any]]:
     """By the first engine, then by the others."""
-    if speed:
+    if speed := row.values.get("speed"):
         yield speed
         yield from speed.get("other_engines") or []
 
 
 def point_key(point: Point, speed: Mapping[str, Any], row: Row) -> str:
     """A point in words, with engine and device."""
-    return (
-        f"batch {point['batch']}, {pattern_of(point)} tokens in/out, {speed.get('engine', 'compress')} on "
-        f"{row.run['environment']['device']}"
-    )
+    where = f"{speed.get('engine', 'compress')} on {row.run['environment']['device']}"
+    return f"batch {point['batch']}, {pattern_of(point)}{ASKED_OF}{where}"
+
+
+def asked_of(key: str) -> str:
+    """Engine and device of a point's words."""
+    return key.partition(ASKED_OF)[2]
 
 
 def speed_ratio(row: Row, key: str) -> Value | None:

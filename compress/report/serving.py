@@ -6,12 +6,13 @@ shape in every figure. Points that were refused, and what older runs did not kee
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from compress.report.measures import speeds_of
 from compress.report.palette import DASHES, MARKERS, PALETTE
-from compress.report.table import ABSENT, markdown
+from compress.report.table import ABSENT, Row, markdown, plain_markdown, rows_of
 from eval.speed import pattern_of
 from eval.traffic import Traffic, describe, heat_map, ratio, weigh
 
@@ -208,38 +209,58 @@ def _left_out(described: Mapping[str, Any]) -> str:
     return f" (left out: {', '.join(told)})" if told else ""
 
 
-def traffic_sections(traffic: Traffic, runs: Sequence[Mapping[str, Any]]) -> list[Section]:
+def traffic_sections(traffic: Traffic, runs: list[dict[str, Any]]) -> list[Section]:
     """What the traffic is, and what the measured runs would make of it, each against its own original.
 
     At every batch that was measured.
 
     runs: metrics as report.table finds them
     """
+    rows = [row for row in rows_of(runs) if row.base is not None]
+    weighed = [
+        (row.label, speed.get("engine", "compress"), cells)
+        for row in rows
+        for speed, base in _beside(row)
+        for cells in _by_batch(traffic, speed, base)
+    ]
+    several = len({engine for _, engine, _ in weighed}) > 1
     sections = [Section("Traffic", traffic_report(traffic), traffic_figure(traffic))]
     header = ["", "batch", "covered", "ms a request", "the original's", "tokens/s", "ratio"]
-    rows = [header]
-    for run in runs:
-        speed, base = run["candidate"].get("speed"), run["base"].get("speed")
-        # Runs of before there were points kept a single one.
-        if not speed or "points" not in speed:
-            continue
-        for batch in sorted({point["batch"] for point in speed["points"]}):
-            found = weigh(speed["points"], traffic, batch)
-            together = speed["load"].get("together", True)
-            beside = weigh(base["points"], traffic, batch) if base and "points" in base else None
-            cells = _weighed(found, beside, together=together)
-            original = None if beside is None else beside["time_per_request_ms"]
-            cells.insert(3, ABSENT if original is None else f"{original:.1f}")
-            rows.append([run["name"], *cells])
-    if len(rows) > 1:
+    if weighed:
+        table = [header] + [
+            [plain_markdown(f"{name} ({engine})" if several else name).replace("|", "\\|"), *cells]
+            for name, engine, cells in weighed
+        ]
         told = (
             "The measured speeds, weighed by this traffic: TTFT linear in the tokens in between the lengths "
             "measured, ITL linear in the mean context of the decoding; every request in a batch "
             "of its like. Covered: the share of the requests that lie between the sizes measured; only these "
             "count, nothing is extrapolated. Ratio: to the original, within the rounds."
         )
-        sections.append(Section("Your traffic on these runs", f"{markdown(rows)}\n\n{told}\n"))
+        sections.append(Section("Your traffic on these runs", f"{markdown(table)}\n\n{told}\n"))
     return sections
+
+
+def _beside(row: Row) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any] | None]]:
+    """What a row measured by each engine, and what its original did by the same."""
+    original = Row(row.label, row.model, row.base or {}, None, row.run)
+    bases = {speed.get("engine"): speed for speed in speeds_of(original)}
+    for speed in speeds_of(row):
+        # Runs of before there were points kept a single one.
+        if "points" in speed:
+            yield speed, bases.get(speed.get("engine"))
+
+
+def _by_batch(
+    traffic: Traffic, speed: Mapping[str, Any], base: Mapping[str, Any] | None
+) -> Iterator[list[str]]:
+    for batch in sorted({point["batch"] for point in speed["points"]}):
+        found = weigh(speed["points"], traffic, batch)
+        beside = weigh(base["points"], traffic, batch) if base and "points" in base else None
+        cells = _weighed(found, beside, together=speed["load"].get("together", True))
+        original = None if beside is None else beside["time_per_request_ms"]
+        cells.insert(3, ABSENT if original is None else f"{original:.1f}")
+        yield cells
 
 
 def _weighed(

@@ -128,8 +128,8 @@ def _crossovers(results: Results) -> str:
 
 
 def crossover(speed: Mapping[str, Any], base: Mapping[str, Any]) -> str:
-    """From which batch on a candidate is no longer faster than the original, by pattern, and its largest
-    loss."""
+    """From which batch on a candidate is no longer faster than the original, or at which ones it is not, by
+    pattern, and its largest loss."""
     together = base["load"]["together"]
     ratios: dict[str, dict[int, float]] = {}
     for ours, theirs in zip(speed["points"], base["points"], strict=True):
@@ -138,13 +138,20 @@ def crossover(speed: Mapping[str, Any], base: Mapping[str, Any]) -> str:
             found[ours["batch"]] = speedup(ours, theirs, together=together)
     told = []
     for pattern, by_batch in ratios.items():
-        lost = min((batch for batch, ratio in by_batch.items() if ratio <= 1), default=None)
-        if lost is None:
+        batches = sorted(by_batch)
+        lost = [batch for batch in batches if by_batch[batch] <= 1]
+        if not lost:
             told.append(f"{pattern} faster at every batch measured")
-        elif max(by_batch.values()) <= 1:
+        elif lost == batches:
             told.append(f"{pattern} not faster at any batch measured")
+        elif lost == batches[-len(lost) :]:
+            first = lost[0]
+            told.append(
+                f"{pattern} no longer faster from batch {first} on ({by_batch[first]:.2f}x)"
+            )
         else:
-            told.append(f"{pattern} no longer faster from batch {lost} on ({by_batch[lost]:.2f}x)")
+            slow = ", ".join(f"{batch} ({by_batch[batch]:.2f}x)" for batch in lost)
+            told.append(f"{pattern} not faster at batch {slow}")
     if not told:
         return "no point that both answered"
     worst, pattern, batch = min(

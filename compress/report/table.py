@@ -15,13 +15,15 @@ from eval.speed import pattern_of
 from eval.task_scores import headline, stderr_of
 
 METRICS = "metrics.json"
+# What every run has written since the first.
+KEYS = {"name", "model", "recipe", "base", "candidate", "environment"}
 ABSENT = "-"
 
 
 def find_runs(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """The metrics of every finished run below the paths, oldest first.
 
-    Raises UserError if there is none, or no such folder.
+    Raises UserError if there is none, or no such folder, or a file of that name is not of a run.
     """
     paths = list(paths)
     for path in paths:
@@ -29,13 +31,20 @@ def find_runs(paths: Iterable[Path]) -> list[dict[str, Any]]:
             raise UserError(f"there is no folder {path}")
     # By its true place: a folder may be named twice.
     files = {file.resolve(): file for path in paths for file in path.rglob(METRICS)}
-    runs = [
-        {**json.loads(file.read_text(encoding="utf-8")), "folder": str(file.parent)}
-        for file in files.values()
-    ]
+    runs = [{**_metrics(file), "folder": str(file.parent)} for file in files.values()]
     if not runs:
         raise UserError(f"no finished run below {', '.join(map(str, paths))}: none has {METRICS}")
     return sorted(runs, key=lambda run: run["environment"]["date"])
+
+
+def _metrics(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as JSON: {error}") from None
+    if not isinstance(found, dict) or not found.keys() >= KEYS:
+        raise UserError(f"{file} is not of a run of compress: it lacks {', '.join(sorted(KEYS))}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class Row:
     model: the fingerprint of the original
     values: its section of metrics.json (size, texts, tasks, ...)
     base: the same of its original; of an original None
-    run: the whole metrics.json; of an original those of the newest run of it
+    run: the whole metrics.json; of an original those of the newest run that measured its speed, if any
     """
 
     label: str
@@ -59,23 +68,35 @@ class Row:
 def rows_of(runs: list[dict[str, Any]]) -> list[Row]:
     """Each model's original and then its runs, oldest first.
 
-    The original's row takes each section from the newest run of its model that measured it.
+    The original's row takes each section, and of texts and tasks each one, from the newest run of its model
+    that measured it.
     """
     rows = []
     for fingerprint in dict.fromkeys(run["model"]["fingerprint"] for run in runs):
         of_model = [run for run in runs if run["model"]["fingerprint"] == fingerprint]
         original: dict[str, Any] = {}
         for run in of_model:
-            original |= {section: found for section, found in run["base"].items() if found}
-        newest = of_model[-1]
-        rows.append(
-            Row(f"{newest['model']['name']} (original)", fingerprint, original, None, newest)
-        )
+            for section, found in run["base"].items():
+                if section in ("texts", "tasks"):
+                    original[section] = original.get(section, {}) | (found or {})
+                elif found:
+                    original[section] = found
+        newest = ([run for run in of_model if _answered(run["base"].get("speed"))] or of_model)[-1]
+        # Together: the device is that which the run names, and the prediction is of the first point.
+        original |= {key: newest["base"].get(key) for key in ("speed", "predicted")}
+        name = f"{of_model[-1]['model']['name']} (original)"
+        rows.append(Row(name, fingerprint, original, None, newest))
         names = [run["name"] for run in of_model]
         for run in of_model:
             twice = f" of {run['environment']['date']}" if names.count(run["name"]) > 1 else ""
             rows.append(Row(run["name"] + twice, fingerprint, run["candidate"], run["base"], run))
     return rows
+
+
+def _answered(speed: Mapping[str, Any] | None) -> bool:
+    """Whether any point was measured, not refused."""
+    # Runs of before there were points were not refused any.
+    return any("refused" not in point for point in speed.get("points", [{}])) if speed else False
 
 
 def table(runs: list[dict[str, Any]]) -> str:
@@ -236,6 +257,12 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
+def _asked(task: Mapping[str, Any]) -> str:
+    if task["questions"] == task.get("of"):
+        return f"all {task['questions']} questions"
+    return f"the first {task['questions']} questions"
+
+
 def legend_lines(runs: list[dict[str, Any]]) -> list[str]:
     """What the columns mean, with the settings of the newest run."""
     run = runs[-1]
@@ -250,9 +277,11 @@ def legend_lines(runs: list[dict[str, Any]]) -> list[str]:
             "KL(original || candidate) in nats per token; ± is a standard error over windows."
         )
     for name, task in row.get("tasks", {}).items():
+        metric = headline(task)
+        figure = "no metric of its own, see metrics.json" if metric is None else f"{metric} in %"
         lines.append(
-            f"{short(name)}: {headline(task) or 'see metrics.json'} in %, the first "
-            f"{task['questions']} questions, {task.get('fewshot', 0)}-shot, lm-eval "
+            f"{short(name)}: {figure}, {_asked(task)}, "
+            f"{task.get('fewshot', 0)}-shot, lm-eval "
             f"{env['versions']['lm-eval']}; ± is a standard error."
         )
     if found := row.get("agreement"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import shutil
 from collections.abc import Mapping
 from typing import Any
@@ -91,7 +92,10 @@ def _columns(rows: list[Row]) -> list[tuple[str, list[str]]]:
 
 def _worst(row: Row, measures: list[list[Value | None]], index: int, pick: Any, form: str) -> str:
     values = [found.value for m in measures if (found := m[index]) is not None]
-    return form.format(pick(values)) if values and row.base is not None else ABSENT
+    if not values or row.base is None:
+        return ABSENT
+    # Nothing is worse than what is no number.
+    return form.format(math.nan if any(map(math.isnan, values)) else pick(values))
 
 
 def _speed(row: Row, key: str) -> str:
@@ -128,7 +132,5 @@ def _legend(rows: list[Row]) -> list[str]:
     if tasks:
         lines.append(f"tasks: points over the original, the worst of {', '.join(tasks)}.")
     if keys:
-        lines.append(
-            f"tokens/s: decoding, {keys[0]}; (x) over the original in the rounds of the same run."
-        )
+        lines.append(f"tokens/s: decoding, {keys[0]}; (x) over the original in the same run.")
     return [*lines, "Everything else: --out FOLDER."]

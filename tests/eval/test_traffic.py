@@ -93,11 +93,12 @@ def test_named_columns_long_requests_and_times(tmp_path: Path) -> None:
         (
             "a.csv",
             "isl,osl\n1,5\n2,-1\n",
-            "a.csv line 3 has osl=-1: a count of tokens is 0 or more",
+            "a.csv line 3 has osl=-1: a count of tokens is 0 to 1e\\+12",
         ),
         ("a.csv", "isl,osl\n1,5\n2\n", "a.csv line 3 has osl=nothing: a count"),
         ("a.csv", "isl,osl\n1.5,5\n", "a.csv line 2 has isl=1.5: a count"),
         ("a.csv", "isl,osl\nnan,5\n", "a.csv line 2 has isl=nan: a count"),
+        ("a.csv", "isl,osl\n1e30,5\n", "a.csv line 2 has isl=1e30: a count"),
         ("a.jsonl", '{"isl": true, "osl": 2}\n', "a.jsonl line 1 has isl=True: a count"),
         ("a.jsonl", '{"isl": 1, "osl": 2}\n\n{"isl"\n', "a.jsonl line 3 is not JSON"),
         ("a.jsonl", "[1, 2]\n", "a.jsonl line 1 is not an object in JSON"),
@@ -116,6 +117,9 @@ def test_other_mistakes(tmp_path: Path) -> None:
         read_traffic(file, {"input": "x"})
     with pytest.raises(UserError, match=r"0 have no token in or out, the rest more than traffic.l"):
         read_traffic(file, longest=16)
+    file.write_text(f"isl,osl\n{'9' * 200_000},5\n")
+    with pytest.raises(UserError, match="cannot be read as CSV: field larger"):
+        read_traffic(file)
     file.write_bytes(b"isl,osl\n\xff,3\n")
     with pytest.raises(UserError, match="is not text in UTF-8"):
         read_traffic(file)
@@ -135,6 +139,9 @@ def test_lengths_and_arrivals() -> None:
     assert (arrivals["peak_second"], arrivals["peak_minute"], arrivals["seconds"]) == (2, 101, 50)
     # All in one part of a minute: it is that part that a mean one is counted by.
     assert arrivals["burstiness"] == pytest.approx(1.01)
+    # A clock that was not set: 50 years of seconds are not counted one by one.
+    late = describe(traffic([1, 2, 3], [1, 1, 1], [0.0, 1.7e9, 1.7e9 + 0.5]))["arrivals"]
+    assert (late["peak_second"], late["peak_minute"]) == (2, 2)
     constant = describe(traffic([3, 3], [1, 2], [5.0, 5.0]))
     assert (constant["correlation"], constant["arrivals"]) == (None, None)
     assert describe(traffic([1, 2], [4, 2]))["correlation"] == pytest.approx(-1)

@@ -16,12 +16,15 @@ from compress.report.measures import (
     Measure,
     Value,
     accuracy_measures,
+    asked_of,
     common_points,
     points_of,
     size_measures,
     speed_measures,
 )
+from compress.report.palette import PALETTE
 from compress.report.table import Row, cells, first_point
+from eval.speed import pattern_of
 
 # Sections of a recipe that say how something is measured, not what is made.
 MEASURING = ("model", "eval", "speed", "context", "device", "gate")
@@ -50,6 +53,8 @@ def page_data(rows: list[Row]) -> dict[str, Any]:
         "blocks": [_block_kl(row) for row in rows],
         "predicted": [_predicted(row) for row in rows],
         "figures": {key: rounded(found) for key, found in figures.items() if found},
+        # Without black, which is the originals', and yellow, which is pale.
+        "colors": PALETTE[:6],
     }
 
 
@@ -137,6 +142,7 @@ def _point(row: Row, key: str) -> dict[str, Any] | None:
     return rounded(
         {name: point[name] for name in DRAWN if name in point}
         | {"e2e_ms": (point.get("rounds") or {}).get("e2e_ms")}
+        | {"pattern": pattern_of(point), "mix": "least_input" in point, "of": asked_of(key)}
     )
 
 

@@ -11,9 +11,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from compress.report.palette import PALETTE
+
 Figure = dict[str, Any]
-# Readable by colour-blind people (Okabe and Ito), told apart by shape as well.
-BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+BLUE, ORANGE, GREEN, PURPLE = PALETTE[:4]
 SHADES = "Cividis"
 # Heads are names, not places on a scale.
 HEADS = {"type": "category"}
@@ -89,8 +90,10 @@ def _log(value: float | None) -> float | None:
 
 
 def _errors(blocks: list[Mapping[str, Any]]) -> Iterable[Figure]:
-    linears = list(blocks[0]["linears"])
-    if any("relative_error" not in found for b in blocks for found in b["linears"].values()):
+    # Blocks need not have the same: of a mixture of experts the first ones may be dense.
+    linears = list(dict.fromkeys(name for block in blocks for name in block["linears"]))
+    found = [found for block in blocks for found in block["linears"].values()]
+    if not found or any("relative_error" not in each for each in found):
         return
     rows = [[b["linears"].get(n, {}).get("relative_error") for b in blocks] for n in linears]
     yield figure(

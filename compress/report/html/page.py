@@ -209,7 +209,8 @@ def _run_details(index: int, row: Row, figures: list[Figure], folder: Path) -> s
     recipe = yaml.safe_dump(row.run["recipe"], sort_keys=False, allow_unicode=True)
     plots = "".join(
         f'<figure class="plot" data-run="{index}" data-figure="{k}" role="img" '
-        f'aria-label="{figure["layout"]["title"]["text"]}"></figure>'
+        # A title is escaped for Plotly, which leaves quotes as they are.
+        f'aria-label="{_e(html.unescape(figure["layout"]["title"]["text"]))}"></figure>'
         for k, figure in enumerate(figures)
     )
     return (

@@ -2,9 +2,9 @@
 "use strict";
 (() => {
   const page = JSON.parse(document.getElementById("data").textContent);
-  // Readable by colour-blind people (Okabe and Ito); numbers that share no factor, so that neighbours differ
-  // in colour, mark and dash at once, and 210 rows pass before the three come together again.
-  const COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"];
+  // Six colours, seven marks, five dashes: numbers that share no factor, so that neighbours differ in all three,
+  // and 210 rows pass before the three come together again.
+  const COLORS = page.colors;
   const MARKS = ["circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "star"];
   const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
   const CONFIG = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
@@ -55,6 +55,7 @@
   function draw(place, data, layout, absent) {
     if (!data.length) {
       Plotly.purge(place);
+      delete place.dataset.clicks;
       place.classList.add("empty");
       place.textContent = absent;
       return;
@@ -162,40 +163,41 @@
   }
 
   const keys = Object.keys(page.points);
-  const pointsAt = (key) => page.points[key];
-  // Of all points those that differ from the chosen one in nothing but this.
-  function series(i, chosen, fixed) {
-    const like = pointsAt(chosen).find((point) => point);
-    const after = chosen.slice(chosen.indexOf(" out, "));
+  // What a row measured of the same engine and device as the chosen point, and that is like it in this.
+  function series(i, like, fixed) {
     return keys
-      .filter((key) => key.endsWith(after))
-      .map((key) => pointsAt(key)[i])
-      .filter((point) => point && like && fixed.every((name) => point[name] === like[name]));
+      .map((key) => page.points[key][i])
+      .filter((point) => point && ["of", ...fixed].every((name) => point[name] === like[name]));
   }
 
+  const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
+
   function drawSpeed() {
-    const key = keys[at()] ?? "";
+    const chosen = page.points[keys[at()]] ?? [];
+    const like = chosen.find((point) => point);
     const rows = [...shown];
-    const over = (name, title, fixed, along, value, iqr, label, unit) => {
+    const over = (name, title, points, along, value, iqr, label, unit) => {
       const data = rows.flatMap((i) => {
-        const points = series(i, key, fixed).sort((a, b) => a[along] - b[along]);
-        if (!points.length) return [];
+        const found = like ? points(i) : [];
+        if (!found.length) return [];
         const { color } = look(i);
-        const half = points.map((point) => (point[iqr] ?? 0) / 2);
-        const error = { type: "data", array: half, color, thickness: 1 };
-        return [line(i, points.map((p) => p[along]), points.map((p) => p[value]), { error_y: error })];
+        const x = [...new Set(found.map((point) => point[along]))].sort((a, b) => a - b);
+        // The same length in may come with several lengths out: their mean.
+        const means = (of) => x.map((at) => mean(found.filter((p) => p[along] === at).map((p) => p[of] ?? 0)));
+        const error = { type: "data", array: means(iqr).map((width) => width / 2), color, thickness: 1 };
+        return [line(i, x, means(value), { error_y: error })];
       });
       draw(byId(name), data, {
         title: { text: title }, xaxis: { title: { text: label } }, yaxis: { title: { text: unit }, rangemode: "tozero" },
-      }, "No speed was measured.");
+      }, "Nothing of this was measured.");
     };
-    const like = pointsAt(key)?.find((point) => point);
-    const pattern = like ? `${like.input_length} tokens in, ${like.output_length} out` : "";
-    over("throughput", `Throughput, ${pattern}`, ["input_length", "output_length"], "batch",
+    over("throughput", `Throughput, ${like?.pattern} tokens in/out`, (i) => series(i, like, ["pattern"]), "batch",
       "tokens_per_s", "tokens_per_s_iqr", "batch size", "tokens/s of the batch");
-    over("ttft", `Time to the first token, batch ${like?.batch}`, ["batch"], "input_length",
+    // A mix has no length.
+    over("ttft", `Time to the first token, batch ${like?.batch}`,
+      (i) => series(i, like, ["batch"]).filter((point) => !point.mix), "input_length",
       "ttft_ms", "ttft_ms_iqr", "tokens in", "ms");
-    const of = (i) => pointsAt(key)?.[i];
+    const of = (i) => chosen[i];
     const positions = rows.flatMap((i) => {
       const found = of(i)?.itl_by_position;
       if (!found) return [];
@@ -216,6 +218,8 @@
       return [{
         type: "box", meta: i, name: String(i), y: found, boxpoints: "all", showlegend: false,
         line: { color }, marker: { color, symbol, size: 4 }, pointpos: 0, jitter: 0.4,
+        // The quartiles that ± is half the range of.
+        quartilemethod: "inclusive",
       }];
     });
     draw(byId("total"), totals, {
@@ -354,14 +358,14 @@
   byId("all").addEventListener("click", () => check(true));
   byId("none").addEventListener("click", () => check(false));
   byId("open").addEventListener("click", () => {
-    for (const details of document.querySelectorAll("details.run")) details.open = true;
+    for (const details of document.querySelectorAll("#details details")) details.open = true;
   });
   for (const details of document.querySelectorAll("details.run")) {
     details.addEventListener("toggle", () => { if (details.open) drawFigures(details); });
   }
 
   function figureOf(cell) {
-    const found = cell.textContent.match(/^[+-]?\d[\d.]*/);
+    const found = cell.textContent.match(/^[+-]?\d[\d.]*(e[+-]?\d+)?/);
     return found ? Number(found[0]) : null;
   }
   function compare(a, b) {

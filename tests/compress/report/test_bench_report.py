@@ -124,6 +124,12 @@ def test_crossover() -> None:
         "largest loss 0.80x at batch 64, 128/32"
     )
     assert crossover(base, base).endswith("not faster at any batch measured; no loss")
+    # As where a small batch waits for memory that is not the weights': faster again later.
+    late = speed([point(b, [10 * r] * 3) for b, r in zip(batches, (1.5, 0.9, 0.95), strict=True)])
+    few = speed(base["points"][:3])
+    assert crossover(late, few) == (
+        "128/32 not faster at batch 1 (0.90x), 8 (0.95x); largest loss 0.90x at batch 1, 128/32"
+    )
 
 
 def test_what_did_not_run_in_the_same_rounds_has_no_ratio_within_them() -> None:

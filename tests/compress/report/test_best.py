@@ -93,6 +93,16 @@ def test_sentences() -> None:
     assert strict[1].startswith("Smallest within it: exact, 200.0 MB")
 
 
+def test_of_one_size_the_most_exact_is_the_smallest() -> None:
+    """A header longer by a name decides nothing."""
+    runs = [run("rough", 100_000_000, 0.04, None), run("exact", 100_000_050, 0.01, None, seed=1)]
+    assert answers(rows_of(runs), None)["smollm2"][1:] == [
+        "Smallest within it: exact, 100.0 MB (37% of the original, 6.75 bits per weight); of the same size: "
+        "rough.",
+        "Not worth taking: rough, for exact is at least as good in size and KL, and better in one.",
+    ]  # fmt: skip
+
+
 def test_a_ratio_is_of_the_rounds_where_both_ran() -> None:
     found = run("x", 100, 0.1, [20.0, 30.0, 90.0])
     found["base"]["speed"]["points"] = [point(1, [10.0, 20.0, 30.0])]

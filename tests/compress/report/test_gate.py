@@ -81,6 +81,11 @@ def test_what_is_not_a_number_does_not_pass(name: str) -> None:
     assert clause.endswith(" on a is not a number")
 
 
+def test_a_lost_task_that_is_not_a_number_does_not_pass() -> None:
+    broken = {"tasks": {"piqa": {"acc": math.nan, "acc_stderr": math.nan}}}
+    assert failures(broken, BASE, {"accuracy": 99}) == ["nan points lost on piqa are above 99"]
+
+
 def test_differences_of_the_same_questions_count() -> None:
     """Exactly the limit passes, though 7 / 100 is no number of binary digits."""
     run = run_of("x", lost=0.07)

@@ -20,11 +20,11 @@ from compress.report.html.data import page_data, recipe_lines, script_json
 from compress.report.html.figures import figures_of
 from compress.report.html.page import report_page
 from compress.report.latex import escaped
-from compress.report.measures import accuracy_measures, speed_measures
+from compress.report.measures import accuracy_measures, points_of, speed_measures
 from compress.report.serving import Section
 from compress.report.table import find_runs, rows_of
 from compress.report.terminal import comparison
-from tests.report_runs import TEXTS, run_of, speed_of, sweep, write_runs
+from tests.report_runs import TEXTS, odd_runs, run_of, speed_of, sweep, write_runs
 
 EVIL = "<script>alert(1)</script></script>\"'&|_#$%{x}~^\\ [red]a[/red]"
 
@@ -52,12 +52,14 @@ class Page(HTMLParser):
         super().__init__(convert_charrefs=True)
         self.tags: list[str] = []
         self.links: list[str] = []
+        self.attributes: set[str] = set()
         self.cells: list[str] = []
         self._in_cell = False
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        self.attributes |= {name for name, _ in attrs}
         self.links += [str(value) for name, value in attrs if name in ("href", "src")]
         if tag == "td":
             self.cells.append("")
@@ -182,6 +184,13 @@ def test_names_stay_names(tmp_path: Path) -> None:
     evil["recipe"]["model"]["source"] = EVIL
     evil["candidate"]["verdict"]["text"] = EVIL
     evil["environment"]["device"] = EVIL
+    evil["candidate"]["context"] = {
+        "text": '" onmouseover="alert(1)',
+        "window": 64,
+        "positions": {"bucket_kl": [0.1], "bucket_kl_stderr": [0.1], "windows": 1, "cache_bytes": 1}
+        | {"kl": 0.1, "kl_stderr": 0.1},
+        "retrieval": {},
+    }
     evil["folder"] = str(tmp_path / "javascript:alert(1)")
     plain_runs = [run_of("x", model="y") | {"folder": "z"}]
     texts, plain = written([evil], tmp_path), written(plain_runs, tmp_path / "plain")
@@ -190,6 +199,7 @@ def test_names_stay_names(tmp_path: Path) -> None:
     tags, harmless = Page(page).tags, Page(plain["report.html"]).tags
     for tag in ("script", "body", "section", "style", "main", "a"):
         assert tags.count(tag) == harmless.count(tag), tag
+    assert "onmouseover" not in Page(page).attributes
     assert "<script>alert" not in page
     assert "./javascript%3Aalert%281%29/" in Page(page).links
     data = data_of(page)
@@ -246,6 +256,69 @@ def test_runs_of_before(tmp_path: Path) -> None:
     assert data["figures"] == {}
     assert "verdict" not in comparison(runs)
     assert "oldest" in comparison(runs)
+
+
+def test_odd_runs(tmp_path: Path) -> None:
+    runs = find_runs([write_runs(tmp_path / "o", odd_runs())])
+    texts = written(runs, tmp_path / "r")
+    data = data_of(texts["report.html"])
+    labels = [row["label"] for row in data["rows"]]
+    assert labels[1:] == ["engines", "quiet", "fast", "short", "broken", "closed"]
+    kl = data["accuracy"][0]
+    assert kl["values"] == [0.00012, 0.01, 0.02, None, 0.04, None, 0.06]
+    assert (kl["low"][4], kl["high"][4]) == (None, None)
+    assert all("group" not in measure["title"] for measure in data["accuracy"])
+    # Each engine by itself; what it refused is not there.
+    vllm = [key for key in data["points"] if ", vllm on " in key]
+    assert len(vllm) == 3
+    assert data["points"][vllm[0]][1]["of"] == "vllm on 2 x AMD EPYC"
+    (mix,) = (key for key in data["points"] if "16-512/2-32" in key)
+    assert data["points"][mix][1]["mix"]
+    assert data["points"][mix][1]["pattern"] == "16-512/2-32"
+    rows = list(csv.DictReader(io.StringIO(texts["table.csv"])))
+    assert float(rows[1]["speed.vllm.load_s"]) == 1.25
+    assert float(rows[1]["tasks.packaged_piqa.paired.p"]) == 0.27
+    assert float(rows[4]["tasks.group.tasks.inner.paired.p"]) == 0.27
+    shown = comparison(runs, {"kl": 0.05})
+    (line,) = (line for line in shown.splitlines() if line.startswith("broken "))
+    assert "nan" in line
+    assert "gate FAILED: kl" in line
+    assert "3 of 6 pass the gate" in shown
+    gate = " ".join(Page(report_page(runs, {"kl": 0.05}, Path())).cells)
+    assert "KL on boolq-passages is no number" in gate
+    # The newest run refused every batch.
+    assert len([key for key, points in data["points"].items() if points[0]]) == 4
+
+
+def test_an_original_is_what_all_its_runs_measured() -> None:
+    """Each text of the newest run that has it; the device is that of the speed."""
+    first, second = run_of("first", seed=1), run_of("second", seed=2)
+    del second["base"]["texts"][TEXTS[0]]
+    second["base"]["texts"][TEXTS[1]]["perplexity"] = 7.0
+    second["base"]["speed"] = None
+    second["environment"]["device"] = "GPU"
+    original = rows_of([first, second])[0]
+    found = {text: values["perplexity"] for text, values in original.values["texts"].items()}
+    assert found == {TEXTS[0]: 20.4, TEXTS[1]: 7.0}
+    assert set(points_of(original)) == set(points_of(rows_of([first])[0]))
+    # What the runs hold is left as it is.
+    assert first["base"]["texts"][TEXTS[1]]["perplexity"] == 20.4
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"loss": 3}', "\xff"])
+def test_another_file_of_that_name_is_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / "metrics.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"metrics.json (cannot be read as JSON|is not of a run)"):
+        find_runs([tmp_path])
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@x", "\t=1"])
+def test_a_name_is_no_formula(name: str, tmp_path: Path) -> None:
+    text = written([run_of(name)], tmp_path / "r")["table.csv"]
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert rows[1]["name"] == f"'{name}"
+    # Figures are figures, below zero too.
+    assert float(rows[1]["tasks.packaged_piqa.paired.difference"]) == -0.01
 
 
 def test_a_model_without_any_measure(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 from compress.report.files import write_report
 from compress.report.table import find_runs
-from tests.report_runs import run_of, sweep, write_runs
+from tests.report_runs import odd_runs, run_of, sweep, write_runs
 
 ARTIFACTS = Path(__file__).parents[3] / "outputs" / "test-artifacts"
 BROWSERS = ("chromium", "google-chrome", "google-chrome-stable", "chromium-browser")
@@ -48,8 +49,14 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(browser: Any, report: Path) -> Iterator[Any]:
-    """The page, opened once: every test leaves it as it was. At the end it must have complained of nothing
-    and asked for nothing but itself."""
+    """The page, opened once: every test leaves it as it was."""
+    with opened(browser, report) as page:
+        yield page
+
+
+@contextmanager
+def opened(browser: Any, report: Path) -> Iterator[Any]:
+    """At the end the page must have complained of nothing and asked for nothing but itself."""
     page = browser.new_page(viewport={"width": 1400, "height": 900}, color_scheme="light")
     said: list[str] = []
     page.on("console", lambda message: said.append(message.text))
@@ -100,6 +107,58 @@ def test_plots_are_drawn(page: Any) -> None:
     page.screenshot(path=ARTIFACTS / "report.png", full_page=True)
 
 
+def lines(page: Any, plot: str) -> dict[int, tuple[list[float], list[float]]]:
+    """x and y of the line of each row."""
+    found = page.evaluate(f"document.getElementById('{plot}').data.map(t => [t.meta, t.x, t.y])")
+    return {row: (x, y) for row, x, y in found}
+
+
+def test_odd_runs(browser: Any, tmp_path: Path) -> None:
+    """A line is of one engine; a mix is in none but its own; what is asked for twice is drawn once."""
+    runs = find_runs([write_runs(tmp_path / "outputs", odd_runs())])
+    engines, fast = (
+        {(p["batch"], p["input_length"]): p for p in runs[i]["candidate"]["speed"]["points"][:4]}
+        for i in (0, 2)
+    )
+    with opened(browser, write_report(runs, None, tmp_path / "r")[0]) as page:
+        ttft = lines(page, "ttft")
+        assert ttft[1][0] == ttft[3][0] == [128, 512]
+        again = runs[0]["candidate"]["speed"]["points"][5]["ttft_ms"]
+        assert ttft[1][1] == pytest.approx(
+            [(engines[1, 128]["ttft_ms"] + again) / 2, engines[1, 512]["ttft_ms"]], rel=1e-4
+        )
+        throughput = lines(page, "throughput")
+        speeds = [fast[batch, 128]["tokens_per_s"] for batch in (1, 8)]
+        assert throughput[3][1] == pytest.approx(speeds, rel=1e-4)
+        keys = page.locator("#choose-at option").all_text_contents()
+        (mix,) = (i for i, key in enumerate(keys) if "16-512/2-32" in key)
+        page.select_option("#choose-at", str(mix))
+        assert lines(page, "throughput")[1] == ([1], [180])
+        assert page.locator("#throughput .gtitle").text_content() == (
+            "Throughput, 16-512/2-32 tokens in/out"
+        )
+        (vllm,) = (i for i, key in enumerate(keys) if "batch 8, 512/32" in key and "vllm" in key)
+        page.select_option("#choose-at", str(vllm))
+        assert lines(page, "throughput")[1][0] == [1, 8]
+        # The same without the point that was refused.
+        assert lines(page, "ttft")[1][0] == [512]
+        assert 3 not in lines(page, "throughput")
+
+
+def test_without_a_speed_the_rest_is_drawn(browser: Any, tmp_path: Path) -> None:
+    run = run_of("x")
+    for row in ("base", "candidate"):
+        del run[row]["speed"]
+    runs = find_runs([write_runs(tmp_path / "outputs", [run])])
+    with opened(browser, write_report(runs, None, tmp_path / "r")[0]) as page:
+        assert drawn(page, "by-size") == 2
+        assert page.locator("#throughput.empty").inner_text() == "Nothing of this was measured."
+        assert drawn(page, "block-kl", ".scatterlayer .js-line") == 1
+        page.click("#open")
+        eventually(page, "document.querySelectorAll('#run-1 .main-svg').length >= 20")
+        assert page.locator("#run-1 details.recipe pre").is_visible()
+
+
 def test_the_front_and_the_intervals(page: Any) -> None:
     first = page.evaluate("document.getElementById('by-size').data[0]")
     assert first["mode"] == "lines"
@@ -145,6 +204,13 @@ def test_rows_can_be_left_out(page: Any) -> None:
     assert page.locator("#by-size.empty").inner_text() == "Nothing to show."
     page.click("#all")
     assert drawn(page, "by-size") == COUNT + 3
+    # A plot that was away still leads to its runs.
+    mark = page.locator("#by-size .scatterlayer .points path").nth(2)
+    mark.scroll_into_view_if_needed()
+    box = mark.bounding_box()
+    page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    eventually(page, "document.querySelectorAll('details.run[open]').length === 1")
+    page.evaluate("document.querySelector('details.run[open]').open = false")
 
 
 def test_columns_sort(page: Any) -> None:

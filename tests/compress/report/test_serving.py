@@ -151,9 +151,9 @@ def test_a_traffic_as_a_heat_map() -> None:
 
 def test_runs_weighed_by_a_traffic() -> None:
     runs = [
-        {"name": "r", "base": {"speed": SPEEDS["base"]}, "candidate": {"speed": SPEEDS["int4"]}},
-        {"name": "none", "base": {}, "candidate": {}},
-        {"name": "old", "base": {}, "candidate": {"speed": {"load": {}, "ttft_ms": 3}}},
+        of_speed("r", SPEEDS["base"], SPEEDS["int4"]),
+        of_speed("none", None, None),
+        of_speed("old", None, {"load": {}, "ttft_ms": 3}),
     ]
     first, second = traffic_sections(LOG, runs)
     assert first.figure == traffic_figure(LOG)
@@ -168,6 +168,23 @@ def test_runs_weighed_by_a_traffic() -> None:
     # Of batch 64 there is nothing.
     assert rows[4] == ["r", "64", "0.0%", *"----"]
     assert len(traffic_sections(LOG, runs[1:])) == 1
+
+
+def of_speed(name: str, base: Any, candidate: Any) -> dict[str, Any]:
+    about = {"model": {"name": "m", "fingerprint": "f"}, "environment": {"date": name}}
+    return {"name": name, "base": {"speed": base}, "candidate": {"speed": candidate}, **about}
+
+
+def test_every_engine_is_weighed_against_its_own_original() -> None:
+    base, ours = (
+        speed(scale) | {"engine": "compress", "other_engines": [speed(other) | {"engine": "vllm"}]}
+        for scale, other in ((1.0, 0.6), (0.5, 0.2))
+    )
+    _, second = traffic_sections(LOG, [of_speed("a|b", base, ours)])
+    rows = [line for line in second.text.splitlines() if line.startswith("| a")]
+    found = [(row.split("(")[1].split(")")[0], row.split("|")[-2].strip()) for row in rows]
+    assert found == [("compress", "2.00x")] * 2 + [("vllm", "3.00x")] * 2
+    assert all(row.startswith("| a\\|b (") for row in rows)
 
 
 def test_a_bench_over_a_traffic_ends_in_weighted_rows() -> None:
