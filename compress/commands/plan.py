@@ -157,10 +157,14 @@ def _export(shapes: Shapes) -> str:
 
 
 def _schemes_on_disk(folder: ModelFolder) -> Schemes | None:
-    """The scheme of a quantized folder, as far as engines care: that of its first linear."""
-    weights = Weights(folder)
-    names = [n for n in weights.linears if n.startswith(family_of(folder.config).blocks)]
-    return Schemes(linear_scheme(folder, weights.format, names[0])) if names else None
+    """The schemes of a quantized folder: that of its first linear, those that differ, the embedding's."""
+    weights, family = Weights(folder), family_of(folder.config)
+    found = {name: linear_scheme(folder, weights.format, name) for name in weights.linears}
+    head = found.pop(family.embedding, found.pop(family.head, None))
+    if not found:
+        return None
+    first = next(iter(found.values()))
+    return Schemes(first, {name: own for name, own in found.items() if own != first}, head)
 
 
 def _engines(
@@ -178,7 +182,6 @@ def _engines(
         schemes,
         export=export,
         tp=tp,
-        mixed=bool(all_bits),
         all_bits=all_bits,
         eight_bit_floats="fp8" in hardware.teraflops,
     )

@@ -104,24 +104,18 @@ def _ends(shapes: Shapes, schemes: Schemes) -> list[dict[str, Any]]:
 
 
 def served(shapes: Shapes, model: Checkpoint, schemes: Schemes | None, **rest: Any) -> Served:
-    """What engines would be given. rest: export, tp, mixed, all_bits, eight_bit_floats of ``Served``"""
+    """What engines would be given. rest: export, tp, all_bits, eight_bit_floats of ``Served``"""
     family = family_of(shapes.config)
-    merged: dict[str, tuple[int, int]] = {}
-    parts: dict[str, int] = {}
-    for shared in family.inputs:
-        sizes = [shapes.shape(f"{family.blocks}.0.{name}.weight") for name in shared.linears]
-        merged["+".join(shared.linears)] = (sum(size[0] for size in sizes), sizes[0][1])
-        if len(sizes) > 1:
-            parts |= {name: size[0] for name, size in zip(shared.linears, sizes, strict=True)}
+    size = {name: shapes.shape(f"{family.blocks}.0.{name}.weight") for name in family.linears}
     return Served(
         schemes=schemes,
         cache=model.cache,
         heads=model.heads,
         kv_heads=model.kv_heads,
-        merged=merged,
-        parts=parts,
+        merged={shared.linears: size[shared.linears[0]][1] for shared in family.inputs},
+        parts={name: outputs for name, (outputs, _) in size.items()},
         by_rows=family.writers,
-        tied=shapes.tied_head,
+        by_heads=(family.keys, family.values),
         **rest,
     )
 

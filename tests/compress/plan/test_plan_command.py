@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from compress.errors import UserError
 from compress.model.folder import ModelFolder
 from compress.model.shapes import shape_config
 from compress.plan import hardware
-from compress.quantize.scheme import Scheme
+from compress.quantize.scheme import Scheme, Schemes
 from tests.exported import exported
 
 
@@ -57,6 +58,19 @@ def test_without_a_recipe_it_is_the_model(
     assert list(found["rows"]) == ["base"]
     assert found["rows"]["base"]["bits_linears"] < 5.5
     assert not found["engines"]["TensorRT-LLM"]["loads"]
+
+
+def test_engines_are_asked_about_every_linear_of_a_folder(
+    tiny: ModelFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    four, last = Scheme(4, 32, True), "model.layers.1.mlp.down_proj"
+    mixed = exported(tiny, Schemes(four, {last: replace(four, bits=3)}), tmp_path / "mixed")
+    engines = told(capsys, f"model={mixed.path}", "hardware=l4")["engines"]
+    assert any("not of 3" in reason["text"] for reason in engines["SGLang"]["reasons"])
+    assert engines["vLLM"]["loads"]
+    head = exported(tiny, Schemes(four, head=Scheme(8, "channel", True)), tmp_path / "head")
+    engines = told(capsys, f"model={head.path}", "hardware=l4")["engines"]
+    assert "quantized embedding" in engines["vLLM"]["reasons"][0]["text"]
 
 
 def test_a_group_that_does_not_divide_is_told_linear_by_linear(
