@@ -84,12 +84,21 @@ def plan(settings: RecipeConfig) -> dict[str, Any]:
 
 
 def open_shapes(source: str, revision: str | None) -> Shapes:
-    """A folder, or the shapes of a config alone: of a hub name only config.json is looked at."""
+    """A folder, or the shapes of a config alone: of a hub name only config.json is looked at.
+
+    Raises UserError for a config alone that is of a quantized model: what is stored is in its files' headers.
+    """
     if source.startswith(PREFIX):
-        return ShapeFolder(source.removeprefix(PREFIX))
-    if is_hub_name(source):
-        return ShapeFolder(str(config_of_hub(source, revision)))
-    return ModelFolder(resolve_model(source, revision))
+        shapes = ShapeFolder(source.removeprefix(PREFIX))
+    elif is_hub_name(source):
+        shapes = ShapeFolder(str(config_of_hub(source, revision)))
+    else:
+        return ModelFolder(resolve_model(source, revision))
+    if "quantization_config" in shapes.config:
+        raise UserError(
+            f"{source} is quantized: a config alone says nothing of its bytes, give the folder of its files"
+        )
+    return shapes
 
 
 def _row(model: Checkpoint, hardware: Hardware, settings: RecipeConfig) -> dict[str, Any]:

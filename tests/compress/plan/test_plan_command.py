@@ -120,6 +120,16 @@ def test_mistakes(tmp_path: Path) -> None:
         main(["plan.context=0", "hardware=h100"])
     with pytest.raises(UserError, match=r"hardware.gigabytes=-1 is not allowed"):
         main(["hardware=h100", "hardware.gigabytes=-1", "model=shape:llama-2-7b"])
+    with pytest.raises(UserError, match=r"hardware.teraflops=989 is not allowed: give a rate"):
+        main(["hardware=h100", "hardware.teraflops=989", "model=shape:llama-2-7b"])
+    with pytest.raises(UserError, match=r"hardware.teraflops.fp16 is not known: known are bf16"):
+        main(["hardware=h100", "+hardware.teraflops.fp16=989", "model=shape:llama-2-7b"])
+    with pytest.raises(UserError, match=r"hardware.gigabytes is missing: only hardware=cpu"):
+        main(["hardware=h100", "hardware.gigabytes=null", "model=shape:llama-2-7b"])
+    quantized = shape_config("llama-2-7b") | {"quantization_config": {"quant_method": "gptq"}}
+    (tmp_path / "config.json").write_text(json.dumps(quantized))
+    with pytest.raises(UserError, match=r"is quantized: .* give the folder of its files"):
+        main([f"model=shape:{tmp_path}/config.json", "hardware=h100"])
     with pytest.raises(UserError, match="FOLDER is not KEY=VALUE"):
         main(["FOLDER", "hardware=h100"])
     config = shape_config("llama-2-7b") | {"model_type": "mamba"}
