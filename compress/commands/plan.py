@@ -21,7 +21,7 @@ from compress.model.folder import ModelFolder, Shapes
 from compress.model.shapes import PREFIX, ShapeFolder
 from compress.model.sources import config_of_hub, is_hub_name, resolve_model
 from compress.pipeline import check_shape
-from compress.plan.calibration import stages
+from compress.plan.calibration import stages, uncounted
 from compress.plan.checkpoint import Checkpoint, as_planned, linear_scheme, on_disk
 from compress.plan.hardware import CPU, Hardware, hardware_of
 from compress.plan.loadable import loadable
@@ -138,6 +138,7 @@ def _candidate(
         # Of several shapes that pruning would try, the first.
         "shape": {key: shapes.config.get(key) for key in KEYS.values()},
         "calibration": [asdict(stage) for stage in stages(run, shapes, model, hardware)],
+        "uncounted": uncounted(run),
         "engines": engines,
         "rows": {CANDIDATE: _row(model, hardware, settings)},
     }
@@ -212,12 +213,19 @@ def text(found: dict[str, Any]) -> str:
         _points(rows),
         _whole(rows),
     ]
+    if "prune" in found.get("stages", ""):
+        sizes = ", ".join(f"{key} {size}" for key, size in found["shape"].items())
+        parts.append(f"Pruned, of several candidates the first: {sizes}")
     if found.get("linears"):
         parts.append(_linears(found["linears"]))
     if "refused" in found:
         parts.append(f"the recipe does not fit: {found['refused']}")
     if found.get("calibration"):
         parts.append(_calibration(found["calibration"]))
+    if found.get("uncounted"):
+        parts.append(
+            f"Of the run itself this leaves out what is not counted: {', '.join(found['uncounted'])}."
+        )
     if "engines" in found:
         parts.append("Engines, by their source:\n" + "\n".join(answers(found["engines"])))
     parts.append(

@@ -83,6 +83,12 @@ def test_a_group_that_does_not_divide_is_told_linear_by_linear(
     assert "does not divide the 288 inputs" in reasons["mlp.down_proj"]
     assert reasons["mlp.up_proj"] is None
     assert "mlp.down_proj" in found["refused"]
+    # The embedding too, by its own inputs.
+    found = told(capsys, *words, "scheme.symmetric=true", "head.group_size=48", "head=int8", code=2)
+    assert (
+        "does not divide"
+        in {e["name"]: e["reason"] for e in found["linears"]}["model.embed_tokens"]
+    )
     assert main(words) == 2
     assert "the recipe does not fit" in capsys.readouterr().out
 
@@ -103,6 +109,13 @@ def test_every_stage_can_be_planned(tiny: ModelFolder, capsys: pytest.CaptureFix
         if recipe != "rotate-int4-channel":
             assert candidate["bytes"] < base["bytes"]
     assert candidate["parameters"] < base["parameters"]
+    assert found["uncounted"] == ["prune"]
+    main(
+        [f"recipe={recipe}", f"model={tiny.path}", "hardware=a100", "prune=sizes", "prune.layers=2"]
+    )
+    printed = capsys.readouterr().out
+    assert "Pruned, of several candidates the first: num_hidden_layers 2" in printed
+    assert "not counted: prune." in printed
 
 
 def test_mistakes(tmp_path: Path) -> None:
