@@ -239,7 +239,7 @@ def _add_predicted(
         # Of a mix of sizes there is no one step.
         return
     for row, folder in folders.items():
-        rows[row]["predicted"] = predict(folder, None, None, hardware, point)
+        rows[row]["predicted"] = predict(folder, hardware, point)
 
 
 def _quantized(stages: list[str], model: ModelFolder, out: Path) -> ModelFolder:

@@ -21,7 +21,7 @@ from compress.model.folder import ModelFolder, Shapes
 from compress.model.shapes import PREFIX, ShapeFolder
 from compress.model.sources import config_of_hub, is_hub_name, resolve_model
 from compress.pipeline import check_shape
-from compress.plan.calibration import stages
+from compress.plan.calibration import stages, uncounted
 from compress.plan.checkpoint import Checkpoint, as_planned, linear_scheme, on_disk
 from compress.plan.hardware import CPU, Hardware, hardware_of
 from compress.plan.loadable import loadable
@@ -84,12 +84,21 @@ def plan(settings: RecipeConfig) -> dict[str, Any]:
 
 
 def open_shapes(source: str, revision: str | None) -> Shapes:
-    """A folder, or the shapes of a config alone: of a hub name only config.json is looked at."""
+    """A folder, or the shapes of a config alone: of a hub name only config.json is looked at.
+
+    Raises UserError for a config alone that is of a quantized model: what is stored is in its files' headers.
+    """
     if source.startswith(PREFIX):
-        return ShapeFolder(source.removeprefix(PREFIX))
-    if is_hub_name(source):
-        return ShapeFolder(str(config_of_hub(source, revision)))
-    return ModelFolder(resolve_model(source, revision))
+        shapes = ShapeFolder(source.removeprefix(PREFIX))
+    elif is_hub_name(source):
+        shapes = ShapeFolder(str(config_of_hub(source, revision)))
+    else:
+        return ModelFolder(resolve_model(source, revision))
+    if "quantization_config" in shapes.config:
+        raise UserError(
+            f"{source} is quantized: a config alone says nothing of its bytes, give the folder of its files"
+        )
+    return shapes
 
 
 def _row(model: Checkpoint, hardware: Hardware, settings: RecipeConfig) -> dict[str, Any]:
@@ -129,6 +138,7 @@ def _candidate(
         # Of several shapes that pruning would try, the first.
         "shape": {key: shapes.config.get(key) for key in KEYS.values()},
         "calibration": [asdict(stage) for stage in stages(run, shapes, model, hardware)],
+        "uncounted": uncounted(run),
         "engines": engines,
         "rows": {CANDIDATE: _row(model, hardware, settings)},
     }
@@ -157,10 +167,14 @@ def _export(shapes: Shapes) -> str:
 
 
 def _schemes_on_disk(folder: ModelFolder) -> Schemes | None:
-    """The scheme of a quantized folder, as far as engines care: that of its first linear."""
-    weights = Weights(folder)
-    names = [n for n in weights.linears if n.startswith(family_of(folder.config).blocks)]
-    return Schemes(linear_scheme(folder, weights.format, names[0])) if names else None
+    """The schemes of a quantized folder: that of its first linear, those that differ, the embedding's."""
+    weights, family = Weights(folder), family_of(folder.config)
+    found = {name: linear_scheme(folder, weights.format, name) for name in weights.linears}
+    head = found.pop(family.embedding, found.pop(family.head, None))
+    if not found:
+        return None
+    first = next(iter(found.values()))
+    return Schemes(first, {name: own for name, own in found.items() if own != first}, head)
 
 
 def _engines(
@@ -178,7 +192,6 @@ def _engines(
         schemes,
         export=export,
         tp=tp,
-        mixed=bool(all_bits),
         all_bits=all_bits,
         eight_bit_floats="fp8" in hardware.teraflops,
     )
@@ -200,12 +213,19 @@ def text(found: dict[str, Any]) -> str:
         _points(rows),
         _whole(rows),
     ]
+    if "prune" in found.get("stages", ""):
+        sizes = ", ".join(f"{key} {size}" for key, size in found["shape"].items())
+        parts.append(f"Pruned, of several candidates the first: {sizes}")
     if found.get("linears"):
         parts.append(_linears(found["linears"]))
     if "refused" in found:
         parts.append(f"the recipe does not fit: {found['refused']}")
     if found.get("calibration"):
         parts.append(_calibration(found["calibration"]))
+    if found.get("uncounted"):
+        parts.append(
+            f"Of the run itself this leaves out what is not counted: {', '.join(found['uncounted'])}."
+        )
     if "engines" in found:
         parts.append("Engines, by their source:\n" + "\n".join(answers(found["engines"])))
     parts.append(

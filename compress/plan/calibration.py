@@ -1,8 +1,11 @@
 """What a run takes while it compresses: bytes of the process beside its start, and a rough time, by stage.
 
 Counted from the sizes that live at one time in ``quantize.stage``, ``quantize.block``,
-``calibration.moments`` and the methods. T tokens of calibration, B tokens that run at once, h hidden size, m
-neurons, P weights of a block's linears, K the inputs of its linears.
+``calibration.moments`` and the methods. On a GPU the arrays are in its memory; only runs on a CPU were held
+against this (eval/benchmarks/plan_check.py).
+
+T tokens of calibration, B tokens that run at once, h hidden size, m neurons, P weights of a block's linears,
+K the inputs of its linears.
 """
 
 from __future__ import annotations
@@ -24,8 +27,8 @@ from compress.quantize.transforms.awq_clip import AwqClip
 from compress.quantize.transforms.awq_scale import AwqScale
 from compress.quantize.transforms.opt import Opt
 
-# Bytes of libraries' code and buffers that a first use brings, without calibration data and with, by runs
-# on a model of next to no size (eval/benchmarks/plan_check.py repeats them); and of a block without weights.
+# Bytes of libraries' code and buffers that a first use brings, without calibration data and with, by runs of
+# rtn-int4 and awq-int4 on a model of next to no size (torch 2.13, a CPU); and of a block without weights.
 CODE, CODE_WITH_DATA, EMPTY_BLOCK = 22e6, 40e6, 5e5
 # What glibc keeps of freed memory: twice the largest block that it takes from its heap (mallopt(3),
 # M_MMAP_THRESHOLD: at most 32 MiB). Smaller things that come later do not fit into all of it.
@@ -35,6 +38,8 @@ AT_ONCE = 4096
 HALF, SINGLE, DOUBLE = 2, 4, 8
 # float64 squares of K that factoring and inverting one holds at a time.
 SQUARES = 6
+# Bytes a second that the export is taken to read, and to write: a disk's, not measured.
+DISK = 1e9
 # Of a matrix outside the blocks in 16 bits: itself, its absolute values, and three masks of a byte each.
 FINITE = 3.5
 
@@ -67,7 +72,7 @@ class _Sizes:
 
 
 def stages(run: Run, shapes: Shapes, planned: Checkpoint, hardware: Hardware) -> list[Stage]:
-    """The stages of a recipe that are counted (rotate, quantize, and the export); the others are left out."""
+    """The stages of a recipe that are counted, quantize and the export; ``uncounted`` names the others."""
     sizes = _sizes(run, shapes)
     found = []
     if "quantize" in run.settings.stages:
@@ -76,9 +81,15 @@ def stages(run: Run, shapes: Shapes, planned: Checkpoint, hardware: Hardware) ->
     largest = max(_rest(shapes).values(), default=0)
     peak = _code(sizes) + shard + largest
     found.append(
-        Stage("export", peak, "one file and a copy of its largest matrix", 2 * planned.files / 1e9)
+        Stage("export", peak, "one file and a copy of its largest matrix", 2 * planned.files / DISK)
     )
     return found
+
+
+def uncounted(run: Run) -> list[str]:
+    """What a run does beside: stages, and the search for bits, whose memory and time are not counted."""
+    others = [stage for stage in run.settings.stages if stage != "quantize"]
+    return others if run.search is None else [*others, "search"]
 
 
 def _sizes(run: Run, shapes: Shapes) -> _Sizes:
@@ -163,8 +174,9 @@ def _moments(run: Run, s: _Sizes) -> Iterator[tuple[str, float]]:
 def _seconds(run: Run, s: _Sizes, hardware: Hardware) -> float:
     """Products at the hardware's rates, and every search's passes over the weights at its bandwidth."""
     bf16, single = hardware.flops("bf16"), hardware.flops("float32")
-    # Through the block to collect moments and once more behind its rounding; moments themselves.
-    products = s.T * s.layers * (2 * 2 * 2 * s.P / bf16 + 2 * s.squares / bf16) if s.T else 0.0
+    # Through the block to collect moments and once more behind its rounding; moments, a triangle of each.
+    # Attention, norms and what is copied between are taken to last as long again.
+    products = 2 * s.T * s.layers * (2 * 2 * s.P + s.squares) / bf16
     passes, flops = 12.0, 0.0
     for method in (*run.transforms, *run.roundings):
         cost = next((c for kind, c in _COSTS.items() if isinstance(method, kind)), None)

@@ -69,7 +69,6 @@ class Checkpoint:
     head_dim: int
     hidden: int
     intermediate: int
-    vocabulary: int
     windows: tuple[int | None, ...]
     itemsize: int
     cache: CacheScheme | None
@@ -89,9 +88,25 @@ class Checkpoint:
         return sum(part.stored for part in self.parts)
 
     @property
+    def looked_up(self) -> float:
+        """Bytes of a table that a step looks rows up in."""
+        return 0 if self.embedding is None else self.embedding.stored
+
+    @property
     def read(self) -> float:
-        """Bytes of the weights that every step reads: all but a table that it looks rows up in."""
-        return self.weights - (0 if self.embedding is None else self.embedding.stored)
+        """Bytes of the weights that every step reads."""
+        return self.weights - self.looked_up
+
+    def on_each(self, tp: int) -> float:
+        """Bytes of all weights on each of ``tp`` devices: its share of every linear and of the tables, norms
+        and biases whole, and of the linears of keys and values its heads."""
+        of_heads = 2 * self.hidden * self.kv_heads * self.head_dim / self.attention.parameters
+        more = of_heads * self.attention.stored * (self.cache_share(tp) - 1 / tp)
+        return self.weights / tp + self.rest.stored * (1 - 1 / tp) + more
+
+    def cache_share(self, tp: int) -> float:
+        """The share of the cache that one of ``tp`` devices holds: its heads, at least one."""
+        return -(-self.kv_heads // tp) / self.kv_heads
 
     @property
     def bits_linears(self) -> float:
@@ -298,7 +313,6 @@ def _checkpoint(
         head_dim=size,
         hidden=config.hidden_size,
         intermediate=config.intermediate_size,
-        vocabulary=config.vocab_size,
         windows=tuple(sliding_windows(config)),
         itemsize=shapes.dtype.itemsize,
         cache=cache,

@@ -23,6 +23,7 @@ CPU = "cpu"
 SIZE, PASSES = 2048, 3
 # What a product runs in where its own type has no units.
 FALLBACK = {"fp8": "bf16", "int8": "bf16", "float32": "bf16"}
+KINDS = ("bf16", *FALLBACK)
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,15 @@ class Hardware:
     device: str | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.teraflops, Mapping):
+            raise UserError(
+                f"hardware.teraflops={self.teraflops} is not allowed: give a rate for each type, as in "
+                "hardware.teraflops.bf16=989"
+            )
+        if unknown := [kind for kind in self.teraflops if kind not in KINDS]:
+            raise UserError(
+                f"hardware.teraflops.{unknown[0]} is not known: known are {', '.join(KINDS)}"
+            )
         rates = {f"teraflops.{kind}": rate for kind, rate in self.teraflops.items()}
         numbers = {"gigabytes": self.gigabytes, "gigabytes_per_second": self.gigabytes_per_second}
         for key, value in (numbers | rates).items():
@@ -63,18 +73,21 @@ class Hardware:
 
 
 def hardware_of(values: Mapping[str, Any], *, again: bool = False) -> Hardware:
-    """The device that a recipe's ``hardware`` describes; what is null there is measured on this machine.
+    """The device that a recipe's ``hardware`` describes; what is null of the CPU is measured on this machine.
 
     again: also if it was measured before
 
-    Raises UserError for a value that is no number above 0, or a key that is not known.
+    Raises UserError for a value that is no number above 0 or, of another device, missing, or a key that is
+    not known.
     """
     keys = ("name", "device", "gigabytes", "gigabytes_per_second", "teraflops")
     for key in values:
         if key not in keys:
             raise UserError(f"hardware.{key} is not known: known are {', '.join(keys)}")
     given = {key: value for key, value in values.items() if value is not None}
-    if not set(keys) - {"device"} <= set(given):
+    if missing := [key for key in keys if key not in given and key != "device"]:
+        if given.get("name") != CPU:
+            raise UserError(f"hardware.{missing[0]} is missing: only hardware=cpu is measured")
         given = measured_cpu(again=again) | given
     return Hardware(**given)
 

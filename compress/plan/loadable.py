@@ -3,13 +3,14 @@ is named.
 
 vLLM 0.33, SGLang 0.5.23, TensorRT-LLM (main, 2026), transformers 5.23. K are the inputs of a linear, N its
 outputs; with tensor parallelism over ``tp`` devices N of queries, keys, values, gate and up is shared out,
-and K of the attention's output and of down. Engines run q, k, v as one linear, and gate and up.
+and K of the attention's output and of down. A head of keys and values is never split: of fewer heads than
+devices each holds one. Engines run q, k, v as one linear, and gate and up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from compress.export import bitsandbytes
@@ -29,10 +30,10 @@ MARLIN_TILES = ((64, 128), (128, 64))
 class Served:
     """What an engine would be given.
 
-    schemes: settled, None: 16 bits; mixed: bits differ from linear to linear
-    merged: name -> (N, K) of the linears as engines run them, q, k, v and gate, up as one
+    schemes: settled, None: 16 bits; all_bits: those that a search will choose from
+    merged: names of the linears that engines run as one (q, k, v; gate, up; others alone) -> their K
     parts: name -> N of every linear of the checkpoint
-    by_rows: which of ``merged`` share out K
+    by_rows: which linears share out K; by_heads: of which N goes by the heads of keys and values
     eight_bit_floats: whether the hardware multiplies them
     """
 
@@ -41,14 +42,13 @@ class Served:
     cache: CacheScheme | None
     heads: int
     kv_heads: int
-    merged: Mapping[str, tuple[int, int]]
+    merged: Mapping[tuple[str, ...], int]
     parts: Mapping[str, int]
     by_rows: tuple[str, ...]
+    by_heads: tuple[str, ...]
     tp: int = 1
-    mixed: bool = False
-    tied: bool = False
     eight_bit_floats: bool = True
-    all_bits: tuple[int, ...] = field(default=())
+    all_bits: tuple[int, ...] = ()
 
     @property
     def linears(self) -> Scheme | None:
@@ -56,7 +56,15 @@ class Served:
 
     @property
     def bits(self) -> tuple[int, ...]:
-        return self.all_bits or (() if self.linears is None else (self.linears.bits,))
+        if self.all_bits or self.schemes is None:
+            return self.all_bits
+        every = (self.schemes.linears, *self.schemes.exceptions.values())
+        return tuple(sorted({scheme.bits for scheme in every}))
+
+    @property
+    def mixed(self) -> bool:
+        """Whether bits differ from linear to linear."""
+        return len(self.bits) > 1
 
     @property
     def weights_alone(self) -> bool:
@@ -64,10 +72,20 @@ class Served:
         s = self.linears
         return s is not None and s.type == "int" and s.inputs is None
 
-    def shared(self, name: str) -> tuple[int, int]:
-        """(N, K) that one device holds."""
-        n, k = self.merged[name]
-        return (n, k // self.tp) if name in self.by_rows else (n // self.tp, k)
+    def outputs(self, name: str) -> int:
+        """N of a linear of the checkpoint that one device holds."""
+        n = self.parts[name]
+        if name in self.by_rows:
+            return n
+        if name in self.by_heads:
+            return n // self.kv_heads * -(-self.kv_heads // self.tp)
+        return n // self.tp
+
+    def shared(self, names: tuple[str, ...]) -> tuple[int, int]:
+        """(N, K) that one device holds of linears that run as one."""
+        k = self.merged[names]
+        by_rows = names[0] in self.by_rows
+        return sum(map(self.outputs, names)), k // self.tp if by_rows else k
 
 
 # A sentence that says what is in the way, or None.
@@ -94,10 +112,11 @@ def _heads(s: Served) -> str | None:
 
 
 def _shares(s: Served) -> str | None:
-    for name, (n, k) in s.merged.items():
-        size, what = (k, "inputs") if name in s.by_rows else (n, "outputs")
-        if size % s.tp:
-            return f"tp={s.tp} does not divide the {size} {what} of {name}"
+    for names, k in s.merged.items():
+        for name in names:
+            size, what = (k, "inputs") if name in s.by_rows else (s.parts[name], "outputs")
+            if size % s.tp and name not in s.by_heads:
+                return f"tp={s.tp} does not divide the {size} {what} of {name}"
     return None
 
 
@@ -108,18 +127,20 @@ def _groups(s: Served) -> str | None:
     size = scheme.group_size if isinstance(scheme.group_size, int) else None
     size = 128 if scheme.group_size == "block" else size
     for name in s.by_rows:
-        k = s.shared(name)[1]
+        k = s.shared((name,))[1]
         if size is not None and k % size:
-            return f"groups of {size} do not divide the {k} inputs of {name} that one of {s.tp} devices holds"
+            return (
+                f"groups of {size} do not divide the {k} inputs of {name} on one of {s.tp} devices"
+            )
     return None
 
 
 def _blocks(s: Served) -> str | None:
     if s.linears is None or s.linears.group_size != "block":
         return None
-    for name, n in s.parts.items():
-        if n // s.tp % 128:
-            return f"blocks of 128 do not divide the {n // s.tp} outputs of {name} on one of {s.tp} devices"
+    for name in s.parts:
+        if name not in s.by_rows and (n := s.outputs(name)) % 128:
+            return f"blocks of 128 do not divide the {n} outputs of {name} on one of {s.tp} devices"
     return None
 
 
@@ -163,10 +184,13 @@ def _marlin_groups(s: Served) -> str | None:
 def _tiles(s: Served) -> str | None:
     if not s.weights_alone:
         return None
-    for name in s.merged:
-        n, k = s.shared(name)
+    for names in s.merged:
+        n, k = s.shared(names)
         if not any(n % rows == 0 and k % columns == 0 for rows, columns in MARLIN_TILES):
-            return f"{name} is {n} x {k} on a device, and its kernel needs multiples of 64 x 128 or 128 x 64"
+            return (
+                f"{'+'.join(names)} is {n} x {k} on a device, and its kernel needs multiples of 64 x 128 "
+                "or 128 x 64"
+            )
     return None
 
 
@@ -190,9 +214,11 @@ def _tensorrt_floats(s: Served) -> str | None:
     scheme = s.linears
     if scheme is None or (scheme.type, scheme.bits) != ("float", 8):
         return None
-    if scheme.group_size == "tensor":
+    if scheme.inputs is None:
+        return "it takes FP8 with rounded inputs alone: recipe=fp8"
+    if "tensor" in (scheme.group_size, scheme.inputs.per):
         return "it takes FP8 by row and token or in blocks, not one scale a tensor: recipe=fp8"
-    return "it takes FP8 with rounded inputs alone: recipe=fp8" if scheme.inputs is None else None
+    return None
 
 
 def _quantized_head(s: Served) -> str | None:
@@ -225,7 +251,7 @@ RULES = (
         SERVERS, "FP8 blocks of merged shards: vLLM 0.33, SGLang 0.5.23, TensorRT-LLM main", _blocks
     ),
     Rule((VLLM,), "vLLM 0.33, RFC #39583", _bitsandbytes),
-    Rule((VLLM, SGLANG), "run on vLLM 0.32; none found in SGLang 0.5.23", _quantized_head),
+    Rule(SERVERS, "run on vLLM 0.32; none found in the others", _quantized_head),
     Rule((SGLANG,), "SGLang 0.5.23, compressed_tensors: num_bits in {4, 8}", _four_or_eight),
     Rule((SGLANG,), "SGLang 0.5.23: W4A8 for experts alone", _rounded_inputs),
     Rule((SGLANG,), "SGLang 0.5.23, Marlin", _marlin_groups),

@@ -53,8 +53,8 @@ def decode(
 ) -> Time:
     """One step of ``batch`` sequences with ``context`` tokens in the cache. whole: as published calculators
     count, with every weight read, a table that rows are looked up in too."""
-    weights = (model.weights if whole else model.read) / tp
-    cache = batch * cache_share(model, tp) * model.cache_of(context)
+    weights = model.on_each(tp) - (0 if whole else model.looked_up / tp)
+    cache = batch * model.cache_share(tp) * model.cache_of(context)
     seconds = [
         _linear_seconds(model, hardware, batch, batch),
         attention_decode(model, batch, context)[0] / hardware.flops("bf16"),
@@ -64,22 +64,18 @@ def decode(
 
 def prefill(model: Checkpoint, hardware: Hardware, batch: int, length: int, *, tp: int = 1) -> Time:
     """Reading the prompts, to the first token of all of them."""
-    cache = batch * cache_share(model, tp) * model.cache_of(length)
+    cache = batch * model.cache_share(tp) * model.cache_of(length)
     seconds = [
         _linear_seconds(model, hardware, batch * length, batch),
         attention_prefill(model, batch, length)[0] / hardware.flops("bf16"),
     ]
-    return _time(model.read / tp, cache, sum(seconds) / tp, hardware)
-
-
-def cache_share(model: Checkpoint, tp: int) -> float:
-    """The share of the cache that one of ``tp`` devices holds: its heads, at least one."""
-    return -(-model.kv_heads // tp) / model.kv_heads
+    weights = model.on_each(tp) - model.looked_up / tp
+    return _time(weights, cache, sum(seconds) / tp, hardware)
 
 
 def memory(model: Checkpoint, batch: int, context: int, *, tp: int = 1) -> float:
     """Bytes of weights and cache on each device. What a program takes beside them comes on top."""
-    return model.weights / tp + batch * cache_share(model, tp) * model.cache_of(context)
+    return model.on_each(tp) + batch * model.cache_share(tp) * model.cache_of(context)
 
 
 def prompt_bytes(model: Checkpoint, batch: int, length: int) -> float:
@@ -92,8 +88,8 @@ def prompt_bytes(model: Checkpoint, batch: int, length: int) -> float:
 
 def largest_batch(model: Checkpoint, hardware: Hardware, context: int, *, tp: int = 1) -> int:
     """Sequences of so many tokens whose cache fits beside the weights; 0 if not even one does."""
-    left = hardware.bytes - model.weights / tp
-    return max(0, int(left // (cache_share(model, tp) * model.cache_of(context))))
+    left = hardware.bytes - model.on_each(tp)
+    return max(0, int(left // (model.cache_share(tp) * model.cache_of(context))))
 
 
 def intensity(model: Checkpoint, batch: int, context: int) -> dict[str, dict[str, float]]:

@@ -12,7 +12,7 @@ from compress.plan.checkpoint import Checkpoint
 from compress.plan.hardware import Hardware
 from compress.plan.loadable import Served
 from compress.plan.roofline import decode, intensity, largest_batch, memory, prefill, prompt_bytes
-from compress.quantize.scheme import Schemes
+from compress.quantize.scheme import Scheme, Schemes
 from compress.quantize.stage import linear_names
 
 
@@ -63,65 +63,51 @@ def matches(shapes: Shapes, schemes: Schemes) -> list[dict[str, Any]]:
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name in linear_names(shapes, family):
         local = ".".join(name.removeprefix(f"{family.blocks}.").split(".")[1:])
-        rows, columns = shapes.shape(f"{name}.weight")
-        scheme, reason = schemes.of(name), None
-        try:
-            scheme = scheme.resolve({name: (rows, columns)})
-        except UserError as error:
-            reason = str(error)
-        key = (local, rows, columns, scheme)
-        entry = {"name": local, "shape": [rows, columns], "count": 0, "reason": reason}
-        entry["scheme"] = None if reason else scheme.name
-        found.setdefault(key, entry)["count"] += 1
+        entry = _match(name, shapes.shape(f"{name}.weight"), schemes.of(name)) | {"name": local}
+        key = (local, *entry["shape"], entry["scheme"])
+        found.setdefault(key, entry | {"count": 0})["count"] += 1
     return [*found.values(), *_ends(shapes, schemes)]
+
+
+def _match(name: str, shape: tuple[int, ...], scheme: Scheme) -> dict[str, Any]:
+    """Whether a scheme fits one matrix: {shape, scheme, reason}."""
+    try:
+        fitting = scheme.resolve({name: (shape[0], shape[1])})
+    except UserError as error:
+        return {"shape": list(shape), "scheme": None, "reason": str(error)}
+    return {"shape": list(shape), "scheme": fitting.name, "reason": None}
 
 
 def _ends(shapes: Shapes, schemes: Schemes) -> list[dict[str, Any]]:
     """Embedding and head."""
-    family = family_of(shapes.config)
+    family, head = family_of(shapes.config), schemes.head
     entries = []
     for name in (family.embedding, family.head):
-        if name == family.head and shapes.tied_head:
-            entries.append(
-                {
-                    "name": name,
-                    "shape": list(shapes.shape(f"{family.embedding}.weight")),
-                    "count": 0,
-                    "scheme": None,
-                    "reason": f"it is {family.embedding}",
-                }
-            )
-            continue
-        head, reason = schemes.head, None
-        if head is None:
-            reason = "embedding and head stay in 16 bits: head=int8 or head=int4 quantizes them"
-        shape = list(shapes.shape(f"{name}.weight"))
-        scheme = None if head is None else head.name
-        entries.append(
-            {"name": name, "shape": shape, "count": 1, "scheme": scheme, "reason": reason}
-        )
+        tied = name == family.head and shapes.tied_head
+        shape = shapes.shape(f"{family.embedding if tied else name}.weight")
+        if tied or head is None:
+            why = "embedding and head stay in 16 bits: head=int8 or head=int4 quantizes them"
+            reason = f"it is {family.embedding}" if tied else why
+            entry = {"shape": list(shape), "scheme": None, "reason": reason}
+        else:
+            entry = _match(name, shape, head)
+        entries.append({"name": name, "count": int(not tied), **entry})
     return entries
 
 
 def served(shapes: Shapes, model: Checkpoint, schemes: Schemes | None, **rest: Any) -> Served:
-    """What engines would be given. rest: export, tp, mixed, all_bits, eight_bit_floats of ``Served``"""
+    """What engines would be given. rest: export, tp, all_bits, eight_bit_floats of ``Served``"""
     family = family_of(shapes.config)
-    merged: dict[str, tuple[int, int]] = {}
-    parts: dict[str, int] = {}
-    for shared in family.inputs:
-        sizes = [shapes.shape(f"{family.blocks}.0.{name}.weight") for name in shared.linears]
-        merged["+".join(shared.linears)] = (sum(size[0] for size in sizes), sizes[0][1])
-        if len(sizes) > 1:
-            parts |= {name: size[0] for name, size in zip(shared.linears, sizes, strict=True)}
+    size = {name: shapes.shape(f"{family.blocks}.0.{name}.weight") for name in family.linears}
     return Served(
         schemes=schemes,
         cache=model.cache,
         heads=model.heads,
         kv_heads=model.kv_heads,
-        merged=merged,
-        parts=parts,
+        merged={shared.linears: size[shared.linears[0]][1] for shared in family.inputs},
+        parts={name: outputs for name, (outputs, _) in size.items()},
         by_rows=family.writers,
-        tied=shapes.tied_head,
+        by_heads=(family.keys, family.values),
         **rest,
     )
 

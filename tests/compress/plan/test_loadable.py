@@ -21,15 +21,13 @@ def asked(shape: str, *words: str, tp: int = 1, fp8: bool = True) -> dict[str, d
     if "quantize" in settings.stages:
         schemes = settle(shapes, family_of(shapes.config), schemes_of(settings))
     model = as_planned(shapes, schemes, cache_scheme_of(settings), settings.export)
-    mixed = settings.search is not None
-    bits = (2, 3, 4, 6) if mixed else ()
+    bits = () if settings.search is None else (2, 3, 4, 6)
     given = served(
         shapes,
         model,
         schemes,
         export=settings.export,
         tp=tp,
-        mixed=mixed,
         all_bits=bits,
         eight_bit_floats=fp8,
     )
@@ -48,17 +46,21 @@ TABLE = [
     (["recipe=fp8"], 1, (True, True, True, True)),
     (["recipe=fp8-static"], 1, (True, True, False, True)),
     (["recipe=fp8-block"], 8, (True, True, True, True)),
-    (["recipe=fp8-block"], 16, (False, False, False, True)),
+    # Eight heads of keys and values: each of 16 devices holds a whole one, 128 rows. 14336 / 32 = 448.
+    (["recipe=fp8-block"], 16, (True, True, True, True)),
+    (["recipe=fp8-block"], 32, (False, False, False, True)),
+    (["recipe=fp8-static", "scheme.group_size=channel"], 1, (True, True, False, True)),
     (["recipe=nvfp4"], 1, (True, True, True, True)),
     (["recipe=llm-int8"], 1, (False, True, False, True)),
     (["recipe=rtn-int4", "head=int8", "scheme.symmetric=true"], 1, (False, False, False, True)),
+    (["recipe=fp8", "head=int8"], 1, (False, False, False, True)),
     (["recipe=mixed-3.5"], 1, (True, False, False, False)),
     (["recipe=mixed-3.5", "scheme.symmetric=true"], 1, (True, False, False, True)),
     (["recipe=kv-fp8"], 1, (True, True, True, True)),
     (["recipe=kv-fp8", "kv_cache=fp8-head"], 1, (True, False, False, True)),
     (["recipe=kv-int8"], 1, (True, True, True, True)),
+    # Of 32 query heads neither 3 nor 5 devices get whole shares.
     (["recipe=awq-int4"], 3, (False, False, False, True)),
-    # Seven does not divide 14336 / 128 = 112 groups' devices' heads: 32 heads.
     (["recipe=kv-int8"], 5, (False, False, False, True)),
 ]
 

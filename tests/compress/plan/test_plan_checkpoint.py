@@ -109,7 +109,7 @@ def test_bytes_of_a_step_are_those_that_the_runtime_counts(
     point = Point(3, 40, 9)
     hardware = Hardware("cpu", 10, 20, {"bf16": 0.1})
     for folder in (tiny, exported(tiny, schemes, tmp_path)):
-        found = predict(folder, None, None, hardware, point)
+        found = predict(folder, hardware, point)
         counted = open_decoder(folder.path, "cpu").bytes_per_step(3, 40 + 9 // 2)
         # Norms are not among the runtime's linears.
         assert found["bytes"] == pytest.approx(counted, rel=0.03)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from compress.errors import UserError
 from compress.model.folder import ModelFolder
 from compress.model.shapes import shape_config
 from compress.plan import hardware
-from compress.quantize.scheme import Scheme
+from compress.quantize.scheme import Scheme, Schemes
 from tests.exported import exported
 
 
@@ -59,6 +60,19 @@ def test_without_a_recipe_it_is_the_model(
     assert not found["engines"]["TensorRT-LLM"]["loads"]
 
 
+def test_engines_are_asked_about_every_linear_of_a_folder(
+    tiny: ModelFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    four, last = Scheme(4, 32, True), "model.layers.1.mlp.down_proj"
+    mixed = exported(tiny, Schemes(four, {last: replace(four, bits=3)}), tmp_path / "mixed")
+    engines = told(capsys, f"model={mixed.path}", "hardware=l4")["engines"]
+    assert any("not of 3" in reason["text"] for reason in engines["SGLang"]["reasons"])
+    assert engines["vLLM"]["loads"]
+    head = exported(tiny, Schemes(four, head=Scheme(8, "channel", True)), tmp_path / "head")
+    engines = told(capsys, f"model={head.path}", "hardware=l4")["engines"]
+    assert "quantized embedding" in engines["vLLM"]["reasons"][0]["text"]
+
+
 def test_a_group_that_does_not_divide_is_told_linear_by_linear(
     make_model: Callable[..., ModelFolder], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -69,6 +83,12 @@ def test_a_group_that_does_not_divide_is_told_linear_by_linear(
     assert "does not divide the 288 inputs" in reasons["mlp.down_proj"]
     assert reasons["mlp.up_proj"] is None
     assert "mlp.down_proj" in found["refused"]
+    # The embedding too, by its own inputs.
+    found = told(capsys, *words, "scheme.symmetric=true", "head.group_size=48", "head=int8", code=2)
+    assert (
+        "does not divide"
+        in {e["name"]: e["reason"] for e in found["linears"]}["model.embed_tokens"]
+    )
     assert main(words) == 2
     assert "the recipe does not fit" in capsys.readouterr().out
 
@@ -89,6 +109,13 @@ def test_every_stage_can_be_planned(tiny: ModelFolder, capsys: pytest.CaptureFix
         if recipe != "rotate-int4-channel":
             assert candidate["bytes"] < base["bytes"]
     assert candidate["parameters"] < base["parameters"]
+    assert found["uncounted"] == ["prune"]
+    main(
+        [f"recipe={recipe}", f"model={tiny.path}", "hardware=a100", "prune=sizes", "prune.layers=2"]
+    )
+    printed = capsys.readouterr().out
+    assert "Pruned, of several candidates the first: num_hidden_layers 2" in printed
+    assert "not counted: prune." in printed
 
 
 def test_mistakes(tmp_path: Path) -> None:
@@ -106,6 +133,16 @@ def test_mistakes(tmp_path: Path) -> None:
         main(["plan.context=0", "hardware=h100"])
     with pytest.raises(UserError, match=r"hardware.gigabytes=-1 is not allowed"):
         main(["hardware=h100", "hardware.gigabytes=-1", "model=shape:llama-2-7b"])
+    with pytest.raises(UserError, match=r"hardware.teraflops=989 is not allowed: give a rate"):
+        main(["hardware=h100", "hardware.teraflops=989", "model=shape:llama-2-7b"])
+    with pytest.raises(UserError, match=r"hardware.teraflops.fp16 is not known: known are bf16"):
+        main(["hardware=h100", "+hardware.teraflops.fp16=989", "model=shape:llama-2-7b"])
+    with pytest.raises(UserError, match=r"hardware.gigabytes is missing: only hardware=cpu"):
+        main(["hardware=h100", "hardware.gigabytes=null", "model=shape:llama-2-7b"])
+    quantized = shape_config("llama-2-7b") | {"quantization_config": {"quant_method": "gptq"}}
+    (tmp_path / "config.json").write_text(json.dumps(quantized))
+    with pytest.raises(UserError, match=r"is quantized: .* give the folder of its files"):
+        main([f"model=shape:{tmp_path}/config.json", "hardware=h100"])
     with pytest.raises(UserError, match="FOLDER is not KEY=VALUE"):
         main(["FOLDER", "hardware=h100"])
     config = shape_config("llama-2-7b") | {"model_type": "mamba"}
