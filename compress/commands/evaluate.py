@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from compress.compose import compose_settings, expand_shorthand
 from compress.config import device_of
@@ -56,4 +57,7 @@ def main(words: list[str]) -> int:
         judged = verdict(accuracy.rows["candidate"], accuracy.rows["base"], settings.gate.limits)
         accuracy.rows["candidate"]["verdict"] = judged
     print(json.dumps({"size": size, **accuracy.rows}, indent=2))
+    if judged is not None and not passed(judged):
+        failed = "; ".join(judged["gate"]["failed"])
+        print(f"compress: {asked.folder} is outside the gate: {failed}", file=sys.stderr)
     return int(not passed(judged))

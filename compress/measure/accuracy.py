@@ -27,6 +27,7 @@ from compress.measure.tasks import score_folder, score_original
 from compress.model.families import family_of
 from compress.model.folder import DTYPES, ModelFolder, read_json, save_tensors
 from compress.progress import track
+from compress.report.table import TOKENS
 from compress.run_folder import whole
 from compress.runtime.cached import Caches, Reader, load_served
 from compress.runtime.load import load_dense
@@ -68,9 +69,9 @@ def open_windows(config: EvalConfig, tokenizer: Any) -> dict[str, TokenBlocks]:
     }
 
 
-# Of a run: figures by token, ``Accuracy.tokens``, whose columns are those of eval.text.Tokens and the
-# original's own; and a folder of answers, a file a task and a line a question.
-TOKENS, SAMPLES = "accuracy.safetensors", "samples"
+# Of a run: a folder of answers, a file a task and a line a question.
+SAMPLES = "samples"
+# Figures by token have the columns of eval.text.Tokens, and the original's own.
 BASE_NLL = "base_nll"
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import load_file
 
 from compress.report.gate import described, failures
 from compress.report.measures import Value, common_points, speed_ratio
-from compress.report.table import Row
+from compress.report.table import TOKENS, Row
+from eval.paired import difference
 
 # What passes if nobody says otherwise.
 DEFAULT = {"kl": 0.05}
+# How much larger a KL may be that is looked at token by token.
+NEAR = 1.25
 # Sizes that differ by less than this share are the same: a header is longer by a name.
 SAME_SIZE = 1e-3
 
@@ -43,6 +50,7 @@ def _of_model(rows: list[Row], limits: Mapping[str, float] | None) -> list[str]:
         sentences.append(
             f"No measurable loss: {', '.join(row.label for row in sorted(free, key=_bytes))}."
         )
+    sentences += alike(rows)
     return [sentence for sentence in sentences if sentence] + _not_worth(rows)
 
 
@@ -60,6 +68,37 @@ def _not_worth(rows: list[Row]) -> list[str]:
         f"good in {_compared(winner, rows)}, and better in one."
         for winner, beaten in by_winner.values()
     ]
+
+
+def alike(rows: list[Row]) -> list[str]:
+    """A sentence for each two candidates, next to each other by KL, that no text tells apart.
+
+    By what each made of every token, where their runs kept that.
+    """
+    ranked = sorted((row for row in rows if _losses(row)), key=_loss)
+    return [
+        f"Not told apart by any text: {first.label}, {second.label}."
+        for first, second in itertools.pairwise(ranked)
+        if _loss(second) <= NEAR * _loss(first) and _equal(first, second)
+    ]
+
+
+def _loss(row: Row) -> float:
+    return sum(_losses(row).values())
+
+
+def _equal(first: Row, second: Row) -> bool:
+    """Whether both were read on the same tokens and differ measurably on no text."""
+    files = [Path(row.run.get("folder", "")) / TOKENS for row in (first, second)]
+    if _losses(first).keys() != _losses(second).keys() or not all(f.is_file() for f in files):
+        return False
+    ours, theirs = (load_file(file) for file in files)
+    return all(
+        difference(
+            *({key: list(of[f"{text}.{key}"]) for key in ("nll", "kl")} for of in (ours, theirs))
+        ).equal
+        for text, *_ in _losses(first)
+    )
 
 
 def _bytes(row: Row) -> int:

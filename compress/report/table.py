@@ -14,7 +14,8 @@ from compress.errors import UserError
 from eval.speed import pattern_of
 from eval.task_scores import headline, stderr_of
 
-METRICS = "metrics.json"
+# Files of a run: every number of it, and figures by token (compress.measure.accuracy).
+METRICS, TOKENS = "metrics.json", "accuracy.safetensors"
 # What every run has written since the first.
 KEYS = {"name", "model", "recipe", "base", "candidate", "environment"}
 ABSENT = "-"

@@ -20,7 +20,8 @@ def verdict(candidate: Row, base: Row, limits: Mapping[str, float]) -> dict[str,
     """The verdict on a candidate from its row of metrics.json and its original's; None without a comparison.
 
     limits: of the gate, those that are set (compress.report.gate)
-    The line names the text with the largest loss and every task with one.
+    The line names the text with the largest loss and every task with one; without one, the end of the
+    intervals of all texts.
     Returns {text, measurable (a loss was found), gate: None or {limits, passed, failed: sentences}}.
     """
     texts = {t: f["paired"]["nll"] for t, f in candidate.get("texts", {}).items() if "paired" in f}
@@ -44,7 +45,9 @@ def verdict(candidate: Row, base: Row, limits: Mapping[str, float]) -> dict[str,
     elif losses:
         text = f"loss of {'; '.join(losses)}"
     else:
-        text = "; ".join(["no measurable loss", *_divergence(candidate, base)])
+        ends = [change["high"] for change in texts.values() if change["high"] is not None]
+        most = f" (at most {max(ends):.4f} nats per token)" if ends else ""
+        text = "; ".join([f"no measurable loss{most}", *_divergence(candidate, base)])
     failed = failures(candidate, base, limits)
     return {
         "text": text,

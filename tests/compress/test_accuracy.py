@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from calibration.texts import load_texts
 from calibration.tokens import TokenBlocks, evaluation_windows
 from compress.config import EvalConfig
-from compress.measure.accuracy import TOKENS, Accuracy, measure_accuracy
+from compress.measure.accuracy import Accuracy, measure_accuracy
 from compress.model.folder import ModelFolder
 from compress.model.sources import open_tokenizer
 from compress.quantize.scheme import Scheme
+from compress.report.table import TOKENS
 from compress.report.verdict import verdict
 from eval.paired import Difference, difference
 from tests.exported import exported
@@ -151,5 +152,7 @@ def test_the_original_itself_has_no_loss(
 ) -> None:
     found = measure(tiny)
     judged = verdict(found.rows["candidate"], found.rows["base"], {})
-    assert judged["text"].startswith("no measurable loss; KL 0.0000 on prose")
+    assert judged["text"].startswith(
+        "no measurable loss (at most 0.0000 nats per token); KL 0.0000 on"
+    )
     assert found.rows["candidate"]["agreement"]["whole"] == 1

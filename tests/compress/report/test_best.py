@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from compress.report.best import answers, dominated
+from compress.report.best import alike, answers, dominated
 from compress.report.measures import common_points, speed_ratio
-from compress.report.table import rows_of
+from compress.report.table import TOKENS, rows_of
 from tests.report_runs import point, run_of
 
 POINT = "batch 1, 128/32 tokens in/out, compress on 2 x AMD EPYC"
@@ -115,3 +118,23 @@ def test_a_ratio_is_of_the_rounds_where_both_ran() -> None:
     apart = speed_ratio(rows_of([found])[1], POINT)
     assert apart is not None
     assert apart.value == 1.5
+
+
+def test_candidates_that_no_text_tells_apart(tmp_path: Path) -> None:
+    """Two with noise of one size, a third with more of it; one whose run kept nothing by token."""
+    runs = []
+    for i, (kl, scale) in enumerate([(0.04, 0.3), (0.041, 0.3), (0.048, 0.4), (0.049, 0.3)]):
+        found = run(f"r{i}", 100, kl, None)
+        noise = torch.randn(6, 500, generator=torch.Generator().manual_seed(i))
+        figures = {
+            f"{text}.{key}": values
+            for text in found["candidate"]["texts"]
+            for key, values in (("nll", 3 + scale * noise), ("kl", (scale * noise) ** 2 / 2))
+        }
+        folder = tmp_path / f"r{i}"
+        folder.mkdir()
+        if i < 3:
+            save_file(figures, folder / TOKENS)
+        runs.append(found | {"folder": str(folder)})
+    rows = [row for row in rows_of(runs) if row.base is not None]
+    assert alike(rows) == ["Not told apart by any text: r0, r1."]

@@ -31,7 +31,8 @@ def test_no_measurable_loss() -> None:
     }
     found = verdict(row, BASE, {})
     assert found == {
-        "text": "no measurable loss; KL 0.0040 on far (noise of bfloat16: 0.0010)",
+        "text": "no measurable loss (at most 0.0100 nats per token); KL 0.0040 on far (noise of "
+        "bfloat16: 0.0010)",
         "measurable": False,
         "gate": None,
     }
@@ -53,7 +54,9 @@ def test_a_loss_names_its_place_and_size() -> None:
 
 def test_a_gain_is_no_loss() -> None:
     row = {"texts": {"near": _text(-0.05, 0.01, 0.001)}, "tasks": {"quiz": _task(20, 3, 0.001)}}
-    assert verdict(row, {}, {})["text"] == "no measurable loss; KL 0.0200 on near"
+    assert verdict(row, {}, {})["text"] == (
+        "no measurable loss (at most -0.0400 nats per token); KL 0.0200 on near"
+    )
 
 
 def test_many_comparisons_need_more() -> None:
