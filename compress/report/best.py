@@ -110,7 +110,7 @@ def smallest(rows: list[Row]) -> str:
     KL."""
     least = min(rows, key=_bytes)
     as_small = [row for row in rows if _as_small(row, least)]
-    best, *others = sorted(as_small, key=lambda row: sum(_losses(row).values()))
+    best, *others = sorted(as_small, key=_loss)
     size = best.values["size"]
     share = size["bytes"] / (best.base or {})["size"]["bytes"]
     text = (
