@@ -43,11 +43,31 @@ def sweep(
         f"data={text_file}",
         f"eval.texts=[{text_file}]",
         "scheme.group_size=32",
+        # Three bits cost far more, and everything is written all the same.
+        "gate.kl=0.0001",
         *QUICK,
         cwd=cwd,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr
     return cwd, done
+
+
+def test_the_gate_sets_the_exit_code(
+    sweep: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    cwd, done = sweep
+    for recipe in ("rtn-int3", "awq-int3"):
+        assert f"compress: {recipe} scheme.group_size=32" in done.stderr
+        (run,) = (cwd / "outputs" / "model" / recipe).iterdir()
+        metrics = json.loads((run / "metrics.json").read_text())
+        gate = metrics["candidate"]["verdict"]["gate"]
+        assert (gate["limits"], gate["passed"]) == ({"kl": 0.0001}, False)
+        assert gate["failed"][0] in done.stderr
+    assert done.stdout.count("gate FAILED: kl") == 2
+    assert "None of 2 passes the gate (KL at most 0.0001 on every text)." in done.stdout
+    for limit, code in (("0.0001", 1), ("90", 0)):
+        again = compress("compare", "outputs", f"gate.kl={limit}", cwd=cwd)
+        assert again.returncode == code, again.stdout
 
 
 def test_a_sweep_ends_in_a_table(sweep: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
@@ -59,7 +79,7 @@ def test_a_sweep_ends_in_a_table(sweep: tuple[Path, subprocess.CompletedProcess[
     assert first.startswith(names[0])
     assert second.startswith(names[1])
     again = compress("compare", "outputs", "gate.kl=0", "--out", "report", cwd=cwd)
-    assert again.returncode == 0
+    assert again.returncode == 1
     rows = [line for line in again.stdout.splitlines() if line.startswith(tuple(names))]
     assert len(rows) == 2
     assert all(row.endswith("FAILED: kl") for row in rows)
@@ -134,10 +154,12 @@ def test_evaluate_any_folder(
         "--base",
         str(tiny.path),
         f"eval.texts=[{text_file}]",
+        "gate.top1=0.999",
         *QUICK[2:5],
         cwd=cwd,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr
+    assert f"compress: {checkpoint} is outside the gate: top-1 agreement" in done.stderr
     found = json.loads(done.stdout)
     assert found["candidate"]["texts"] == run["candidate"]["texts"], "to the last bit"
     assert found["size"] == run["candidate"]["size"]
