@@ -230,7 +230,8 @@ def text(found: dict[str, Any]) -> str:
         parts.append("Engines, by their source:\n" + "\n".join(answers(found["engines"])))
     parts.append(
         "Times are the shortest that memory and arithmetic allow: max(bytes / bandwidth, operations / rate). "
-        "Memory is weights and cache; a program takes more. docs/architecture.md has the formulas."
+        "Memory is weights and cache on each device; a program takes more. docs/architecture.md has the "
+        "formulas."
     )
     return "\n\n".join(part for part in parts if part)
 

@@ -100,8 +100,9 @@ class Checkpoint:
     def on_each(self, tp: int) -> float:
         """Bytes of all weights on each of ``tp`` devices: its share of every linear and of the tables, norms
         and biases whole, and of the linears of keys and values its heads."""
-        of_heads = 2 * self.hidden * self.kv_heads * self.head_dim / self.attention.parameters
-        more = of_heads * self.attention.stored * (self.cache_share(tp) - 1 / tp)
+        of_heads = len(self.windows) * 2 * self.hidden * self.kv_heads * self.head_dim
+        copied = self.attention.stored * of_heads / self.attention.parameters
+        more = copied * (self.cache_share(tp) - 1 / tp)
         return self.weights / tp + self.rest.stored * (1 - 1 / tp) + more
 
     def cache_share(self, tp: int) -> float:

@@ -277,7 +277,8 @@ def _jit(s: Served) -> str | None:
 
 
 def _padded(s: Served) -> str | None:
-    found = _tiles(s)
+    # Other widths do not go through Marlin.
+    found = None if _four_or_eight(s) else _tiles(s)
     return found and f"slower: {found}, so the rest is filled with zeros"
 
 
