@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors.torch import load_file
+from torch import Tensor
 
 from compress.report.gate import described, failures
 from compress.report.measures import Value, common_points, speed_ratio
@@ -93,12 +94,12 @@ def _equal(first: Row, second: Row) -> bool:
     if _losses(first).keys() != _losses(second).keys() or not all(f.is_file() for f in files):
         return False
     ours, theirs = (load_file(file) for file in files)
-    return all(
-        difference(
-            *({key: list(of[f"{text}.{key}"]) for key in ("nll", "kl")} for of in (ours, theirs))
-        ).equal
-        for text, *_ in _losses(first)
-    )
+    texts = [text for text, *_ in _losses(first)]
+    return all(difference(_figures(ours, text), _figures(theirs, text)).equal for text in texts)
+
+
+def _figures(kept: Mapping[str, Tensor], text: str) -> dict[str, Sequence[Tensor]]:
+    return {key: list(kept[f"{text}.{key}"]) for key in ("nll", "kl")}
 
 
 def _bytes(row: Row) -> int:
