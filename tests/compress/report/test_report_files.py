@@ -187,6 +187,7 @@ def test_names_stay_names(tmp_path: Path) -> None:
     evil["candidate"]["context"] = {
         "text": '" onmouseover="alert(1)',
         "window": 64,
+        "dtype": "float32",
         "positions": {"bucket_kl": [0.1], "bucket_kl_stderr": [0.1], "windows": 1, "cache_bytes": 1}
         | {"kl": 0.1, "kl_stderr": 0.1},
         "retrieval": {},
