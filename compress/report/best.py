@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -72,15 +71,22 @@ def _not_worth(rows: list[Row]) -> list[str]:
 
 
 def alike(rows: list[Row]) -> list[str]:
-    """A sentence for each two candidates, next to each other by KL, that no text tells apart.
+    """A sentence for candidates, next to each other by KL, each of which no text tells apart from the next.
 
     By what each made of every token, where their runs kept that.
     """
     ranked = sorted((row for row in rows if _losses(row)), key=_loss)
+    chains: list[list[Row]] = []
+    for row in ranked:
+        last = chains[-1][-1] if chains else None
+        if last is not None and _loss(row) <= NEAR * _loss(last) and _equal(last, row):
+            chains[-1].append(row)
+        else:
+            chains.append([row])
     return [
-        f"Not told apart by any text: {first.label}, {second.label}."
-        for first, second in itertools.pairwise(ranked)
-        if _loss(second) <= NEAR * _loss(first) and _equal(first, second)
+        f"Not told apart by any text, each from the next: {', '.join(row.label for row in chain)}."
+        for chain in chains
+        if len(chain) > 1
     ]
 
 

@@ -137,4 +137,4 @@ def test_candidates_that_no_text_tells_apart(tmp_path: Path) -> None:
             save_file(figures, folder / TOKENS)
         runs.append(found | {"folder": str(folder)})
     rows = [row for row in rows_of(runs) if row.base is not None]
-    assert alike(rows) == ["Not told apart by any text: r0, r1."]
+    assert alike(rows) == ["Not told apart by any text, each from the next: r0, r1."]
