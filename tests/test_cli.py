@@ -404,7 +404,7 @@ MISTAKES = [
     (["-m", "recipe=rtn-int4", "scheme.bits=4,9"], "scheme.bits=9 is not allowed"),
     (
         ["compares", "outputs"],
-        "compares is neither a verb (bench, compare, evaluate, traffic, verify) nor",
+        "compares is neither a verb (bench, compare, evaluate, plan, traffic, verify) nor",
     ),
     (["recipe=rtn-int4", "scheme.bits=four"], "scheme.bits: Value 'four'"),
     (["recipe=rtn-int4", f"hydra.run.dir={__file__}/x"], "cannot be written: choose another"),
