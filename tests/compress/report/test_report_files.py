@@ -286,7 +286,7 @@ def test_odd_runs(tmp_path: Path) -> None:
     assert "gate FAILED: kl" in line
     assert "3 of 6 pass the gate" in shown
     gate = " ".join(Page(report_page(runs, {"kl": 0.05}, Path())).cells)
-    assert "KL on boolq-passages is no number" in gate
+    assert "KL on boolq-passages is not a number" in gate
     # The newest run refused every batch.
     assert len([key for key, points in data["points"].items() if points[0]]) == 4
 
