@@ -22,7 +22,7 @@ def verdict(candidate: Row, base: Row, limits: Mapping[str, float]) -> dict[str,
     limits: of the gate, those that are set (compress.report.gate)
     The line names the text with the largest loss and every task with one; without one, the end of the
     intervals of all texts.
-    Returns {text, measurable (a loss was found), gate: None or {limits, passed, failed: sentences}}.
+    Returns {text, measurable (a loss was found; None: too little text), gate: None or {limits, passed, failed: sentences}}.
     """
     texts = {t: f["paired"]["nll"] for t, f in candidate.get("texts", {}).items() if "paired" in f}
     tasks = {t: s["paired"] for t, s in candidate.get("tasks", {}).items() if "paired" in s}
@@ -39,23 +39,31 @@ def verdict(candidate: Row, base: Row, limits: Mapping[str, float]) -> dict[str,
         for t, is_so in zip(tasks, of_tasks, strict=True)
         if is_so and tasks[t]["difference"] < 0
     ]
+    few = [text for text, change in texts.items() if change["high"] is None]
     broken = [text for text, change in texts.items() if not math.isfinite(change["mean"])]
     if broken:
         text = f"loss without bound: log-probabilities on {', '.join(broken)} are not finite"
     elif losses:
         text = f"loss of {'; '.join(losses)}"
     else:
-        ends = [change["high"] for change in texts.values() if change["high"] is not None]
-        most = f" (at most {max(ends):.4f} nats per token)" if ends else ""
-        text = "; ".join([f"no measurable loss{most}", *_divergence(candidate, base)])
+        text = "; ".join([_without_loss(texts, few), *_divergence(candidate, base)])
     failed = failures(candidate, base, limits)
+    lost = bool(broken or losses)
     return {
         "text": text,
-        "measurable": bool(broken or losses),
+        "measurable": None if few and not lost else lost,
         "gate": {"limits": dict(limits), "passed": not failed, "failed": failed}
         if limits
         else None,
     }
+
+
+def _without_loss(texts: Mapping[str, Row], few: list[str]) -> str:
+    """How large a loss may still be; of texts with too few tokens nothing can be said."""
+    if few:
+        return f"too few tokens of {', '.join(few)} to tell a loss"
+    ends = [change["high"] for change in texts.values()]
+    return "no measurable loss" + (f" (at most {max(ends):.4f} nats per token)" if ends else "")
 
 
 def passed(judged: Mapping[str, Any] | None) -> bool:

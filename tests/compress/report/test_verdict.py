@@ -77,7 +77,9 @@ def test_nothing_compared_is_no_verdict() -> None:
 def test_too_little_text_finds_nothing() -> None:
     change = {"mean": 0.5, "low": None, "high": None, "p": None}
     row = {"texts": {"near": {"kl": 0.4, "top1": 0.5, "paired": {"nll": change}}}}
-    assert not verdict(row, {}, {})["measurable"]
+    found = verdict(row, {}, {})
+    assert found["measurable"] is None
+    assert found["text"] == "too few tokens of near to tell a loss; KL 0.4000 on near"
 
 
 def test_a_broken_candidate_has_lost() -> None:
