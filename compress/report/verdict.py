@@ -21,8 +21,8 @@ def verdict(candidate: Row, base: Row, limits: Mapping[str, float]) -> dict[str,
 
     limits: of the gate, those that are set (compress.report.gate)
     The line names the text with the largest loss and every task with one; without one, the end of the
-    intervals of all texts.
-    Returns {text, measurable (a loss was found; None: too little text), gate: None or {limits, passed, failed: sentences}}.
+    intervals of all texts. Returns {text, measurable (a loss was found; None: too little text), gate: None
+    or {limits, passed, failed: sentences}}.
     """
     texts = {t: f["paired"]["nll"] for t, f in candidate.get("texts", {}).items() if "paired" in f}
     tasks = {t: s["paired"] for t, s in candidate.get("tasks", {}).items() if "paired" in s}
