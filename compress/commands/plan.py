@@ -215,7 +215,7 @@ def text(found: dict[str, Any]) -> str:
     ]
     if "prune" in found.get("stages", ""):
         sizes = ", ".join(f"{key} {size}" for key, size in found["shape"].items())
-        parts.append(f"Pruned, of several candidates the first: {sizes}")
+        parts.append(f"Pruned to (where several shapes are tried, the first): {sizes}")
     if found.get("linears"):
         parts.append(_linears(found["linears"]))
     if "refused" in found:
@@ -223,9 +223,7 @@ def text(found: dict[str, Any]) -> str:
     if found.get("calibration"):
         parts.append(_calibration(found["calibration"]))
     if found.get("uncounted"):
-        parts.append(
-            f"Of the run itself this leaves out what is not counted: {', '.join(found['uncounted'])}."
-        )
+        parts.append(f"Not counted in the run's own needs: {', '.join(found['uncounted'])}.")
     if "engines" in found:
         parts.append("Engines, by their source:\n" + "\n".join(answers(found["engines"])))
     parts.append(
@@ -299,7 +297,7 @@ def _whole(rows: dict[str, Any]) -> str:
 
 
 def _linears(entries: list[dict[str, Any]]) -> str:
-    lines = [["linear", "out x in", "of them", "scheme", "why not"]]
+    lines = [["linear", "out x in", "of them", "scheme", "left in 16 bits because"]]
     lines += [
         [e["name"], "{} x {}".format(*e["shape"]), str(e["count"]), e["scheme"] or "-", e["reason"] or ""]
         for e in entries
@@ -308,7 +306,7 @@ def _linears(entries: list[dict[str, Any]]) -> str:
 
 
 def _calibration(entries: list[dict[str, Any]]) -> str:
-    lines = [["the run itself", "peak MB beside the start", "held by", "seconds, roughly"]]
+    lines = [["the run itself", "peak MB above its start", "held by", "seconds, roughly"]]
     lines += [
         [e["name"], f"{e['bytes'] / 1e6:.0f}", e["what"], f"{e['seconds']:.3g}"] for e in entries
     ]

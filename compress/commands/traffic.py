@@ -158,6 +158,8 @@ def _sample(asked: argparse.Namespace) -> int:
     if not 0 < asked.rate < float("inf"):
         raise UserError(f"--rate={asked.rate} is not allowed: choose a number above 0")
     _check_out(asked.sample, ENDINGS, "--sample")
+    if asked.sample.exists():
+        raise UserError(f"--sample {asked.sample} exists: choose another name")
     write_log(sample(asked.mix, requests, asked.seed, asked.rate), asked.sample)
     print(f"{requests} invented requests ({asked.mix}, seed {asked.seed}) in {asked.sample}")
     return 0

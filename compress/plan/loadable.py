@@ -214,6 +214,8 @@ def _tensorrt_floats(s: Served) -> str | None:
     scheme = s.linears
     if scheme is None or (scheme.type, scheme.bits) != ("float", 8):
         return None
+    if not s.eight_bit_floats:
+        return "it has FP8 on hardware that multiplies it alone"
     if scheme.inputs is None:
         return "it takes FP8 with rounded inputs alone: recipe=fp8"
     if "tensor" in (scheme.group_size, scheme.inputs.per):

@@ -65,7 +65,7 @@ def _not_worth(rows: list[Row]) -> list[str]:
         by_winner.setdefault(id(winner), (winner, []))[1].append(row)
     return [
         f"Not worth taking: {', '.join(row.label for row in beaten)}, for {winner.label} is at least as "
-        f"good in {_compared(winner, rows)}, and better in one."
+        f"good in {_compared(winner, rows)} within the noise, and better in one."
         for winner, beaten in by_winner.values()
     ]
 

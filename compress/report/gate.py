@@ -65,8 +65,8 @@ def described(limits: Mapping[str, float]) -> str:
     texts = {
         "kl": "KL at most {:g} on every text",
         "perplexity": "perplexity at most {:g} times the original's on every text",
-        "top1": "the original's likeliest token for at least {:.3%} of every text",
-        "accuracy": "at most {:g} points lost on every task",
+        "top1": "the original's likeliest token for at least {:.3g} of every text",
+        "accuracy": "points lost on every task at most {:g}",
     }
     return ", ".join(texts[name].format(limit) for name, limit in limits.items())
 

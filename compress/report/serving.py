@@ -19,6 +19,8 @@ from eval.traffic import Traffic, describe, heat_map, ratio, weigh
 Speeds = Mapping[str, Mapping[str, Any]]
 Point = Mapping[str, Any]
 Figure = dict[str, Any]
+# A share of the requests.
+NOTHING = "0.0%"
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ def traffic_figure(traffic: Traffic) -> Figure:
     title = f"{traffic.name}: {len(traffic)} requests"
     figure = _figure([trace], title, ("tokens out", "tokens in"))
     for axis in ("xaxis", "yaxis"):
-        figure["layout"][axis]["type"] = "category"
+        figure["layout"][axis] |= {"type": "category", "automargin": True}
     return figure
 
 
@@ -237,6 +239,11 @@ def traffic_sections(traffic: Traffic, runs: list[dict[str, Any]]) -> list[Secti
             "of its like. Covered: the share of the requests that lie between the sizes measured; only these "
             "count, nothing is extrapolated. Ratio: to the original, within the rounds."
         )
+        if all(cells[1] == NOTHING for *_, cells in weighed):
+            told = (
+                "Nothing is covered: these runs measured no lengths around those of the requests. Run "
+                "recipes with speed=patterns, or compress bench ORIGINAL FOLDER traffic=LOG."
+            )
         sections.append(Section("Your traffic on these runs", f"{markdown(table)}\n\n{told}\n"))
     return sections
 

@@ -181,7 +181,7 @@ def _cells(row: Mapping[str, Any], texts: list[str], tasks: list[str]) -> list[s
 
 
 def _agreed(found: Mapping[str, Any] | None) -> str:
-    return ABSENT if found is None else f"{found['mean']:.0f} of {found['generated']}"
+    return ABSENT if found is None else f"{found['mean']:.1f} of {found['generated']}"
 
 
 def _context(found: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> list[str]:
@@ -290,6 +290,8 @@ def legend_lines(runs: list[dict[str, Any]]) -> list[str]:
             f"Agrees for: how many tokens greedy decoding writes as the original does, the mean of "
             f"{found['prompts']} prompts of {found['prompt_tokens']} tokens."
         )
+    if "verdict" in row:
+        lines.append("Verdict: ± is half of a 95 % interval of the change on the same tokens.")
     if "context" in row:
         context = row["context"]
         lengths = ", ".join(context["retrieval"]) or "no"

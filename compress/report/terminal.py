@@ -132,5 +132,8 @@ def _legend(rows: list[Row]) -> list[str]:
     if tasks:
         lines.append(f"tasks: points over the original, the worst of {', '.join(tasks)}.")
     if keys:
-        lines.append(f"tokens/s: decoding, {keys[0]}; (x) over the original in the same run.")
+        lines.append(
+            f"tokens/s: decoding, {keys[0]}; (x) over the original in the same run, whose speed differs "
+            "from run to run; shown is the newest."
+        )
     return [*lines, "Everything else: --out FOLDER."]

@@ -73,8 +73,14 @@ def passed(judged: Mapping[str, Any] | None) -> bool:
 
 def _loss(text: str, change: Row) -> str:
     half = (change["high"] - change["low"]) / 2
+    # An interval is as lopsided as what it is of; where ± would reach below 0, its ends stand.
+    beside = (
+        f"±{half:.4f}"
+        if half < change["mean"]
+        else f"({change['low']:.4f} to {change['high']:.4f})"
+    )
     return (
-        f"{change['mean']:.4f} ±{half:.4f} nats per token on {text} "
+        f"{change['mean']:.4f} {beside} nats per token on {text} "
         f"(perplexity {math.expm1(change['mean']):+.1%})"
     )
 

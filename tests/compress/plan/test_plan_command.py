@@ -114,8 +114,8 @@ def test_every_stage_can_be_planned(tiny: ModelFolder, capsys: pytest.CaptureFix
         [f"recipe={recipe}", f"model={tiny.path}", "hardware=a100", "prune=sizes", "prune.layers=2"]
     )
     printed = capsys.readouterr().out
-    assert "Pruned, of several candidates the first: num_hidden_layers 2" in printed
-    assert "not counted: prune." in printed
+    assert "Pruned to (where several shapes are tried, the first): num_hidden_layers 2" in printed
+    assert "Not counted in the run's own needs: prune." in printed
 
 
 def test_mistakes(tmp_path: Path) -> None:

@@ -86,7 +86,8 @@ def test_sentences() -> None:
             f"Fastest within it: fast, 3.00 times the original ({POINT}); as fast within the noise: also "
             "(2.95); 1 not measured there.",
             "No measurable loss: exact.",
-            "Not worth taking: bad, for small is at least as good in size, KL and speed, and better in one.",
+            "Not worth taking: bad, for small is at least as good in size, KL and speed within the noise, and "
+            "better in one.",
         ],
         "qwen": ["None of 1 passes the gate (KL at most 0.05 on every text; no gate was given)."],
     }  # fmt: skip
@@ -102,7 +103,8 @@ def test_of_one_size_the_most_exact_is_the_smallest() -> None:
     assert answers(rows_of(runs), None)["smollm2"][1:] == [
         "Smallest within it: exact, 100.0 MB (37% of the original, 6.75 bits per weight); of the same size: "
         "rough.",
-        "Not worth taking: rough, for exact is at least as good in size and KL, and better in one.",
+        "Not worth taking: rough, for exact is at least as good in size and KL within the noise, and better "
+        "in one.",
     ]  # fmt: skip
 
 

@@ -98,7 +98,7 @@ def test_differences_of_the_same_questions_count() -> None:
 def test_words() -> None:
     limits = read_limits(["gate.kl=0.05", "gate.accuracy=1"])
     assert limits == {"kl": 0.05, "accuracy": 1.0}
-    assert described(limits) == "KL at most 0.05 on every text, at most 1 points lost on every task"
+    assert described(limits) == "KL at most 0.05 on every text, points lost on every task at most 1"
 
 
 @pytest.mark.parametrize(

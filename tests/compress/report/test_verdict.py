@@ -52,6 +52,14 @@ def test_a_loss_names_its_place_and_size() -> None:
     )
 
 
+def test_a_lopsided_interval_tells_its_ends() -> None:
+    change = {"mean": 0.0975, "low": 0.018, "high": 0.2259, "p": 0.002}
+    row = {"texts": {"near": {"kl": 0.4, "top1": 0.5, "paired": {"nll": change}}}}
+    assert verdict(row, {}, {})["text"].startswith(
+        "loss of 0.0975 (0.0180 to 0.2259) nats per token"
+    )
+
+
 def test_a_gain_is_no_loss() -> None:
     row = {"texts": {"near": _text(-0.05, 0.01, 0.001)}, "tasks": {"quiz": _task(20, 3, 0.001)}}
     assert verdict(row, {}, {})["text"] == (
