@@ -133,7 +133,7 @@ def _candidate(
     )
     return {
         "stages": ", ".join(settings.stages),
-        "scheme": None if schemes is None else schemes.name,
+        "scheme": _numbers(run, schemes),
         **found,
         # Of several shapes that pruning would try, the first.
         "shape": {key: shapes.config.get(key) for key in KEYS.values()},
@@ -142,6 +142,14 @@ def _candidate(
         "engines": engines,
         "rows": {CANDIDATE: _row(model, hardware, settings)},
     }
+
+
+def _numbers(run: Run, schemes: Schemes | None) -> str | None:
+    """The name of what the linears are stored in; where their bits are searched, the choices."""
+    if schemes is None or run.search is None:
+        return None if schemes is None else schemes.name
+    bits = sorted(run.search.bits)
+    return f"{bits[0]} to {bits[-1]} bits, searched"
 
 
 def _searched(run: Run, shapes: Shapes) -> float | None:

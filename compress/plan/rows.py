@@ -116,7 +116,9 @@ def answers(engines: Mapping[str, Any]) -> list[str]:
     """A line an engine."""
     lines = []
     for name, found in engines.items():
-        said = "; ".join(entry["text"] for entry in (*found["reasons"], *found["notes"]))
+        # What it would be like is of no use where it is not.
+        told = found["notes"] if found["loads"] else found["reasons"]
+        said = "; ".join(entry["text"] for entry in told)
         word = "yes" if found["loads"] else "no"
         lines.append(f"{name} {found['version']}: {word}{', ' if said else ''}{said}")
     return lines

@@ -86,8 +86,8 @@ def test_sentences() -> None:
             f"Fastest within it: fast, 3.00 times the original ({POINT}); as fast within the noise: also "
             "(2.95); 1 not measured there.",
             "No measurable loss: exact.",
-            "Not worth taking: bad, for small is at least as good in size, KL and speed within the noise, and "
-            "better in one.",
+            "Not worth taking: bad, for small is at least as good in size, KL and speed within the noise, "
+            "and better in one.",
         ],
         "qwen": ["None of 1 passes the gate (KL at most 0.05 on every text; no gate was given)."],
     }  # fmt: skip
