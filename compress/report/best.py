@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -96,12 +97,21 @@ def _loss(row: Row) -> float:
 
 def _equal(first: Row, second: Row) -> bool:
     """Whether both were read on the same tokens and differ measurably on no text."""
-    files = [Path(row.run.get("folder", "")) / TOKENS for row in (first, second)]
+    # A run that was just made is not yet known by its folder.
+    if not all("folder" in row.run for row in (first, second)):
+        return False
+    files = [Path(row.run["folder"]) / TOKENS for row in (first, second)]
     if _losses(first).keys() != _losses(second).keys() or not all(f.is_file() for f in files):
         return False
-    ours, theirs = (load_file(file) for file in files)
+    ours, theirs = (_kept(file) for file in files)
     texts = [text for text, *_ in _losses(first)]
     return all(difference(_figures(ours, text), _figures(theirs, text)).equal for text in texts)
+
+
+# The second of a pair is the first of the next.
+@functools.lru_cache(maxsize=2)
+def _kept(file: Path) -> dict[str, Tensor]:
+    return load_file(file)
 
 
 def _figures(kept: Mapping[str, Tensor], text: str) -> dict[str, Sequence[Tensor]]:

@@ -38,8 +38,9 @@ def comparison(
     width: characters a line; None does not break lines
     """
     rows = rows_of(runs)
+    printed = io.StringIO()
     console = Console(
-        file=io.StringIO(), width=width or ENDLESS, color_system=None, emoji=False, highlight=False
+        file=printed, width=width or ENDLESS, color_system=None, emoji=False, highlight=False
     )
     console.print(_table(rows, limits))
     for line in _legend(rows):
@@ -48,8 +49,7 @@ def comparison(
         console.print(Text(f"\n{model}"))
         for sentence in sentences:
             console.print(Text(f"- {sentence}"))
-    printed = console.file.getvalue()  # type: ignore[attr-defined]
-    return "\n".join(line.rstrip() for line in printed.splitlines()) + "\n"
+    return "\n".join(line.rstrip() for line in printed.getvalue().splitlines()) + "\n"
 
 
 def terminal_width(is_terminal: bool) -> int | None:

@@ -18,16 +18,16 @@ class Counting:
 
     nbytes = 100
 
-    def __init__(self, wrong_from: int = 10**9, sure: float = 0.0, step: int = 1):
-        self.seen, self.wrong_from, self.sure, self.step = 0, wrong_from, sure, step
+    def __init__(self, wrong_from: int = 10**9, sure: float = 0.0, wrong_to: int = 10**9):
+        self.seen, self.wrong_from, self.sure, self.wrong_to = 0, wrong_from, sure, wrong_to
 
     def __call__(self, tokens: Tensor) -> Tensor:
         logits = torch.zeros(*tokens.shape, VOCABULARY)
         for i, column in enumerate(tokens.T.tolist()):
             for row, token in enumerate(column):
                 logits[row, i, (token + 1) % VOCABULARY] = 2.0
-                if self.seen >= self.wrong_from:
-                    logits[row, i, (token + 1 + self.step) % VOCABULARY] += self.sure
+                if self.wrong_from <= self.seen < self.wrong_to:
+                    logits[row, i, (token + 2) % VOCABULARY] += self.sure
             self.seen += 1
         return logits
 
@@ -76,3 +76,11 @@ def test_agreement_ends_at_the_first_difference(strays: int) -> None:
     assert found["lengths"] == [strays, strays]
     assert found["median"] == found["mean"] == strays
     assert found["whole"] == (strays == 100)
+
+
+def test_what_agrees_again_later_does_not_count() -> None:
+    """One token that is another, in the second piece."""
+    prompts = torch.arange(PIECE + 3).expand(2, -1) % VOCABULARY
+    strays = prompts.shape[1] - 1 + PIECE + 5
+    found = agreement(Counting, {"x": lambda: Counting(strays, 5.0, strays + 1)}, prompts, 150)["x"]
+    assert found["lengths"] == [PIECE + 5] * 2
