@@ -183,7 +183,8 @@ class RecipeConfig:
     distill: dict[str, Any] | None = None
     # None: the cache stays in 16 bits.
     kv_cache: dict[str, Any] | None = None
-    export: str = "compressed-tensors"
+    # Names of formats, in their order: what engines are measured with is the first.
+    export: dict[str, Any] = field(default_factory=dict)
     eval: EvalConfig | None = None
     context: ContextConfig | None = None
     speed: SpeedConfig | None = None
@@ -210,6 +211,11 @@ class Run:
     device: torch.device
 
     @property
+    def export(self) -> str:
+        """The format of the checkpoint that is measured, the first of those named."""
+        return next(iter(self.settings.export))
+
+    @property
     def needs_data(self) -> bool:
         fitted = self.search is not None or self.repair is not None or self.prune is not None
         if self.cache is not None:
@@ -233,14 +239,16 @@ def parse(settings: RecipeConfig) -> Run:
     Raises UserError naming the key and the allowed values.
     """
     _check_names("stages", settings.stages, STAGES)
-    _check_names("export", [settings.export], tuple(FORMATS))
+    _check_exports(settings)
     _check_stages(settings)
     search = settings.search
     schemes = schemes_of(settings)
     if "quantize" in settings.stages:
         _check_numbers(settings, schemes)
         _check_rounding(settings, schemes.linears)
-        FORMATS[settings.export].check(schemes, search is not None)
+    cache = cache_scheme_of(settings)
+    quantized = schemes if "quantize" in settings.stages else None
+    check_formats(list(settings.export), quantized, cache, mixed=search is not None)
     repairs = _plugins("repair", settings.repair, REPAIRS)
     return Run(
         settings=settings,
@@ -249,7 +257,7 @@ def parse(settings: RecipeConfig) -> Run:
         roundings=_roundings(settings),
         search=None if search is None else _build("search", Search, search),
         repair=repairs[0] if repairs else None,
-        cache=cache_scheme_of(settings),
+        cache=cache,
         prune=None if settings.prune is None else _build("prune", Prune, settings.prune),
         distill=None if settings.distill is None else _build("distill", Distill, settings.distill),
         device=device_of(settings),
@@ -299,6 +307,35 @@ def _check_rounding(settings: RecipeConfig, scheme: Scheme) -> None:
                 )
 
 
+def _check_exports(settings: RecipeConfig) -> None:
+    """Raises UserError for no format, one that is not known, or knobs that none has."""
+    if not settings.export:
+        raise UserError(f"export=[] is not allowed: choose from {', '.join(FORMATS)}")
+    _check_names("export", list(settings.export), tuple(FORMATS))
+    for name, knobs in settings.export.items():
+        if knobs:
+            raise UserError(f"export.{name}.{next(iter(knobs))} is not known: it has no knobs")
+
+
+def check_formats(
+    names: list[str], schemes: Schemes | None, cache: CacheScheme | None, *, mixed: bool
+) -> None:
+    """Raises UserError for a format that does not hold weights of these schemes (None: of 16 bits) and this
+    cache. mixed: the linears will differ from each other"""
+    for name in names:
+        if schemes is not None:
+            FORMATS[name].check(schemes, mixed)
+        elif not FORMATS[name].plain:
+            raise UserError(
+                f"export={name} holds quantized weights, and these stay in 16 bits: leave it out"
+            )
+        if cache is not None and cache.static and not FORMATS[name].cache_scales:
+            raise UserError(
+                f"export={name} has no place for the scales of the cache: choose "
+                "compressed-tensors, or kv_cache=int8, int4 or int2"
+            )
+
+
 def _check_stages(settings: RecipeConfig) -> None:
     stages = settings.stages
     check_order(stages)
@@ -306,10 +343,6 @@ def _check_stages(settings: RecipeConfig) -> None:
         for key in ("search", "head", "transforms"):
             if getattr(settings, key):
                 raise UserError(f"{key} needs quantize among the stages")
-        if settings.export != "compressed-tensors":
-            raise UserError(
-                f"export={settings.export} holds quantized weights, and these stay in 16 bits: leave it out"
-            )
     if ("repair" in stages) != (len(settings.repair) == 1):
         raise UserError(
             f"the stage repair needs one method of: {', '.join(REPAIRS)}, as in repair=kl; and "
@@ -345,13 +378,7 @@ def cache_scheme_of(settings: RecipeConfig) -> CacheScheme | None:
     }
     rest = {name: v for name, v in values.items() if name not in states}
     scheme = _build("kv_cache", CacheScheme, rest)
-    scheme = replace(scheme, **states)
-    if scheme.static and settings.export != "compressed-tensors":
-        raise UserError(
-            f"export={settings.export} has no place for the scales of the cache: choose "
-            "compressed-tensors, or kv_cache=int8, int4 or int2"
-        )
-    return scheme
+    return replace(scheme, **states)
 
 
 def _roundings(settings: RecipeConfig) -> tuple[Rounding, ...]:

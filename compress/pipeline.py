@@ -24,7 +24,7 @@ from compress.distill.stage import check_launch, open_accelerator
 from compress.environment import environment, version_of
 from compress.errors import UserError
 from compress.export.audit import audit, write_manifest
-from compress.export.formats import FORMATS
+from compress.export.formats import FORMATS, check_sizes
 from compress.kv_cache.stage import check as check_cache
 from compress.measure.accuracy import (
     check_texts,
@@ -45,7 +45,7 @@ from compress.plan.predict import predict
 from compress.prune.preview import previews
 from compress.prune.stage import check as check_prune
 from compress.quantize.search import budget
-from compress.quantize.stage import settle
+from compress.quantize.stage import linear_names, settle
 from compress.report.table import METRICS, table
 from compress.report.verdict import verdict
 from compress.rotate import rotated_sizes
@@ -124,20 +124,18 @@ def _check_stages(run: Run, model: ModelFolder) -> None:
 
 def check_shape(run: Run, model: Shapes) -> None:
     """Raises UserError if the stages do not fit a model of this shape."""
-    stages, export = run.settings.stages, run.settings.export
+    stages, family = run.settings.stages, family_of(model.config)
     if "quantize" in stages:
-        if FORMATS[export].half and model.dtype.itemsize != 2:
-            raise UserError(
-                f"export={export} holds models of bfloat16 or float16 exactly, {model.path} is "
-                f"{str(model.dtype).removeprefix('torch.')}: choose export=compressed-tensors"
-            )
-        settle(model, family_of(model.config), run.schemes)
+        linears = {name: model.shape(f"{name}.weight") for name in linear_names(model, family)}
+        for name in run.settings.export:
+            check_sizes(name, model, linears)
+        settle(model, family, run.schemes)
         if run.search is not None:
             budget(model, run.search, run.schemes)
         if run.distill is not None and "distill" in stages[stages.index("quantize") :]:
             check_schemes(run.schemes)
     if "rotate" in stages:
-        rotated_sizes(model, family_of(model.config))
+        rotated_sizes(model, family)
     if run.cache is not None:
         check_cache(model, run.cache)
 
@@ -145,10 +143,10 @@ def check_shape(run: Run, model: Shapes) -> None:
 def run_recipe(run: Run, name: str, out: Path, *, last: bool = True) -> dict[str, Any]:
     """Compress, export, audit, evaluate, measure. Returns what it wrote to metrics.json.
 
-    ``out`` gets a folder for each stage, checkpoint/, metrics.json and table.md; each appears under its name
-    only when it is whole. What a killed run of the same recipe left whole in ``out`` is taken over. Raises
-    UserError before any weight is computed with if the recipe does not fit model or data, or ``out`` holds
-    something else.
+    ``out`` gets a folder for each stage, checkpoint/ in the first format, checkpoint-NAME/ in each other,
+    metrics.json and table.md; each appears under its name only when it is whole. What a killed run of the
+    same recipe left whole in ``out`` is taken over. Raises UserError before any weight is computed with if
+    the recipe does not fit model or data, or ``out`` holds something else.
     """
     settings = run.settings
     model = ModelFolder(resolve_model(settings.model.source, settings.model.revision))
@@ -157,7 +155,7 @@ def run_recipe(run: Run, name: str, out: Path, *, last: bool = True) -> dict[str
     if settings.eval is not None:
         windows = open_windows(settings.eval, tokenizer)
     with opened(out, _decisive(run, model)):
-        compression = _compress(run, model, tokenizer, out)
+        compression, exports = _compress(run, model, tokenizer, out)
         if last:
             processes.release(0)
         checkpoint = ModelFolder(out / CHECKPOINT)
@@ -179,6 +177,7 @@ def run_recipe(run: Run, name: str, out: Path, *, last: bool = True) -> dict[str
             "model": {"name": settings.model.name, "fingerprint": model.fingerprint},
             "recipe": asdict(settings),
             "compression": compression,
+            "exports": exports,
             **rows,
             "environment": environment(run.device),
         }
@@ -248,9 +247,11 @@ def _quantized(stages: list[str], model: ModelFolder, out: Path) -> ModelFolder:
     return ModelFolder(out / before[-1]) if before else model
 
 
-def _compress(run: Run, model: ModelFolder, tokenizer: Any, out: Path) -> dict[str, Any]:
-    """Run the stages, each from a folder to a folder; export the last one's record, audit it, write its
-    manifest. Returns the section ``compression`` of metrics.json."""
+def _compress(
+    run: Run, model: ModelFolder, tokenizer: Any, out: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run the stages, each from a folder to a folder; export the last one's record in every format, audit it,
+    write its manifest. Returns the sections ``compression`` and ``exports`` of metrics.json."""
     reset_peak()
     start, start_rss = time.perf_counter(), rss()
     data = _calibration(run, model)
@@ -277,14 +278,16 @@ def _compress(run: Run, model: ModelFolder, tokenizer: Any, out: Path) -> dict[s
         "recipe": _recipe_hash(run, reports.get("scheme")),
     }
     seconds = {name: found.seconds for name, found in steps.items()}
-    steps[CHECKPOINT] = step(
-        out, CHECKPOINT, lambda target, _: _export(run, current, target, origin)
-    )
+    folders = dict.fromkeys(run.settings.export, CHECKPOINT)
+    folders |= {name: beside(name) for name in list(folders)[1:]}
+    exports = {}
+    for name, folder in folders.items():
+        steps[folder], exports[name] = export(name, current, out, folder, origin)
     taken = [name for name, found in steps.items() if found.taken]
     total = time.perf_counter() - start + sum(steps[name].seconds for name in taken)
     log.info("compressed and audited in %.1f s: %s", total, out / CHECKPOINT)
     peaks = [found.peak_cuda for found in steps.values() if found.peak_cuda is not None]
-    return {
+    compression = {
         # Of a run that was killed and went on: its finished steps, and this process.
         "seconds": total,
         "stage_seconds": seconds,
@@ -299,6 +302,7 @@ def _compress(run: Run, model: ModelFolder, tokenizer: Any, out: Path) -> dict[s
         **steps[CHECKPOINT].report,
         **reports,
     }
+    return compression, exports
 
 
 def _stage(
@@ -311,10 +315,25 @@ def _stage(
     )
 
 
-def _export(run: Run, record: ModelFolder, target: Path, origin: dict[str, Any]) -> dict[str, Any]:
-    log.info("writing the checkpoint and comparing it with the record")
-    FORMATS[run.settings.export].write(record, target)
-    checked = audit(record, ModelFolder(target))
+def beside(export: str) -> str:
+    """The folder of a format beside the one that is measured."""
+    return f"{CHECKPOINT}-{export}"
+
+
+def export(
+    name: str, record: ModelFolder, out: Path, folder: str, origin: dict[str, Any]
+) -> tuple[Step, dict[str, Any]]:
+    """A step of a run: write a record to ``folder`` in the format ``name``, compare it with the record, write
+    its manifest. Returns the step, and what ``exports`` of metrics.json says of it."""
+    made = step(out, folder, lambda target, _: _export(name, record, target, origin))
+    size = measure_size(ModelFolder(out / folder))
+    return made, {"folder": folder, "size": size, "audit": made.report["audit"]}
+
+
+def _export(name: str, record: ModelFolder, target: Path, origin: dict[str, Any]) -> dict[str, Any]:
+    log.info("writing the checkpoint as %s and comparing it with the record", name)
+    FORMATS[name].write(record, target)
+    checked = audit(record, ModelFolder(target), quantized=FORMATS[name].quantized)
     write_manifest(target, origin)
     return {"audit": checked}
 
@@ -367,7 +386,7 @@ def _generate(run: Run, model: ModelFolder, tokenizer: Any, target: Path) -> dic
 
 
 def _decisive_settings(run: Run) -> dict[str, Any]:
-    """What of a recipe decides the checkpoint: stages, methods with their knobs, data, format."""
+    """What of a recipe decides the checkpoints: stages, methods with their knobs, data, formats."""
     settings = asdict(run.settings)
     if run.distill is not None:
         knobs = run.distill

@@ -82,9 +82,22 @@ def opened(out: Path, decisive: dict[str, Any]) -> Iterator[None]:
         if file.tell() == 0:
             file.write(_text(decisive))
             file.flush()
-        for leftover in out.glob("*.partial"):
-            _remove(leftover)
+        _clear(out)
         yield
+
+
+@contextlib.contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Hold the folder of a finished run for this process; what killed ones left half-written is cleared."""
+    with (out / RUN).open("r+", encoding="utf-8") as file:
+        _lock(file, out)
+        _clear(out)
+        yield
+
+
+def _clear(out: Path) -> None:
+    for leftover in out.glob("*.partial"):
+        _remove(leftover)
 
 
 def _lock(file: IO[str], out: Path) -> None:

@@ -41,6 +41,7 @@ def test_every_file_composes(file: Path) -> None:
         "head/int8.yaml": "scheme.symmetric=true",
         "scheme/llm-int8.yaml": "export=bitsandbytes",
         "prune/sizes.yaml": "prune.mlp=64",
+        "export/bitsandbytes.yaml": "scheme=llm-int8",
     }
     if needed := missing.get(file.relative_to(RECIPES).as_posix()):
         overrides.append(needed)
@@ -106,7 +107,7 @@ def test_recipes_of_eight_bits_and_floats(name: str) -> None:
     assert run.schemes.name == scheme
     assert [type(t).__name__ for t in run.transforms] == transforms
     assert [type(r).__name__ for r in run.roundings] == ["Nearest"]
-    assert run.settings.export == export
+    assert run.export == export
     assert run.needs_data == needs_data
     inputs = run.schemes.linears.inputs
     if inputs is not None:

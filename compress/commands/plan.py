@@ -15,7 +15,7 @@ import torch
 from compress.compose import compose_settings, expand_shorthand, options
 from compress.config import RecipeConfig, Run, parse
 from compress.errors import UserError
-from compress.export.formats import Weights
+from compress.export.formats import FORMATS, Weights
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder, Shapes
 from compress.model.shapes import PREFIX, ShapeFolder
@@ -124,12 +124,18 @@ def _candidate(
     if "rotate" in settings.stages:
         shapes = ShapeFolder(str(shapes.path), {**shapes.config, "tie_word_embeddings": False})
     schemes = settle(shapes, family_of(shapes.config), run.schemes) if quantizes else None
-    model = as_planned(shapes, schemes, run.cache, settings.export, _searched(run, shapes), device)
+    model = as_planned(shapes, schemes, run.cache, run.export, _searched(run, shapes), device)
     if schemes is not None:
         found["linears"] = matches(shapes, schemes)
     bits = () if run.search is None else tuple(run.search.bits)
     engines = _engines(
-        shapes, model, schemes, settings.export, hardware, settings.plan.tp, all_bits=bits
+        shapes,
+        model,
+        schemes if FORMATS[run.export].quantized else None,
+        run.export,
+        hardware,
+        settings.plan.tp,
+        all_bits=bits,
     )
     return {
         "stages": ", ".join(settings.stages),

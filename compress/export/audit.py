@@ -28,9 +28,10 @@ class AuditError(RuntimeError):
     """The written files do not hold what was decided: a bug or a broken disk, not a user's mistake."""
 
 
-def audit(record: ModelFolder, exported: ModelFolder) -> dict[str, int]:
+def audit(record: ModelFolder, exported: ModelFolder, *, quantized: bool = True) -> dict[str, int]:
     """Compare an export with its record. Returns how many linears and other tensors were checked.
 
+    quantized: it holds the codes; if not, the weights that they stand for, in the type of the model.
     Raises AuditError if a linear that should be quantized is not, a tensor differs in any bit, is
     missing or is too many, or a quantized linear takes more bytes than its scheme says.
     """
@@ -40,21 +41,23 @@ def audit(record: ModelFolder, exported: ModelFolder) -> dict[str, int]:
         raise AuditError(f"{exported.path}: tensors differ from the record: {different[:3]}")
     unquantized = unquantized_linears(written)
     embedding = family_of(record.config).embedding
-    if decided.format == "plain":
+    if decided.format == "plain" or not quantized:
         unquantized = []
     elif schemes_of(record).head is not None and embedding not in written.linears:
         unquantized.append(f"{embedding}.weight")
     if unquantized:
         raise AuditError(f"{exported.path}: {unquantized[0]} should be quantized and is not")
     for name in decided.names:
-        found = written.get(name)
-        _same(name, decided.get(name), found)
+        wanted, found = decided.get(name), written.get(name)
+        if not quantized and isinstance(wanted, QTensor):
+            wanted = wanted.dequantize(record.dtype)
+        _same(name, wanted, found)
         if isinstance(found, QTensor):
             _size(exported, name.removesuffix(".weight"), found)
     _same_cache(record, exported)
     return {
-        "linears": len(written.linears),
-        "other_tensors": len(written.names) - len(written.linears),
+        "linears": len(decided.linears),
+        "other_tensors": len(decided.names) - len(decided.linears),
     }
 
 
@@ -114,14 +117,17 @@ def _equal(a: Any, b: Any) -> bool:
 
 def _size(exported: ModelFolder, linear: str, q: QTensor) -> None:
     """A linear may take its bits, padded to whole 32-bit words a row, its scales (bitsandbytes has them in
-    32 bits), and a shape or a few numbers of its own; nothing more."""
+    32 bits), zero points (GPTQ and AWQ have those of symmetric weights too), in GPTQ the group of each
+    column, and a shape or a few numbers of its own; nothing more."""
     rows, columns = q.shape
     groups = q.scale.shape[1]
     outliers = q.inputs is not None and q.inputs.outliers != "none"
     scales = 4 * rows if outliers else q.scale.nbytes
     allowed = 4 * rows * -(-columns * q.bits // 32) + scales + 16
-    if q.zero is not None:
+    if q.zero is not None or f"{linear}.qzeros" in exported:
         allowed += 4 * groups * -(-rows * q.bits // 32)
+    if f"{linear}.g_idx" in exported:
+        allowed += 4 * columns
     stored = sum(
         exported.nbytes(name)
         for name in exported.names

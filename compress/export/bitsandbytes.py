@@ -33,7 +33,7 @@ from compress.model.folder import ModelFolder, save_tensors, write_json
 from compress.quantize import record
 from compress.quantize.inputs import InputScheme
 from compress.quantize.qtensor import QTensor
-from compress.quantize.scheme import Schemes
+from compress.quantize.scheme import Scheme, Schemes
 
 NAME = "bitsandbytes"
 SCB = ".SCB"
@@ -98,6 +98,11 @@ def check(schemes: Schemes, mixed: bool = False) -> None:
 def linears(folder: ModelFolder) -> list[str]:
     """Names of the quantized linears, without suffix, in file order."""
     return [name.removesuffix(SCB) for name in folder.names if name.endswith(SCB)]
+
+
+def scheme_of(folder: ModelFolder, name: str) -> Scheme:
+    """The scheme of a linear: all have the same."""
+    return Scheme(8, "channel", True, inputs=InputScheme(outliers="dynamic"))
 
 
 def read_linear(folder: ModelFolder, name: str) -> QTensor:

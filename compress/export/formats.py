@@ -2,57 +2,119 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from compress.errors import UserError
-from compress.export import bitsandbytes, compressed_tensors
+from compress.export import awq, bitsandbytes, compressed_tensors, dense, gptq
 from compress.kv_cache.folder import is_scale
 from compress.model.families import family_of
-from compress.model.folder import ModelFolder
+from compress.model.folder import ModelFolder, Shapes
 from compress.quantize import record
 from compress.quantize.qtensor import QTensor
-from compress.quantize.scheme import Schemes
+from compress.quantize.scheme import Scheme, Schemes
 
 
 @dataclass(frozen=True)
 class Format:
-    """write(record, target); linears(folder) and read_linear(folder, name) read it back.
+    """write(record, target) makes a folder; linears(folder), read_linear(folder, name) and scheme_of(folder,
+    name) read it back, None: a plain folder, in which nothing is quantized.
 
-    check(schemes, mixed) raises UserError for schemes that no engine could load from it. sidecar: a file of
-    weights beside the others; half: its scales fit models of 16 bits alone
+    check(schemes, mixed) raises UserError for schemes that no engine could load from it
+    stored(q, scheme, apart): the tensors of a linear, by local name, also without data
+    sidecar: a file of weights beside the others; half: its scales fit models of 16 bits alone
+    steps: what rows and columns of each linear must be multiples of
+    plain: holds a model without quantized weights too; cache_scales: and the fixed scales of a cache
     """
 
     name: str
     write: Callable[[ModelFolder, Path], None]
-    linears: Callable[[ModelFolder], list[str]]
-    read_linear: Callable[[ModelFolder, str], QTensor]
     check: Callable[[Schemes, bool], None]
+    stored: Callable[[QTensor, Scheme, bool], Iterator[tuple[str, Tensor]]] | None = None
+    linears: Callable[[ModelFolder], list[str]] | None = None
+    read_linear: Callable[[ModelFolder, str], QTensor] | None = None
+    scheme_of: Callable[[ModelFolder, str], Scheme] | None = None
     sidecar: str | None = None
     half: bool = False
+    steps: tuple[int, int] = (1, 1)
+    plain: bool = False
+    cache_scales: bool = False
+
+    @property
+    def quantized(self) -> bool:
+        """Whether weights stay as codes in it."""
+        return self.stored is not None
 
 
 FORMATS = {
     compressed_tensors.NAME: Format(
         compressed_tensors.NAME,
         compressed_tensors.write,
+        compressed_tensors.check,
+        compressed_tensors.compress_linear,
         compressed_tensors.linears,
         compressed_tensors.read_linear,
-        compressed_tensors.check,
+        lambda folder, name: compressed_tensors.described(folder, name)[0],
+        plain=True,
+        cache_scales=True,
     ),
     bitsandbytes.NAME: Format(
         bitsandbytes.NAME,
         bitsandbytes.write,
+        bitsandbytes.check,
+        lambda q, scheme, apart: bitsandbytes.compress_linear(q),
         bitsandbytes.linears,
         bitsandbytes.read_linear,
-        bitsandbytes.check,
+        bitsandbytes.scheme_of,
         bitsandbytes.SIDECAR,
         half=True,
     ),
+    gptq.NAME: Format(
+        gptq.NAME,
+        gptq.write,
+        gptq.check,
+        lambda q, scheme, apart: gptq.compress_linear(q),
+        gptq.linears,
+        gptq.read_linear,
+        gptq.scheme_of,
+        half=True,
+        steps=(gptq.STEP, gptq.STEP),
+    ),
+    awq.NAME: Format(
+        awq.NAME,
+        awq.write,
+        awq.check,
+        lambda q, scheme, apart: awq.compress_linear(q),
+        awq.linears,
+        awq.read_linear,
+        awq.scheme_of,
+        half=True,
+        steps=(awq.IN_WORD, 1),
+    ),
+    dense.NAME: Format(dense.NAME, dense.write, dense.check, plain=True),
 }
+
+
+def check_sizes(export: str, model: Shapes, linears: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises UserError for a model whose numbers or sizes the format ``export`` has no place for.
+
+    linears: (out, in) of those that are quantized
+    """
+    form = FORMATS[export]
+    if form.half and model.dtype.itemsize != 2:
+        raise UserError(
+            f"export={export} holds models of bfloat16 or float16 exactly, {model.path} is "
+            f"{str(model.dtype).removeprefix('torch.')}: choose export=compressed-tensors"
+        )
+    for name, (rows, columns) in linears.items():
+        if rows % form.steps[0] or columns % form.steps[1]:
+            raise UserError(
+                f"export={export} packs outputs in steps of {form.steps[0]} and inputs in steps of "
+                f"{form.steps[1]}, {name} is {rows} x {columns}: choose export=compressed-tensors"
+            )
 
 
 class Weights:
@@ -72,14 +134,15 @@ class Weights:
             linears = record.linears(folder)
         elif quantization is not None:
             method = quantization.get("quant_method")
-            if method not in FORMATS:
+            found = FORMATS.get(method)
+            if found is None or found.linears is None or found.read_linear is None:
+                known = ", ".join(name for name, f in FORMATS.items() if f.read_linear is not None)
                 raise UserError(
-                    f"{folder.path}: quant_method {method!r} is not read here, only "
-                    f"{', '.join(FORMATS)}"
+                    f"{folder.path}: quant_method {method!r} is not read here, only {known}"
                 )
-            self.format = method
-            linears = FORMATS[method].linears(folder)
-            self._read_linear = FORMATS[method].read_linear
+            self.format = found.name
+            linears = found.linears(folder)
+            self._read_linear = found.read_linear
         self.linears = dict.fromkeys(linears)
 
     @property

@@ -9,14 +9,13 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from compress.export import bitsandbytes, compressed_tensors
+from compress.export import compressed_tensors
 from compress.export.formats import FORMATS, Weights
 from compress.kv_cache.cache import sliding_windows
 from compress.kv_cache.folder import scheme_of
@@ -26,7 +25,6 @@ from compress.model.folder import ModelFolder, Shapes
 from compress.model.shapes import ShapeFolder
 from compress.model.skeleton import model_of
 from compress.quantize import record
-from compress.quantize.inputs import InputScheme
 from compress.quantize.qtensor import QTensor
 from compress.quantize.scheme import Scheme, Schemes, make_grid, to_codes
 from compress.quantize.stage import linear_names
@@ -151,11 +149,9 @@ def on_disk(folder: ModelFolder, device: torch.device | None = None) -> Checkpoi
 
 def linear_scheme(folder: ModelFolder, kind: str, name: str) -> Scheme:
     """The scheme of one linear of a quantized folder. kind: its ``Weights.format``"""
-    if kind == bitsandbytes.NAME:
-        return Scheme(8, "channel", True, inputs=InputScheme(outliers="dynamic"))
-    if kind == compressed_tensors.NAME:
-        return compressed_tensors.described(folder, name)[0]
-    return record.scheme_of(folder, name)
+    found = FORMATS[kind].scheme_of if kind in FORMATS else record.scheme_of
+    assert found is not None, kind
+    return found(folder, name)
 
 
 def as_planned(
@@ -171,6 +167,8 @@ def as_planned(
     schemes: settled on these shapes; None leaves 16 bits. linears: bytes of the linears where a search
     chooses their bits, None: what the schemes say. device: as for ``on_disk``
     """
+    if not FORMATS[export].quantized:
+        schemes = linears = None
     family = family_of(shapes.config)
     quantized = {} if schemes is None else _schemes(shapes, family, schemes)
     stored: dict[str, _Tensor] = {}
@@ -229,11 +227,9 @@ def _linear(
 ) -> tuple[tuple[str, _Tensor], ...]:
     """The tensors that the exporter writes for a linear, by local name."""
     q = without_data(shape, dtype, scheme)
-    tensors: Iterator[tuple[str, Tensor]] = (
-        bitsandbytes.compress_linear(q)
-        if export == bitsandbytes.NAME
-        else compressed_tensors.compress_linear(q, scheme, apart)
-    )
+    stored = FORMATS[export].stored
+    assert stored is not None, export
+    tensors = stored(q, scheme, apart)
     return tuple((name, _plain(tuple(t.shape), t.dtype)) for name, t in tensors)
 
 

@@ -20,13 +20,13 @@ def asked(shape: str, *words: str, tp: int = 1, fp8: bool = True) -> dict[str, d
     schemes = None
     if "quantize" in settings.stages:
         schemes = settle(shapes, family_of(shapes.config), schemes_of(settings))
-    model = as_planned(shapes, schemes, cache_scheme_of(settings), settings.export)
+    model = as_planned(shapes, schemes, cache_scheme_of(settings), next(iter(settings.export)))
     bits = () if settings.search is None else (2, 3, 4, 6)
     given = served(
         shapes,
         model,
         schemes,
-        export=settings.export,
+        export=next(iter(settings.export)),
         tp=tp,
         all_bits=bits,
         eight_bit_floats=fp8,

@@ -1,0 +1,72 @@
+"""``compress export RUN export=[NAME,...]``: further formats of a finished run, from its record."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from compress.compose import compose_settings
+from compress.config import check_formats
+from compress.errors import UserError
+from compress.export.formats import FORMATS, check_sizes
+from compress.kv_cache.folder import scheme_of
+from compress.model.folder import ModelFolder, read_json, write_json
+from compress.pipeline import beside, export
+from compress.quantize import record
+from compress.report.table import METRICS
+from compress.run_folder import held, whole
+
+
+def main(words: list[str]) -> int:
+    """Writes RUN/checkpoint-NAME for each format, compared with the record, and adds it to metrics.json."""
+    parser = argparse.ArgumentParser("compress export", description=__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
+    parser.add_argument("formats", metavar="export=[NAME,...]", help=f"of {', '.join(FORMATS)}")
+    asked = parser.parse_args(words)
+    if not asked.formats.startswith("export="):
+        raise UserError(f"{asked.formats} is not export=NAME or export=[NAME,...]")
+    names = list(compose_settings([asked.formats]).export)
+    if not (asked.run / METRICS).exists():
+        raise UserError(f"{asked.run} holds no finished run: there is no {METRICS}")
+    with held(asked.run):
+        metrics = read_json(asked.run / METRICS)
+        source = ModelFolder(asked.run / metrics["recipe"]["stages"][-1])
+        check(source, names)
+        for name in names:
+            _check_free(asked.run, name, metrics)
+        for name in names:
+            origin = metrics["compression"]["origin"]
+            _, made = export(name, source, asked.run, beside(name), origin)
+            metrics["exports"] = {**metrics.get("exports", {}), name: made}
+            with whole(asked.run / METRICS) as partial:
+                write_json(partial, metrics)
+            bits, size = made["size"]["bits_linears"], made["size"]["bytes"] / 1e6
+            print(
+                f"{asked.run / made['folder']}: {size:.1f} MB, {bits:.2f} bits a weight in linears, compared "
+                "with the record"
+            )
+    return 0
+
+
+def check(source: ModelFolder, names: list[str]) -> None:
+    """Raises UserError if a format does not hold what a record or plain folder does."""
+    cache, schemes = scheme_of(source), None
+    if record.KEY in source.config:
+        schemes = record.schemes_of(source)
+    check_formats(names, schemes, cache, mixed=bool(schemes and schemes.exceptions))
+    if schemes is not None:
+        linears = {name: source.shape(f"{name}.codes") for name in record.linears(source)}
+        for name in names:
+            check_sizes(name, source, linears)
+
+
+def _check_free(run: Path, name: str, metrics: dict[str, Any]) -> None:
+    """Raises UserError if the run has the format already, or something else in its place."""
+    folder = run / beside(name)
+    known = metrics.get("exports", {}).get(name)
+    if known is not None:
+        raise UserError(f"{run / known['folder']} has this run as {name} already: leave it out")
+    # With its report it is what was made when metrics.json was not written yet.
+    if folder.exists() and not folder.with_name(f"{folder.name}.json").exists():
+        raise UserError(f"{folder} is there already: move it, or leave {name} out")
