@@ -306,7 +306,7 @@ def _check_stages(settings: RecipeConfig) -> None:
         for key in ("search", "head", "transforms"):
             if getattr(settings, key):
                 raise UserError(f"{key} needs quantize among the stages")
-        if settings.export != "compressed-tensors":
+        if not FORMATS[settings.export].plain:
             raise UserError(
                 f"export={settings.export} holds quantized weights, and these stay in 16 bits: leave it out"
             )

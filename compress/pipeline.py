@@ -125,17 +125,21 @@ def _check_stages(run: Run, model: ModelFolder) -> None:
 def check_shape(run: Run, model: Shapes) -> None:
     """Raises UserError if the stages do not fit a model of this shape."""
     stages, export = run.settings.stages, run.settings.export
+    settled = None
     if "quantize" in stages:
         if FORMATS[export].half and model.dtype.itemsize != 2:
             raise UserError(
                 f"export={export} holds models of bfloat16 or float16 exactly, {model.path} is "
                 f"{str(model.dtype).removeprefix('torch.')}: choose export=compressed-tensors"
             )
-        settle(model, family_of(model.config), run.schemes)
+        settled = settle(model, family_of(model.config), run.schemes)
         if run.search is not None:
             budget(model, run.search, run.schemes)
         if run.distill is not None and "distill" in stages[stages.index("quantize") :]:
             check_schemes(run.schemes)
+    fits = FORMATS[export].fits
+    if fits is not None:
+        fits(model, settled)
     if "rotate" in stages:
         rotated_sizes(model, family_of(model.config))
     if run.cache is not None:

@@ -9,13 +9,13 @@ from pathlib import Path
 from torch import Tensor
 
 from compress.errors import UserError
-from compress.export import bitsandbytes, compressed_tensors
+from compress.export import bitsandbytes, compressed_tensors, gguf
 from compress.kv_cache.folder import is_scale
 from compress.model.families import family_of
-from compress.model.folder import ModelFolder
+from compress.model.folder import ModelFolder, Shapes
 from compress.quantize import record
 from compress.quantize.qtensor import QTensor
-from compress.quantize.scheme import Schemes
+from compress.quantize.scheme import Scheme, Schemes
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,9 @@ class Format:
     """write(record, target); linears(folder) and read_linear(folder, name) read it back.
 
     check(schemes, mixed) raises UserError for schemes that no engine could load from it. sidecar: a file of
-    weights beside the others; half: its scales fit models of 16 bits alone
+    weights beside the others; half: its scales fit models of 16 bits alone; plain: it holds models of which
+    nothing is quantized. fits(model, schemes) raises UserError for a model that it has no place for (schemes
+    None: a plain one). nbytes(q, scheme): what a linear takes, where its bits and scales do not tell
     """
 
     name: str
@@ -33,6 +35,9 @@ class Format:
     check: Callable[[Schemes, bool], None]
     sidecar: str | None = None
     half: bool = False
+    plain: bool = False
+    fits: Callable[[Shapes, Schemes | None], None] | None = None
+    nbytes: Callable[[QTensor, Scheme], int] | None = None
 
 
 FORMATS = {
@@ -42,6 +47,7 @@ FORMATS = {
         compressed_tensors.linears,
         compressed_tensors.read_linear,
         compressed_tensors.check,
+        plain=True,
     ),
     bitsandbytes.NAME: Format(
         bitsandbytes.NAME,
@@ -51,6 +57,17 @@ FORMATS = {
         bitsandbytes.check,
         bitsandbytes.SIDECAR,
         half=True,
+    ),
+    gguf.NAME: Format(
+        gguf.NAME,
+        gguf.write,
+        gguf.linears,
+        gguf.read_linear,
+        gguf.check,
+        half=True,
+        plain=True,
+        fits=gguf.fits,
+        nbytes=gguf.nbytes,
     ),
 }
 
@@ -80,6 +97,10 @@ class Weights:
             self.format = method
             linears = FORMATS[method].linears(folder)
             self._read_linear = FORMATS[method].read_linear
+        elif gguf.linears(folder):
+            # A file of others, beside a config that says nothing of it.
+            self.format, linears = gguf.NAME, gguf.linears(folder)
+            self._read_linear = gguf.read_linear
         self.linears = dict.fromkeys(linears)
 
     @property

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.export import bitsandbytes, compressed_tensors
+from compress.export import bitsandbytes, compressed_tensors, gguf
 from compress.export.formats import FORMATS, Weights
 from compress.kv_cache.cache import sliding_windows
 from compress.kv_cache.folder import scheme_of
@@ -155,6 +155,8 @@ def linear_scheme(folder: ModelFolder, kind: str, name: str) -> Scheme:
         return Scheme(8, "channel", True, inputs=InputScheme(outliers="dynamic"))
     if kind == compressed_tensors.NAME:
         return compressed_tensors.described(folder, name)[0]
+    if kind == gguf.NAME:
+        return gguf.scheme_of(folder, name)
     return record.scheme_of(folder, name)
 
 
@@ -229,11 +231,13 @@ def _linear(
 ) -> tuple[tuple[str, _Tensor], ...]:
     """The tensors that the exporter writes for a linear, by local name."""
     q = without_data(shape, dtype, scheme)
-    tensors: Iterator[tuple[str, Tensor]] = (
-        bitsandbytes.compress_linear(q)
-        if export == bitsandbytes.NAME
-        else compressed_tensors.compress_linear(q, scheme, apart)
-    )
+    tensors: Iterator[tuple[str, Tensor]]
+    if export == bitsandbytes.NAME:
+        tensors = bitsandbytes.compress_linear(q)
+    elif export == gguf.NAME:
+        tensors = gguf.compress_linear(q, scheme)
+    else:
+        tensors = compressed_tensors.compress_linear(q, scheme, apart)
     return tuple((name, _plain(tuple(t.shape), t.dtype)) for name, t in tensors)
 
 
