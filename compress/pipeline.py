@@ -125,15 +125,20 @@ def _check_stages(run: Run, model: ModelFolder) -> None:
 def check_shape(run: Run, model: Shapes) -> None:
     """Raises UserError if the stages do not fit a model of this shape."""
     stages, family = run.settings.stages, family_of(model.config)
+    settled = None
     if "quantize" in stages:
         linears = {name: model.shape(f"{name}.weight") for name in linear_names(model, family)}
         for name in run.settings.export:
             check_sizes(name, model, linears)
-        settle(model, family, run.schemes)
+        settled = settle(model, family, run.schemes)
         if run.search is not None:
             budget(model, run.search, run.schemes)
         if run.distill is not None and "distill" in stages[stages.index("quantize") :]:
             check_schemes(run.schemes)
+    for name in run.settings.export:
+        fits = FORMATS[name].fits
+        if fits is not None:
+            fits(model, settled)
     if "rotate" in stages:
         rotated_sizes(model, family)
     if run.cache is not None:
