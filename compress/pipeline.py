@@ -41,7 +41,9 @@ from compress.model.folder import ModelFolder, Shapes, save_tensors, write_json
 from compress.model.sources import open_tokenizer, resolve_model
 from compress.pictures import draw
 from compress.plan.hardware import hardware_here
+from compress.plan.loadable import refusals, warnings
 from compress.plan.predict import predict
+from compress.plan.rows import engines_of
 from compress.prune.preview import previews
 from compress.prune.stage import check as check_prune
 from compress.quantize.search import budget
@@ -120,6 +122,19 @@ def _check_stages(run: Run, model: ModelFolder) -> None:
         run.repair.check(model, sequences)
     for shape in shapes:
         check_shape(run, shape)
+    _check_engines(run, shapes)
+
+
+def _check_engines(run: Run, shapes: list[Shapes]) -> None:
+    """Raises UserError if an engine of serve.engines would not load what is written; of others that would not
+    there is a warning. shapes: of all candidates that pruning may choose from"""
+    given = [engines_of(run, shape) for shape in shapes]
+    broken = [line for engines in given for line in refusals(engines, run.settings.serve.engines)]
+    if broken:
+        raise UserError("; ".join(dict.fromkeys(broken)))
+    if not run.settings.serve.engines:
+        for line in warnings(given[0]):
+            log.warning("would not be served: %s", line)
 
 
 def check_shape(run: Run, model: Shapes) -> None:
