@@ -121,7 +121,7 @@ def _origin(metrics: Mapping[str, Any], base: Base) -> str:
     if written := compression.get("generated_tokens"):
         lines.append(f"The original wrote {written[0]} sequences of {written[1]} tokens more.")
     if audit := compression.get("audit"):
-        checked = ", ".join(f"{count} {what}" for what, count in audit.items())
+        checked = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in audit.items())
         lines.append(f"Written files compared bit by bit with what was decided: {checked}.")
     return _section("What it is made from", _bullets(lines))
 
@@ -133,7 +133,7 @@ def sources(source: str) -> str:
 
 
 def _recipe(metrics: Mapping[str, Any]) -> str:
-    told = {key: value for key, value in metrics["recipe"].items() if key not in UNTOLD}
+    told = {k: v for k, v in metrics["recipe"].items() if v and k not in UNTOLD}
     if "data" in told:
         told["data"] = told["data"] | {"source": sources(told["data"]["source"])}
     if metrics["compression"].get("calibration_tokens") is None:
@@ -144,11 +144,10 @@ def _recipe(metrics: Mapping[str, Any]) -> str:
 
 
 def _stated(value: Any) -> Any:
-    """A recipe without what it leaves out."""
+    """A recipe without the knobs that it leaves open."""
     if not isinstance(value, Mapping):
         return value
-    stated = {key: _stated(inner) for key, inner in value.items() if inner is not None}
-    return {key: inner for key, inner in stated.items() if inner != [] or key == "transforms"}
+    return {key: _stated(inner) for key, inner in value.items() if inner is not None}
 
 
 def _found(metrics: Mapping[str, Any], format_name: str, measured: bool) -> str:
