@@ -146,8 +146,8 @@ def write_manifest(folder: Path, origin: dict[str, Any]) -> None:
 def add_text(folder: Path, name: str, text: str) -> None:
     """Write a text file into an exported folder, or replace it, and note it in the manifest.
 
-    Both are written beside the folder and renamed into it: a process that is killed leaves the old file or
-    the new one.
+    Both are written beside the folder and renamed into it, the file first: a process that is killed leaves
+    each as it was or as it is to be, and between the two ``verify`` tells.
     """
     described = read_json(folder / MANIFEST)
     content = text.encode()

@@ -168,7 +168,8 @@ def test_bitsandbytes_needs_words_of_its_own(
 ) -> None:
     config = make_model().config
     write_json(
-        tmp_path / "config.json", {**config, "quantization_config": {"quant_method": "bitsandbytes"}}
+        tmp_path / "config.json",
+        {**config, "quantization_config": {"quant_method": "bitsandbytes"}},
     )
     assert engine_settings("sglang", tmp_path)["load_format"] == "bitsandbytes"
     assert "load_format" not in engine_settings("vllm", tmp_path)
@@ -189,9 +190,7 @@ def test_who_loads_what(tiny: ModelFolder, int4: Path, gguf_run: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", [Scheme(3, 32), Scheme(8, "channel", symmetric=True)])
-def test_the_cpu_build_has_fewer_kernels(
-    tiny: ModelFolder, tmp_path: Path, scheme: Scheme
-) -> None:
+def test_the_cpu_build_has_fewer_kernels(tiny: ModelFolder, tmp_path: Path, scheme: Scheme) -> None:
     found = answers(exported(tiny, scheme, tmp_path).path)
     assert found["vllm"].loads
     assert scheme.name in found["vllm-cpu"].reasons[0]

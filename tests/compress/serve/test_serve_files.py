@@ -33,7 +33,8 @@ def parse_pbtxt(text: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
         while i < len(tokens) and tokens[i] != "}":
             key, i = tokens[i], i + 1
-            assert key.isidentifier() and key not in found
+            assert key.isidentifier()
+            assert key not in found
             colon = tokens[i] == ":"
             i += colon
             if tokens[i] == "{":
@@ -92,16 +93,16 @@ def test_docker_runs_the_same_command(
 ) -> None:
     for engine in ("vllm", "vllm-cpu", "sglang"):
         target = tmp_path / engine
-        verb.main([str(int4), f"engine={engine}", f"docker={target}", "name=Mine", "port=7", "tp=2"])
+        verb.main(
+            [str(int4), f"engine={engine}", f"docker={target}", "name=Mine", "port=7", "tp=2"]
+        )
         lines = (target / "Dockerfile").read_text().splitlines()
         image, program = IMAGES[engine]
         version = answers(int4)[engine].version
         assert f"FROM {image}" in lines
         assert version in image
         (entry,) = [line.removeprefix("ENTRYPOINT ") for line in lines if "ENTRYPOINT" in line]
-        outside = serve_command(
-            engine, int4, host="0.0.0.0", name="Mine", tp=2, program=program
-        )
+        outside = serve_command(engine, int4, host="0.0.0.0", name="Mine", tp=2, program=program)
         expected = ["/models/Mine" if word == str(int4) else word for word in outside.words]
         assert json.loads(entry) == expected
         assert {line for line in lines if line.startswith("ENV ")} == {
