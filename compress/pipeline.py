@@ -53,6 +53,7 @@ from compress.report.verdict import verdict
 from compress.rotate import rotated_sizes
 from compress.run_folder import RUN, Step, check_same, opened, step, whole
 from compress.runtime.load import load_dense
+from compress.serve.card import write_cards
 from compress.stages import Work, run_stage, training_text
 from eval.memory import reset_peak, rss
 
@@ -203,6 +204,8 @@ def run_recipe(run: Run, name: str, out: Path, *, last: bool = True) -> dict[str
         }
         with whole(out / METRICS) as partial:
             write_json(partial, metrics)
+            # Before the run counts as finished: one that is killed here goes on.
+            write_cards(metrics, model, out)
         draw(compression, rows, out)
         (out / "table.md").write_text(table([metrics]), encoding="utf-8")
     return metrics

@@ -7,6 +7,8 @@ time later.
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +153,28 @@ def write_manifest(folder: Path, origin: dict[str, Any]) -> None:
         if file.name != MANIFEST
     }
     write_json(folder / MANIFEST, {"origin": origin, "files": files})
+
+
+def add_text(folder: Path, name: str, text: str) -> None:
+    """Write a text file into an exported folder, or replace it, and note it in the manifest.
+
+    Both are written beside the folder and renamed into it, the file first: a process that is killed leaves
+    each as it was or as it is to be, and between the two ``verify`` tells.
+    """
+    described = read_json(folder / MANIFEST)
+    content = text.encode()
+    described["files"][name] = {
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    described["files"] = dict(sorted(described["files"].items()))
+    for target in (name, MANIFEST):
+        partial = folder.with_name(f"{folder.name}-{target}.{os.getpid()}.partial")
+        if target == MANIFEST:
+            write_json(partial, described)
+        else:
+            partial.write_bytes(content)
+        partial.replace(folder / target)
 
 
 def verify(path: Path) -> list[str]:

@@ -40,6 +40,7 @@ from compress.environment import environment, version_of
 from compress.export.formats import FORMATS, Weights
 from compress.model.folder import ModelFolder, read_json, write_json
 from compress.model.sources import open_tokenizer, resolve_model
+from compress.plan.rows import loadable_folder
 from compress.report.served import served_sections
 from compress.report.table import METRICS
 from compress.run_folder import whole
