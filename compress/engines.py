@@ -105,7 +105,7 @@ ALL = tuple(range(2, 9))
 ROUNDED = ("int8-token", "int8-tensor")
 FLOATED = ("fp8-token", "fp8-tensor", WIDE)
 OUTLIERS = ("int8-token-dynamic-outliers", "int8-token-static-outliers")
-LEGACY = "Q4_0, Q4_1, Q5_0, Q5_1, Q8_0"
+BLOCK_TYPES = "as Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0; where 256 columns share a scale, as Q2_K to Q6_K"
 UNPACKED = "unpacked to 16 bits when it runs: the memory and speed of 16 bits"
 JIT = "CUDA alone, through humming-kernels, which compile with nvcc (SM75 or newer)"
 GPTQMODEL = "with gptqmodel installed"
@@ -184,12 +184,8 @@ ROWS = (
     Row(SGLANG, AWQ, "int", bits=(4,), groups=MARLIN_GROUPS, zeros=(4,), cuda=8.0, source="awq.py"),
     Row(SGLANG, BNB, "int", OUTLIERS, (8,), ("channel",), cuda=7.5,
         source="bitsandbytes.py; bitsandbytes 0.46.1"),
-    Row(SGLANG, GGUF, "int", bits=(4, 5, 8), groups=(BLOCKS, "channel"), zeros=(4, 5), shapes=((1, 32),),
-        head=True, cuda=7.5, note=LEGACY, source="gguf.py STANDARD_QUANT_TYPES"),
-    Row(SGLANG, GGUF, "int", bits=(2, 3, 6), groups=(16,), zeros=(2,), shapes=((1, 256),), head=True,
-        cuda=7.5, note="Q2_K, Q3_K, Q6_K", source="gguf.py KQUANT_TYPES"),
-    Row(SGLANG, GGUF, "int", bits=(4, 5), groups=(32,), zeros=(4, 5), shapes=((1, 256),), head=True, cuda=7.5,
-        note="Q4_K, Q5_K", source="gguf.py KQUANT_TYPES"),
+    Row(SGLANG, GGUF, "int", bits=ALL, groups=(BLOCKS, "channel"), zeros=(2, 3, 4, 5), shapes=((1, 32),),
+        head=True, cuda=7.5, note=BLOCK_TYPES, source="gguf.py STANDARD_QUANT_TYPES, KQUANT_TYPES"),
     Row(SGLANG, GGUF, "16 bits", cuda=7.5, note="F16, BF16", source="gguf.py UNQUANTIZED_TYPES"),
     Row(SGLANG, DENSE, "16 bits", cuda=7.5, source="unquantized"),
     # TensorRT-LLM.
@@ -223,22 +219,15 @@ ROWS = (
     Row(TRANSFORMERS, GPTQ, "int", bits=(2, 3, 4, 8), zeros=(2, 3, 4, 8), note=GPTQMODEL,
         source="quantization_config.py GPTQConfig"),
     Row(TRANSFORMERS, AWQ, "int", bits=(4,), zeros=(4,), note=GPTQMODEL, source="quantizer_awq.py"),
-    Row(TRANSFORMERS, GGUF, "int", bits=(4, 8), groups=(BLOCKS, "channel"), zeros=(4,), shapes=((1, 32),),
-        head=True, note="Q4_0, Q4_1, Q8_0", source="integrations/gguf/dequant.py"),
-    Row(TRANSFORMERS, GGUF, "int", bits=(2, 3, 6), groups=(16,), zeros=(2,), shapes=((1, 256),), head=True,
-        note="Q2_K, Q3_K, Q6_K", source="integrations/gguf/dequant.py"),
-    Row(TRANSFORMERS, GGUF, "int", bits=(4, 5), groups=(32,), zeros=(4, 5), shapes=((1, 256),), head=True,
-        note="Q4_K, Q5_K", source="integrations/gguf/dequant.py"),
+    Row(TRANSFORMERS, GGUF, "int", bits=(2, 3, 4, 6, 7, 8), groups=(BLOCKS, "channel"), zeros=(2, 3, 4),
+        shapes=((1, 32),), head=True, note=f"{BLOCK_TYPES}; {UNPACKED}",
+        source="integrations/gguf/dequant.py"),
     Row(TRANSFORMERS, GGUF, "16 bits", note="F16, BF16, F32", source="integrations/gguf"),
     Row(TRANSFORMERS, DENSE, "16 bits", source="unquantized",
         proved=_hf("the original; pruned models; kv-fp8: answers", "2026-11-26")),
     # llama.cpp.
-    Row(LLAMA_CPP, GGUF, "int", bits=(4, 5, 8), groups=(BLOCKS, "channel"), zeros=(4, 5), shapes=((1, 32),),
-        head=True, note=LEGACY, source="ggml-quants.c"),
-    Row(LLAMA_CPP, GGUF, "int", bits=(2, 3, 6), groups=(16,), zeros=(2,), shapes=((1, 256),), head=True,
-        note="Q2_K, Q3_K, Q6_K", source="ggml-quants.c"),
-    Row(LLAMA_CPP, GGUF, "int", bits=(4, 5), groups=(32,), zeros=(4, 5), shapes=((1, 256),), head=True,
-        note="Q4_K, Q5_K", source="ggml-quants.c"),
+    Row(LLAMA_CPP, GGUF, "int", bits=ALL, groups=(BLOCKS, "channel"), zeros=(2, 3, 4, 5), shapes=((1, 32),),
+        head=True, note=BLOCK_TYPES, source="ggml-quants.c"),
     Row(LLAMA_CPP, GGUF, "mxfp4", groups=(32,), shapes=((1, 32),), head=True, note="MXFP4",
         source="ggml-quants.c"),
     Row(LLAMA_CPP, GGUF, "16 bits", note="F16, BF16, F32", source="ggml.c"),

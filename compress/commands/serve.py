@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from compress.engines import ENGINES, VLLM
 from compress.errors import UserError
 from compress.serve.command import (
     HOST,
@@ -23,7 +24,7 @@ from compress.serve.command import (
     served_name,
 )
 from compress.serve.docker import IMAGES, write_docker
-from compress.serve.loads import ENGINES, VLLM, Answer, answers, checkpoints, place
+from compress.serve.loads import Answer, answers, checkpoints, place
 from compress.serve.triton import how_to_run, write_repository
 
 KEYS = ("engine", "run", "host", "port", "name", "context", "tp", "triton", "docker")

@@ -130,7 +130,7 @@ def _add_rope(writer: Any, rope: dict[str, Any], positions: int) -> None:
 
 
 def extra_tensors(settings: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
-    """Tensors that follow from config.json: what llama3 divides each rotary frequency by, float32 (pairs,)."""
+    """Tensors that follow from config.json: what llama3 divides rotary frequencies by, float32 (pairs,)."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     config = _config_of(settings)

@@ -152,15 +152,15 @@ def loadable_folder(
     if isinstance(folder, ModelFolder):
         weights = Weights(folder)
         form = DENSE if weights.format == "plain" else weights.format
-        schemes = _schemes_on_disk(folder, weights)
+        schemes = schemes_on_disk(folder)
     sixteen = ShapeFolder(str(folder.path), folder.config)
     given = served(sixteen, schemes, scheme_of(folder), export=form, tp=tp, capability=capability)
     return loadable(given)
 
 
-def _schemes_on_disk(folder: ModelFolder, weights: Weights) -> Schemes | None:
+def schemes_on_disk(folder: ModelFolder) -> Schemes | None:
     """The schemes of a quantized folder: that of its first linear, those that differ, the embedding's."""
-    family = family_of(folder.config)
+    weights, family = Weights(folder), family_of(folder.config)
     found = {name: linear_scheme(folder, weights.format, name) for name in weights.linears}
     head = found.pop(family.embedding, found.pop(family.head, None))
     if not found:

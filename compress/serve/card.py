@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from compress.engines import TENSORRT, TRANSFORMERS
 from compress.export.audit import MANIFEST, add_text
 from compress.model.card import CARD, licence_of
 from compress.model.folder import ModelFolder
 from compress.model.sources import is_hub_name
 from compress.report.card import Base, Serving, model_card
 from compress.serve.command import PROGRAMS, name_of_run, serve_command
-from compress.serve.loads import CHECKPOINT, TENSORRT, TRANSFORMERS, answers, checkpoints, gguf_of
+from compress.serve.loads import CHECKPOINT, answers, checkpoints, gguf_of
 
 # What commands of a card call the folder, which is elsewhere by then.
 FOLDER = "FOLDER"

@@ -20,22 +20,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from compress.engines import ENGINES, LLAMA_CPP, SGLANG, TENSORRT, TRANSFORMERS, VLLM, VLLM_CPU
 from compress.errors import UserError
 from compress.kv_cache.folder import engines as cache_arguments
 from compress.kv_cache.folder import scheme_of
 from compress.model.folder import ModelFolder
+from compress.plan.rows import schemes_on_disk
 from compress.report.table import METRICS
-from compress.serve.loads import (
-    ENGINES,
-    LLAMA_CPP,
-    SGLANG,
-    TENSORRT,
-    TRANSFORMERS,
-    VLLM,
-    VLLM_CPU,
-    gguf_of,
-    schemes_of,
-)
+from compress.serve.loads import gguf_of
 
 HOST, PORT = "127.0.0.1", 8000
 # The program of each engine; the others are modules of a Python.
@@ -205,7 +197,7 @@ def _surroundings(
     model = ModelFolder(folder)
     if engine == VLLM_CPU:
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(_cache_gib(model.config, context))
-        schemes = schemes_of(model)
+        schemes = schemes_on_disk(model)
         scheme = None if schemes is None else schemes.linears
         if scheme is not None and (scheme.type, scheme.bits, scheme.inputs) == ("int", 4, None):
             # By default it rounds inputs to 8 bits for 4-bit weights, which nobody measured here.

@@ -1,7 +1,7 @@
 """A Dockerfile and a compose.yaml that serve a checkpoint by an engine's official image.
 
 The folder is mounted read-only, not copied: the image is the engine, and the flags are those of
-``serve_command``. Tags are those of the versions that ``loads`` speaks of. Not run here.
+``serve_command``. Tags are those of the versions that ``engines`` speaks of. Not run here.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
+from compress.engines import LLAMA_CPP, SGLANG, VLLM, VLLM_CPU
 from compress.errors import UserError
 from compress.serve.command import Command, serve_command
 from compress.serve.files import write_new
-from compress.serve.loads import LLAMA_CPP, SGLANG, VLLM, VLLM_CPU
 
 # The image of an engine, and how its server is started there.
 IMAGES = {

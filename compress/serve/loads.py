@@ -9,20 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from compress.engines import ENGINES, LLAMA_CPP
 from compress.errors import UserError
-from compress.export.formats import Weights
-from compress.model.families import family_of
 from compress.model.folder import ModelFolder
-from compress.model.shapes import ShapeFolder
-from compress.plan.checkpoint import linear_scheme, on_disk
-from compress.plan.loadable import VERSIONS, loadable
-from compress.plan.rows import served
-from compress.quantize.scheme import Schemes
+from compress.plan.rows import loadable_folder
 
-VLLM, VLLM_CPU, SGLANG = "vllm", "vllm-cpu", "sglang"
-TENSORRT, TRANSFORMERS, LLAMA_CPP = "tensorrt-llm", "transformers", "llama.cpp"
-# In the order in which they are looked for on a machine.
-ENGINES = (VLLM, VLLM_CPU, SGLANG, TENSORRT, TRANSFORMERS, LLAMA_CPP)
 # Of a run: the folder of its first format; those of others are named after it.
 CHECKPOINT = "checkpoint"
 
@@ -43,51 +34,16 @@ class Answer:
 def answers(path: Path, tp: int = 1) -> dict[str, Answer]:
     """engine -> whether it loads the folder on ``tp`` devices, for all of ENGINES. Raises UserError for a
     folder that is not understood here."""
-    versions = {name.lower(): version for name, version in VERSIONS.items()}
-    versions |= {VLLM_CPU: "0.32", LLAMA_CPP: "b11206"}
-    if gguf_of(path) is not None:
-        reasons = (f"{path.name} holds a GGUF file, which llama.cpp reads",)
-        others = {name: Answer(versions[name], reasons) for name in ENGINES}
-        return others | {LLAMA_CPP: Answer(versions[LLAMA_CPP])}
-    folder = ModelFolder(path)
-    schemes = schemes_of(folder)
-    stated = folder.config.get("quantization_config") or {}
-    given = served(
-        ShapeFolder(str(path), folder.config),
-        on_disk(folder, None),
-        schemes,
-        export=str(stated.get("quant_method", "compressed-tensors")),
-        tp=tp,
-    )
+    if gguf_of(path) is not None and not (path / "config.json").exists():
+        # Of others, and nothing is known of what is in it.
+        reasons = (f"{path.name} holds a GGUF file alone, which llama.cpp reads",)
+        others = {name: Answer(engine.version, reasons) for name, engine in ENGINES.items()}
+        return others | {LLAMA_CPP: Answer(ENGINES[LLAMA_CPP].version)}
     found = {}
-    for name, told in loadable(given).items():
+    for name, told in loadable_folder(ModelFolder(path), tp).items():
         reasons, notes = (tuple(e["text"] for e in told[key]) for key in ("reasons", "notes"))
-        found[name.lower()] = Answer(told["version"], reasons, notes)
-    on_cpu = (*found[VLLM].reasons, *_no_kernel_on_cpu(schemes))
-    found[VLLM_CPU] = Answer(versions[VLLM_CPU], on_cpu)
-    found[LLAMA_CPP] = Answer(versions[LLAMA_CPP], ("it reads GGUF alone: export=gguf",))
-    return {name: found[name] for name in ENGINES}
-
-
-def _no_kernel_on_cpu(schemes: Schemes | None) -> tuple[str, ...]:
-    """Run on vLLM 0.32: its CPU build multiplies 4-bit integers, and 8 bits with inputs rounded by token."""
-    scheme = None if schemes is None else schemes.linears
-    if scheme is None or (scheme.type, scheme.bits, scheme.inputs) == ("int", 4, None):
-        return ()
-    if scheme.bits == 8 and scheme.inputs is not None and scheme.inputs.per == "token":
-        return ()
-    return (f"its CPU build has no kernel for {scheme.name}",)
-
-
-def schemes_of(folder: ModelFolder) -> Schemes | None:
-    """The schemes of a quantized folder: that of its first linear, those that differ, the embedding's."""
-    weights, family = Weights(folder), family_of(folder.config)
-    found = {name: linear_scheme(folder, weights.format, name) for name in weights.linears}
-    head = found.pop(family.embedding, found.pop(family.head, None))
-    if not found:
-        return None
-    first = next(iter(found.values()))
-    return Schemes(first, {name: own for name, own in found.items() if own != first}, head)
+        found[name] = Answer(told["version"], reasons, notes)
+    return found
 
 
 def gguf_of(folder: Path) -> Path | None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from compress.engines import VLLM
 from compress.serve.command import engine_settings
 from compress.serve.files import write_new
-from compress.serve.loads import VLLM
 
 # Of the GPU's memory, for weights and cache; what is to be changed where several models share a GPU.
 MEMORY_SHARE = 0.9

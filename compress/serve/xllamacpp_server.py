@@ -18,6 +18,10 @@ def main() -> None:
     parser.add_argument("-m", "--model", required=True)
     # As llama-server: 0 is what the model takes.
     parser.add_argument("-c", "--ctx-size", type=int, default=0)
+    parser.add_argument(
+        "-np", "--parallel", type=int, default=1, help="requests that share the context"
+    )
+    parser.add_argument("-t", "--threads", type=int)
     parser.add_argument("-a", "--alias")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080)
@@ -35,6 +39,9 @@ def serve(asked: argparse.Namespace) -> None:
     settings: Any = xllamacpp.CommonParams()
     settings.model.path = asked.model
     settings.n_ctx = asked.ctx_size
+    settings.n_parallel = asked.parallel
+    if asked.threads is not None:
+        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = asked.threads
     settings.hostnames = [asked.host]
     settings.port = asked.port
     if asked.alias:
