@@ -75,7 +75,7 @@ def check(run: Run, out: Path | None = None) -> None:
     settings = run.settings
     model = ModelFolder(resolve_model(settings.model.source, settings.model.revision))
     _check_processes(run)
-    _check_stages(run, model)
+    unserved = _check_stages(run, model)
     if run.needs_data:
         _calibration(run, model)
     elif settings.data.generated:
@@ -90,6 +90,8 @@ def check(run: Run, out: Path | None = None) -> None:
         check_lengths({"the model": model}, settings.speed)
     if out is not None and (out / RUN).exists():
         check_same(out, _decisive(run, model))
+    for line in unserved:
+        log.warning("would not be served: %s", line)
 
 
 def _check_processes(run: Run) -> None:
@@ -104,7 +106,8 @@ def _check_processes(run: Run) -> None:
         check_launch(open_accelerator(run.device), run.distill)
 
 
-def _check_stages(run: Run, model: ModelFolder) -> None:
+def _check_stages(run: Run, model: ModelFolder) -> list[str]:
+    """Returns what to warn of."""
     sequences = run.settings.data.sequences
     shapes: list[Shapes] = [model]
     if run.prune is not None:
@@ -123,19 +126,18 @@ def _check_stages(run: Run, model: ModelFolder) -> None:
         run.repair.check(model, sequences)
     for shape in shapes:
         check_shape(run, shape)
-    _check_engines(run, shapes)
+    return _check_engines(run, shapes)
 
 
-def _check_engines(run: Run, shapes: list[Shapes]) -> None:
-    """Raises UserError if an engine of serve.engines would not load what is written; of others that would not
-    there is a warning. shapes: of all candidates that pruning may choose from"""
+def _check_engines(run: Run, shapes: list[Shapes]) -> list[str]:
+    """Raises UserError if an engine of serve.engines would not load what is written. Without serve.engines
+    returns what to warn of. shapes: of all candidates that pruning may choose from"""
     given = [engines_of(run, shape) for shape in shapes]
-    broken = [line for engines in given for line in refusals(engines, run.settings.serve.engines)]
+    wanted = run.settings.serve.engines
+    broken = [line for engines in given for line in refusals(engines, wanted)]
     if broken:
         raise UserError("; ".join(dict.fromkeys(broken)))
-    if not run.settings.serve.engines:
-        for line in warnings(given[0]):
-            log.warning("would not be served: %s", line)
+    return [] if wanted else warnings(given[0])
 
 
 def check_shape(run: Run, model: Shapes) -> None:
