@@ -106,7 +106,7 @@ def one_sentence(error: BaseException, overrides: Sequence[str]) -> str:
         # Of a value in braces the part that is not known.
         key = getattr(cause, "full_key", None) or unknown[1]
         return f"{key} is not a known key: known are {', '.join(_known_keys(key, overrides))}"
-    if missing := re.search(r"Could not find '([^']+)/([^'/]+)'", str(error)):
+    if missing := re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", str(error)):
         group, option = missing.groups()
         path = ", or the path of something that exists" if group in SHORTHAND else ""
         return f"{group}={option} is not known: known are {', '.join(options(group))}{path}"

@@ -249,7 +249,7 @@ def parse(settings: RecipeConfig) -> Run:
     Raises UserError naming the key and the allowed values.
     """
     _check_names("stages", settings.stages, STAGES)
-    _check_exports(settings)
+    check_exports(settings)
     _check_stages(settings)
     search = settings.search
     schemes = schemes_of(settings)
@@ -317,7 +317,7 @@ def _check_rounding(settings: RecipeConfig, scheme: Scheme) -> None:
                 )
 
 
-def _check_exports(settings: RecipeConfig) -> None:
+def check_exports(settings: RecipeConfig) -> None:
     """Raises UserError for no format, one that is not known, or knobs that none has."""
     if not settings.export:
         raise UserError(f"export=[] is not allowed: choose from {', '.join(FORMATS)}")

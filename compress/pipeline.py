@@ -358,7 +358,7 @@ def export(
 def _export(name: str, record: ModelFolder, target: Path, origin: dict[str, Any]) -> dict[str, Any]:
     log.info("writing the checkpoint as %s and comparing it with the record", name)
     FORMATS[name].write(record, target)
-    checked = audit(record, ModelFolder(target), quantized=FORMATS[name].quantized)
+    checked = audit(record, ModelFolder(target), FORMATS[name].quantized)
     write_manifest(target, origin)
     return {"audit": checked}
 

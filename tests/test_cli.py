@@ -287,7 +287,7 @@ MISTAKES = [
     (["recipe=rtn-int4", "data.sequences=0"], "data.sequences=0 is not allowed"),
     (["recipe=rtn-int4", "model=./nope"], "model './nope' is neither"),
     (["recipe=rtn-int4", "model=nope"], "model=nope is not known: known are folder, smollm2"),
-    (["recipe=rtn-int4", "export=nope"], "export=nope is not known: known are compressed-tensors"),
+    (["recipe=rtn-int4", "export=nope"], "export=nope is not known: known are awq, bitsandbytes"),
     (["recipe=rtn-int4", "device=tpu"], "device=tpu is not known: choose auto, cpu, or cuda"),
     (
         ["recipe=rtn-int4", "stages=[shrink]"],

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.compose import compose_settings
-from compress.config import check_formats
+from compress.config import check_exports, check_formats
 from compress.errors import UserError
 from compress.export.formats import FORMATS, check_sizes
 from compress.kv_cache.folder import scheme_of
@@ -26,7 +26,9 @@ def main(words: list[str]) -> int:
     asked = parser.parse_args(words)
     if not asked.formats.startswith("export="):
         raise UserError(f"{asked.formats} is not export=NAME or export=[NAME,...]")
-    names = list(compose_settings([asked.formats]).export)
+    settings = compose_settings([asked.formats])
+    check_exports(settings)
+    names = list(settings.export)
     if not (asked.run / METRICS).exists():
         raise UserError(f"{asked.run} holds no finished run: there is no {METRICS}")
     with held(asked.run):

@@ -31,7 +31,7 @@ class AuditError(RuntimeError):
     """The written files do not hold what was decided: a bug or a broken disk, not a user's mistake."""
 
 
-def audit(record: ModelFolder, exported: ModelFolder, *, quantized: bool = True) -> dict[str, int]:
+def audit(record: ModelFolder, exported: ModelFolder, quantized: bool = True) -> dict[str, int]:
     """Compare an export with its record. Returns how many linears and other tensors were checked.
 
     quantized: it holds the codes; if not, the weights that they stand for, in the type of the model.

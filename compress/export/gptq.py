@@ -10,7 +10,7 @@ and w = (code - zero) * scale.
 ``quantization_config`` in config.json, and again in quantize_config.json for older readers, has the numbers.
 Its ``checkpoint_format`` says how zero points are stored. ``gptq``: one less than they are, which cannot hold
 a zero point of 0; it is written for symmetric weights, whose zero points are all 2^(b-1). ``gptq_v2``: as
-they are; it is written for asymmetric ones: GPTQModel (7.7) refuses those of others in ``gptq``.
+they are; it is written for asymmetric ones, which GPTQModel (7.7) takes in ``gptq`` from itself alone.
 Linears with bits of their own are in ``dynamic``, by name.
 
 Scales are float16, what readers hold them in, if every one of the model is a number of float16; else the
