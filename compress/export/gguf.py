@@ -128,12 +128,16 @@ def fits(model: Shapes, schemes: Schemes | None) -> None:
         scheme = schemes.head if base in (family.embedding, family.head) else None
         if base.startswith(f"{family.blocks}.") and name.endswith(suffixes):
             scheme = schemes.of(base)
-        if scheme is None:
-            continue
-        try:
-            type_of(scheme, model.shape(name)[1])
-        except UserError as error:
-            raise UserError(f"{base}: {error}") from error
+        if scheme is not None:
+            _type_of(base, scheme, model.shape(name)[1])
+
+
+def _type_of(base: str, scheme: Scheme, columns: int) -> str:
+    """The same of a linear, which the error names."""
+    try:
+        return type_of(scheme, columns)
+    except UserError as error:
+        raise UserError(f"{base}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,7 @@ def write(source: ModelFolder, target: Path) -> None:
     schemes = record.schemes_of(source) if record.KEY in source.config else None
     if schemes is not None:
         check(schemes)
-    fits(source, schemes)
+    check_model(source.config, source.path)
     planned = list(_planned(source))
     most = _most(planned)
     writer = GGUFWriter(None, ARCHITECTURES[source.config["model_type"]])
@@ -218,7 +222,7 @@ def _planned(source: ModelFolder) -> Iterator[_Planned]:
             shape, scheme = source.shape(name), record.scheme_of(source, base)
             _check_scale(source, base, scheme)
             weight = f"{base}.weight"
-            yield _Planned(weight, gguf_name(weight), type_of(scheme, shape[1]), shape)
+            yield _Planned(weight, gguf_name(weight), _type_of(base, scheme, shape[1]), shape)
 
 
 def _check_scale(source: ModelFolder, base: str, scheme: Scheme) -> None:

@@ -124,7 +124,7 @@ def _add_rope(writer: Any, rope: dict[str, Any], positions: int) -> None:
         if rope.get("attention_factor") is not None:
             # llama.cpp multiplies the usual factor by this one; transformers puts it in its place.
             usual = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
-            writer.add_rope_scaling_yarn_attn_factor(float(rope["attention_factor"]) / usual)
+            writer.add_rope_scaling_attn_factors(float(rope["attention_factor"]) / usual)
         writer.add_rope_scaling_yarn_beta_fast(float(rope.get("beta_fast") or 32))
         writer.add_rope_scaling_yarn_beta_slow(float(rope.get("beta_slow") or 1))
 

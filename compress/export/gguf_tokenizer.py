@@ -39,6 +39,8 @@ SPLITS: dict[tuple[str, ...], str] = {
 }  # fmt: skip
 WHOLE_WORDS = ("llama-bpe", "tekken")
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+# llama.cpp asks for a merge. Where there are none, nothing is as long as the parts of this one.
+NO_MERGE = "<none> <none>"
 # What a token without a merge scores, below all that have one.
 UNMERGED = -1e6
 
@@ -74,7 +76,7 @@ def add_tokenizer(writer: Any, folder: ModelFolder, tokenizer: Any) -> None:
         writer.add_token_scores(_scores(model, tokens))
     writer.add_token_types(types)
     if not pieces:
-        writer.add_token_merges([_merge(merge) for merge in model["merges"]])
+        writer.add_token_merges([_merge(merge) for merge in model["merges"]] or [NO_MERGE])
     writer.add_add_space_prefix(prefix)
     writer.add_add_bos_token(begins)
     writer.add_add_eos_token(ends)
