@@ -32,6 +32,7 @@ from compress.quantize.stage import quantize, settle
 from compress.quantize.transforms import AwqClip, AwqScale, Opt, Smooth
 from compress.runtime.load import load_dense
 from tests.conftest import byte_tokenizer, write_model
+from tests.exported import checkpoint_bytes
 
 PLAIN: dict[str, Any] = {
     "tokens": None,
@@ -102,16 +103,6 @@ ALL_STAGES = [
     "data.generated=3",
 ]
 STEPS = ["generate", "rotate", "quantize", "repair", "kv_cache", "checkpoint"]
-
-
-def checkpoint_bytes(out: Path) -> dict[str, bytes]:
-    """All but the card, which has a date, and the manifest's line of it."""
-    folder = out / "checkpoint"
-    files = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
-    manifest = json.loads(files.pop("manifest.json"))
-    del files["README.md"], manifest["files"]["README.md"]
-    assert set(manifest["files"]) == set(files)
-    return {**files, "manifest.json": json.dumps(manifest).encode()}
 
 
 def test_a_run_that_is_killed_in_every_step_ends_in_the_same_bytes(
