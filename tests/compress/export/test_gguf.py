@@ -344,6 +344,7 @@ def test_a_recipe_ends_in_a_folder_that_everything_here_reads(
     disk, planned = on_disk(checkpoint), as_planned(tiny, Schemes(Scheme(4, 64)), export="gguf")
     assert (disk.attention, disk.mlp) == (planned.attention, planned.mlp)
     assert sorted(p.name for p in checkpoint.path.iterdir()) == [
+        "README.md",
         "config.json",
         "generation_config.json",
         "manifest.json",

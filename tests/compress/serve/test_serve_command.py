@@ -182,7 +182,7 @@ def test_who_loads_what(tiny: ModelFolder, int4: Path, gguf_run: Path) -> None:
     assert [name for name, told in found.items() if told.loads] == [
         *("vllm", "vllm-cpu", "sglang", "transformers")
     ]
-    assert "GGUF" in found["llama.cpp"].reasons[0]
+    assert "reads gguf" in found["llama.cpp"].reasons[0]
     assert not answers(int4, tp=3)["vllm"].loads
     assert [name for name, told in answers(tiny.path).items() if not told.loads] == ["llama.cpp"]
     gguf = answers(gguf_run / "checkpoint-gguf")
@@ -247,7 +247,7 @@ def test_without_an_engine_all_that_load_it_are_told(
         "# tensorrt-llm main 2026: no, loads FP8 or MXFP4 in compressed-tensors, not integers"
         in said
     )
-    assert "# llama.cpp b11206: no, it reads GGUF alone: export=gguf" in said
+    assert "# llama.cpp 2026.10.11549: no, reads gguf, not compressed-tensors: export=gguf" in said
     assert "# transformers calls a model by its folder: leave out name=" in said
 
 
