@@ -221,50 +221,56 @@ _STRING, _LIST = 8, 9
 _Tensors = dict[str, tuple[tuple[int, ...], int, int]]
 
 
+class _Cursor:
+    """Reads one value after the other from a file in memory."""
+
+    def __init__(self, stored: mmap.mmap):
+        self.stored, self.place = stored, 0
+
+    def take(self, letters: str) -> tuple[Any, ...]:
+        """Numbers, by struct's letters."""
+        found = struct.unpack_from(f"<{letters}", self.stored, self.place)
+        self.place += struct.calcsize(f"<{letters}")
+        return found
+
+    def text(self) -> str:
+        (length,) = self.take("Q")
+        self.place += length
+        return self.stored[self.place - length : self.place].decode("utf-8")
+
+    def value(self) -> Any:
+        """A value of any kind; None for a list, which is passed over."""
+        (kind,) = self.take("I")
+        if kind == _STRING:
+            return self.text()
+        if kind != _LIST:
+            return self.take(_VALUES[kind])[0]
+        of, count = self.take("IQ")
+        if of != _STRING:
+            self.place += count * struct.calcsize(f"<{_VALUES[of]}")
+            return None
+        for _ in range(count):
+            self.place += 8 + struct.unpack_from("<Q", self.stored, self.place)[0]
+        return None
+
+
 def _parsed(stored: mmap.mmap) -> tuple[dict[str, Any], _Tensors, int]:
-    """Values that are no lists, by key; shape, type and offset of each tensor; where the first one begins.
+    """Values by key; shape, type and offset of each tensor; where the first one begins.
 
     Like the gguf package's reader, which takes seconds for a vocabulary that nobody looks at here.
     """
-    place = 0
-
-    def take(letters: str) -> tuple[Any, ...]:
-        nonlocal place
-        found = struct.unpack_from(f"<{letters}", stored, place)
-        place += struct.calcsize(f"<{letters}")
-        return found
-
-    def text() -> str:
-        nonlocal place
-        (length,) = take("Q")
-        place += length
-        return stored[place - length : place].decode("utf-8")
-
-    def value(kind: int) -> Any:
-        nonlocal place
-        if kind == _STRING:
-            return text()
-        if kind != _LIST:
-            return take(_VALUES[kind])[0]
-        of, count = take("IQ")
-        if of == _STRING:
-            for _ in range(count):
-                place += 8 + struct.unpack_from("<Q", stored, place)[0]
-        else:
-            place += count * struct.calcsize(f"<{_VALUES[of]}")
-        return None
-
-    magic, version, tensor_count, key_count = take("4sIQQ")
+    file = _Cursor(stored)
+    magic, version, tensor_count, key_count = file.take("4sIQQ")
     if magic != b"GGUF" or version not in (2, 3):
         raise ValueError(f"it begins with {magic!r} and version {version}")
     config: dict[str, Any] = {}
     for _ in range(key_count):
-        key = text()
-        config[key] = value(*take("I"))
+        key = file.text()
+        config[key] = file.value()
     tensors: _Tensors = {}
     for _ in range(tensor_count):
-        name = text()
-        shape = take(f"{take('I')[0]}Q")
-        tensors[name] = (tuple(reversed(shape)), *take("IQ"))
+        name = file.text()
+        shape = file.take(f"{file.take('I')[0]}Q")
+        tensors[name] = (tuple(reversed(shape)), *file.take("IQ"))
     alignment = int(config.get("general.alignment", 32))
-    return config, tensors, place + -place % alignment
+    return config, tensors, file.place + -file.place % alignment
