@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import math
+import mmap
 import re
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,38 +160,117 @@ class GGUFFile:
 
 @functools.lru_cache(maxsize=8)
 def _header(path: Path, changed: int) -> dict[str, Entry]:
-    """The tensors of a file by our names. Kept, as the gguf package takes a second to read a vocabulary.
+    """The tensors of a file by our names.
 
     changed: when the file was, so that another one of the same name is read anew
     """
-    from gguf import GGUFReader
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     try:
-        reader = GGUFReader(path)
-        architecture = str(reader.fields["general.architecture"].contents())
-        if architecture not in ARCHITECTURES.values():
-            known = ", ".join(sorted(set(ARCHITECTURES.values())))
-            raise UserError(f"{path} is of architecture {architecture!r}, read here are {known}")
-        count = reader.fields[f"{architecture}.{TURNED['attn_q']}"].contents()
-        config: dict[str, Any] = {"general.architecture": architecture, TURNED["attn_q"]: count}
-        shared = reader.fields.get(f"{architecture}.{TURNED['attn_k']}")
-        config[TURNED["attn_k"]] = count if shared is None else shared.contents()
-    except (ValueError, KeyError, IndexError) as error:
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stored,
+        ):
+            config, tensors, start = _parsed(stored)
+        architecture = str(config["general.architecture"])
+        count = config[f"{architecture}.{TURNED['attn_q']}"]
+    except (ValueError, KeyError, struct.error, OverflowError) as error:
         raise UserError(f"{path} is not a readable GGUF file: {error}") from error
+    if architecture not in ARCHITECTURES.values():
+        known = ", ".join(sorted(set(ARCHITECTURES.values())))
+        raise UserError(f"{path} is of architecture {architecture!r}, read here are {known}")
+    shared = config.get(f"{architecture}.{TURNED['attn_k']}", count)
+    numbers = {
+        "general.architecture": architecture,
+        TURNED["attn_q"]: count,
+        TURNED["attn_k"]: shared,
+    }
     entries: dict[str, Entry] = {}
     size = path.stat().st_size
-    for tensor in reader.tensors:
-        if tensor.name == DERIVED:
+    for theirs, (shape, number, offset) in tensors.items():
+        if theirs == DERIVED:
             continue
-        name, kind = our_name(tensor.name), tensor.tensor_type.name
+        name, kind = our_name(theirs), GGMLQuantizationType(number)
         if name is None:
-            raise UserError(f"{path} has a tensor {tensor.name}, which is not known here")
-        if kind not in PLAIN:
-            name = f"{name.removesuffix('.weight')}.{kind}"
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        heads = heads_of(tensor.name, config)
-        start, length = int(tensor.data_offset), int(tensor.n_bytes)
-        if start + length > size or math.prod(shape) == 0:
-            raise UserError(f"{path} ends before its tensor {tensor.name} does")
-        entries[name] = Entry(kind, shape, start, length, heads)
+            raise UserError(f"{path} has a tensor {theirs}, which is not known here")
+        if kind.name not in PLAIN:
+            name = f"{name.removesuffix('.weight')}.{kind.name}"
+        per, bytes_of = GGML_QUANT_SIZES[kind]
+        length = math.prod(shape) // per * bytes_of
+        if start + offset + length > size or length == 0:
+            raise UserError(f"{path} ends before its tensor {theirs} does")
+        entries[name] = Entry(kind.name, shape, start + offset, length, heads_of(theirs, numbers))
     return entries
+
+
+# struct's letters for the types of values, by their numbers in the file; strings and lists are apart.
+_VALUES = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+_STRING, _LIST = 8, 9
+_Tensors = dict[str, tuple[tuple[int, ...], int, int]]
+
+
+class _Cursor:
+    """Reads one value after the other from a file in memory."""
+
+    def __init__(self, stored: mmap.mmap):
+        self.stored, self.place = stored, 0
+
+    def take(self, letters: str) -> tuple[Any, ...]:
+        """Numbers, by struct's letters."""
+        found = struct.unpack_from(f"<{letters}", self.stored, self.place)
+        self.place += struct.calcsize(f"<{letters}")
+        return found
+
+    def text(self) -> str:
+        (length,) = self.take("Q")
+        self.place += length
+        return self.stored[self.place - length : self.place].decode("utf-8")
+
+    def value(self) -> Any:
+        """A value of any kind; None for a list, which is passed over."""
+        (kind,) = self.take("I")
+        if kind == _STRING:
+            return self.text()
+        if kind != _LIST:
+            return self.take(_VALUES[kind])[0]
+        of, count = self.take("IQ")
+        if of != _STRING:
+            self.place += count * struct.calcsize(f"<{_VALUES[of]}")
+            return None
+        for _ in range(count):
+            self.place += 8 + struct.unpack_from("<Q", self.stored, self.place)[0]
+        return None
+
+
+def _parsed(stored: mmap.mmap) -> tuple[dict[str, Any], _Tensors, int]:
+    """Values by key; shape, type and offset of each tensor; where the first one begins.
+
+    Like the gguf package's reader, which takes seconds for a vocabulary that nobody looks at here.
+    """
+    file = _Cursor(stored)
+    magic, version, tensor_count, key_count = file.take("4sIQQ")
+    if magic != b"GGUF" or version not in (2, 3):
+        raise ValueError(f"it begins with {magic!r} and version {version}")
+    config: dict[str, Any] = {}
+    for _ in range(key_count):
+        key = file.text()
+        config[key] = file.value()
+    tensors: _Tensors = {}
+    for _ in range(tensor_count):
+        name = file.text()
+        shape = file.take(f"{file.take('I')[0]}Q")
+        tensors[name] = (tuple(reversed(shape)), *file.take("IQ"))
+    alignment = int(config.get("general.alignment", 32))
+    return config, tensors, file.place + -file.place % alignment

@@ -27,7 +27,7 @@ from compress.export.gguf_blocks import BLOCKS, MINIMUM
 from compress.export.gguf_metadata import FILE_TYPES, extra_tensors
 from compress.measure.size import measure_size
 from compress.model.folder import ModelFolder, save_tensors, write_json
-from compress.model.gguf_file import gguf_name, heads_of, our_name, rotary_order
+from compress.model.gguf_file import GGUFFile, gguf_name, heads_of, our_name, rotary_order
 from compress.model.sources import resolve_model
 from compress.pipeline import check as check_run
 from compress.pipeline import run_recipe
@@ -543,7 +543,17 @@ def test_the_demo_model_says_what_its_own_gguf_says(tmp_path: Path) -> None:
     assert spec is not None
     assert spec.origin is not None
     (file,) = Path(spec.origin).parent.glob("*.gguf")
-    theirs = {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
+    reader = gguf.GGUFReader(file)
+    header = GGUFFile(file, None)
+    entries = {name.rpartition(".")[0]: header.get_slice(name) for name in header.keys()}  # noqa: SIM118
+    for tensor in reader.tensors:
+        name = our_name(tensor.name)
+        assert name is not None
+        found_slice = entries[name.rpartition(".")[0]]
+        assert found_slice.get_shape() == tensor.data.shape
+    table = header.get_tensor("model.embed_tokens.Q8_0")
+    assert np.array_equal(table.numpy(), reader.tensors[0].data)
+    theirs = {name: field.contents() for name, field in reader.fields.items()}
     differ = {name for name in set(found) & set(theirs) if found[name] != theirs[name]}
     assert differ == {
         # Counts, 16 bits here, and the name without its spaces.
