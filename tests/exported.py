@@ -29,9 +29,11 @@ def exported(model: ModelFolder, schemes: Schemes | Scheme, path: Path) -> Model
 
 
 def checkpoint_bytes(run: Path) -> dict[str, bytes]:
-    """The files of a run's checkpoint/ without the card, which has a date, and the manifest's line of it."""
+    """The files of a run's checkpoint/ without the card, which has a date and comes last, and the manifest's
+    line of it."""
     files = {file.name: file.read_bytes() for file in sorted((run / "checkpoint").iterdir())}
     manifest = json.loads(files.pop("manifest.json"))
-    del files["README.md"], manifest["files"]["README.md"]
+    for held in (files, manifest["files"]):
+        held.pop("README.md", None)
     assert set(manifest["files"]) == set(files)
     return {**files, "manifest.json": json.dumps(manifest).encode()}

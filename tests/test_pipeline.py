@@ -112,7 +112,7 @@ def test_a_run_that_is_killed_in_every_step_ends_in_the_same_bytes(
     once = pipeline.run_recipe(run, "once", tmp_path / "once")
     out = tmp_path / "killed"
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     for i, name in enumerate(STEPS):
