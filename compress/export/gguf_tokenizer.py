@@ -9,12 +9,15 @@ from the order of merges.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator
 from typing import Any
 
 from compress.errors import UserError
 from compress.model.folder import ModelFolder, read_json
+
+log = logging.getLogger(__name__)
 
 # Which words ignore merges is said by the name too: those of these splits may.
 SPLITS: dict[tuple[str, ...], str] = {
@@ -69,6 +72,11 @@ def add_tokenizer(writer: Any, folder: ModelFolder, tokenizer: Any) -> None:
     begins, ends = _surrounds(folder, tokenizer)
     if writer is None:
         return
+    if prefix and settings.get("pre_tokenizer"):
+        log.warning(
+            "llama.cpp puts a space before every text, this tokenizer only before one that has none: texts "
+            "that begin with a space, and what follows a special token, are split otherwise there"
+        )
     writer.add_tokenizer_model("llama" if pieces else "gpt2")
     writer.add_tokenizer_pre(split)
     writer.add_token_list(tokens)

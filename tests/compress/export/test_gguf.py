@@ -14,8 +14,9 @@ import pytest
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from compress.compose import compose_settings
 from compress.config import parse
@@ -25,6 +26,7 @@ from compress.export.audit import AuditError, audit, verify
 from compress.export.formats import FORMATS, Weights
 from compress.export.gguf_blocks import BLOCKS, MINIMUM
 from compress.export.gguf_metadata import FILE_TYPES, extra_tensors
+from compress.export.gguf_tokenizer import SPLITS
 from compress.measure.size import measure_size
 from compress.model.folder import ModelFolder, save_tensors, write_json
 from compress.model.gguf_file import GGUFFile, gguf_name, heads_of, our_name, rotary_order
@@ -38,6 +40,7 @@ from compress.quantize.rounding import Nearest
 from compress.quantize.scheme import Scheme, Schemes
 from compress.quantize.stage import quantize
 from compress.runtime.load import load_dense
+from tests.conftest import byte_tokenizer
 
 CPU = torch.device("cpu")
 Exported = tuple[ModelFolder, ModelFolder]
@@ -571,3 +574,77 @@ def test_the_demo_model_says_what_its_own_gguf_says(tmp_path: Path) -> None:
         "llama.attention.value_length",
         "tokenizer.ggml.add_eos_token",
     }
+
+
+def saved(tokenizer: Tokenizer, model: ModelFolder, target: Path, **special: str) -> ModelFolder:
+    """The model with another tokenizer."""
+    target.mkdir()
+    for file in (*model.weight_files, model.path / "config.json"):
+        (target / file.name).symlink_to(file)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(target)
+    return ModelFolder(target)
+
+
+DIGITS = pre_tokenizers.Digits(individual_digits=True)
+WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+
+@pytest.mark.parametrize("split", SPLITS.values())
+def test_how_text_is_split_has_a_name(tiny: ModelFolder, tmp_path: Path, split: str) -> None:
+    (steps,) = [steps for steps, name in SPLITS.items() if name == split]
+    known = {"digits": DIGITS, "bytes of words": WORDS, "bytes": BYTES}
+    parts = [known.get(s) or pre_tokenizers.Split(Regex(s), "isolated") for s in steps]
+    tokenizer = byte_tokenizer().backend_tokenizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    model = saved(tokenizer, tiny, tmp_path / "model")
+    format_gguf.write(model, tmp_path / "out")
+    assert said(ModelFolder(tmp_path / "out"))["tokenizer.ggml.pre"] == split
+
+
+def test_tokenizers_that_llama_cpp_would_not_have(tiny: ModelFolder, tmp_path: Path) -> None:
+    whitespace = byte_tokenizer().backend_tokenizer
+    whitespace.pre_tokenizer = pre_tokenizers.Whitespace()
+    words = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    lower = byte_tokenizer().backend_tokenizer
+    lower.normalizer = normalizers.Lowercase()
+    odd = byte_tokenizer().backend_tokenizer
+    odd.add_special_tokens(["<odd>"])
+    odd.post_processor = processors.TemplateProcessing("<odd> $A", special_tokens=[("<odd>", 257)])
+    refused = [
+        (whitespace, "split text as gpt-2, smollm, llama-bpe, qwen2, tekken do, this one does not"),
+        (words, "knows BPE, not WordLevel"),
+        (lower, "after Lowercase"),
+        (odd, "BOS before a text and EOS behind it or nothing"),
+    ]
+    for index, (tokenizer, reason) in enumerate(refused):
+        model = saved(tokenizer, tiny, tmp_path / str(index))
+        with pytest.raises(UserError, match=reason):
+            format_gguf.fits(model, None)
+
+
+def test_pieces_and_their_scores(tiny: ModelFolder, tmp_path: Path) -> None:
+    """Six tokens of which two come out of merges, a byte, BOS before every text."""
+    texts = ["<unk>", "<s>", "</s>", "<0x0A>", "\u2581", "a", "b", "ab", "\u2581ab"]
+    vocabulary = {text: index for index, text in enumerate(texts)}
+    merges = [("a", "b"), ("\u2581", "ab")]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    spaces = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    tokenizer.normalizer = normalizers.Sequence(spaces)
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    format_gguf.write(saved(tokenizer, tiny, tmp_path / "m", **special), tmp_path / "out")
+    found = said(ModelFolder(tmp_path / "out"))
+    assert found["tokenizer.ggml.model"] == "llama"
+    assert found["tokenizer.ggml.pre"] == "default"
+    assert found["tokenizer.ggml.tokens"][:10] == [*texts, "[PAD9]"]
+    assert found["tokenizer.ggml.token_type"][:10] == [2, 3, 3, 6, 1, 1, 1, 1, 1, 5]
+    assert found["tokenizer.ggml.scores"][4:9] == [-1e6, -1e6, -1e6, 0.0, -1.0]
+    flags = {
+        name: found[f"tokenizer.ggml.add_{name}"]
+        for name in ("bos_token", "eos_token", "space_prefix")
+    }
+    assert flags == {"bos_token": True, "eos_token": False, "space_prefix": True}
+    ids = {name: found[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "unknown")}
+    assert ids == {"bos": 1, "eos": 2, "unknown": 0}
+    assert "tokenizer.ggml.merges" not in found
