@@ -38,8 +38,8 @@ PROGRAMS = {
     TRANSFORMERS: "transformers",
     LLAMA_CPP: "llama-server",
 }
-# Where `make serve-check` installs vLLM's CPU build.
-VLLM_HERE = Path(".venv-vllm/bin/vllm")
+# Where `make serve-check` installs vLLM's CPU build, and llama.cpp.
+VLLM_HERE, LLAMA_CPP_HERE = Path(".venv-vllm/bin/vllm"), Path(".venv-llama-cpp/bin/python")
 # A server of llama.cpp for machines that have its Python wheel alone.
 XLLAMACPP = "xllamacpp"
 XLLAMACPP_SERVER = Path(__file__).with_name("xllamacpp_server.py")
@@ -248,8 +248,8 @@ def plain_name(text: str) -> str:
 
 
 def at_hand(engine: str) -> str | None:
-    """The program of an engine that is installed here: beside the running Python, on PATH, or, of vLLM, in
-    .venv-vllm of the current folder. None if it is not."""
+    """The program of an engine that is installed here: beside the running Python, on PATH, or, of vLLM and
+    llama.cpp, in .venv-vllm and .venv-llama-cpp of the current folder. None if it is not."""
     if engine == SGLANG:
         return sys.executable if importlib.util.find_spec("sglang") else None
     found = _beside(PROGRAMS[engine])
@@ -259,8 +259,10 @@ def at_hand(engine: str) -> str | None:
         return wanted[0] if wanted else None
     if engine == TRANSFORMERS and not all(map(importlib.util.find_spec, SERVING)):
         return None
-    if engine == LLAMA_CPP and found is None and importlib.util.find_spec(XLLAMACPP):
-        return sys.executable
+    if engine == LLAMA_CPP and found is None:
+        if importlib.util.find_spec(XLLAMACPP):
+            return sys.executable
+        return str(LLAMA_CPP_HERE) if LLAMA_CPP_HERE.exists() else None
     return found
 
 

@@ -43,7 +43,7 @@ from compress.model.folder import ModelFolder, read_json, write_json
 from compress.model.sources import open_tokenizer, resolve_model
 from compress.plan.rows import loadable_folder
 from compress.report.served import served_sections
-from compress.report.table import METRICS
+from compress.report.table import METRICS, find_runs, rows_of
 from compress.run_folder import whole
 from compress.runtime.load import load_dense
 from compress.serve.command import Command, serve_command
@@ -367,6 +367,17 @@ def keep(asked: Sequence[Asked], entries: Sequence[Entry]) -> None:
             (one.run / SERVED).write_text(section.text, encoding="utf-8")
 
 
+def tell_all(runs: Path) -> None:
+    """Print what all runs were found to be, and leave it beside them: served.md, served.json."""
+    found = find_runs([runs])
+    sections = served_sections(found)
+    text = "".join(section.text for section in sections)
+    print(f"\n{text}", flush=True)
+    (runs / SERVED).write_text(text, encoding="utf-8")
+    served = {row.label: row.values["served"] for row in rows_of(found) if row.values.get("served")}
+    write_json(runs / SERVED.replace(".md", ".json"), {**environment(CPU), "served": served})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vllm", type=Path, required=True, help="its environment")
@@ -400,6 +411,8 @@ def main() -> None:
             passed += [entry["agreement"]["agrees"] for entry in entries]
             passed += [point["lost"] == 0 for entry in entries for point in entry["points"]]
             keep(group, entries)
+    if not asked.checkpoint:
+        tell_all(asked.runs)
     print(f"{sum(passed)} of {len(passed)} checks passed", flush=True)
     sys.exit(0 if all(passed) else 1)
 
