@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.engines import TENSORRT, TRANSFORMERS
+from compress.errors import UserError
 from compress.export.audit import MANIFEST, add_text
 from compress.model.card import CARD, licence_of
 from compress.model.folder import ModelFolder
@@ -48,7 +49,11 @@ def serving(folder: Path, name: str) -> list[Serving]:
         if not answer.loads:
             continue
         named = None if engine in (TRANSFORMERS, TENSORRT) else name
-        command = serve_command(engine, folder, name=named, program=PROGRAMS.get(engine))
+        try:
+            command = serve_command(engine, folder, name=named, program=PROGRAMS.get(engine))
+        except UserError:
+            # It loads such a folder, but its server does not.
+            continue
         line = command.line().replace(str(folder), FOLDER)
         found.append(Serving(f"{engine} {answer.version}", line, (*answer.notes, *command.notes)))
     return found

@@ -111,13 +111,20 @@ def _start(engine: str, folder: Path, program: str | None, name: str) -> tuple[l
     run = program or PROGRAMS.get(engine, "python")
     if engine in (VLLM, VLLM_CPU):
         return [run, "serve", str(folder)], name
+    file = gguf_of(folder)
     if engine == SGLANG:
-        return [run, "-m", "sglang.launch_server", "--model-path", str(folder)], name
+        # It tells a GGUF file by its first bytes (server_args.py), and does not look for one in a folder.
+        return [run, "-m", "sglang.launch_server", "--model-path", str(file or folder)], name
     if engine == TENSORRT:
         return [run, str(folder)], folder.name
     if engine == TRANSFORMERS:
+        if file is not None:
+            # Run on 5.23: it takes FOLDER:FILE, but the config that it reads from the file names no class.
+            raise UserError(
+                "transformers serve does not start from a GGUF file, though from_pretrained(FOLDER, "
+                f"gguf_file={file.name!r}) loads it"
+            )
         return [run, "serve", str(folder)], str(folder)
-    file = gguf_of(folder)
     if file is None:
         raise UserError(f"llama.cpp serves a GGUF file, and {folder} holds none: export=gguf")
     # A name with a comma would be several.
@@ -170,6 +177,9 @@ def _without_none(settings: dict[str, Any]) -> dict[str, Any]:
 def _cache(engine: str, folder: Path) -> dict[str, str]:
     """The type of the cache. vLLM finds 8-bit floats by itself (0.32, attention.py), other types it does
     not; SGLang neither."""
+    if gguf_of(folder) is not None:
+        # The file has no scales for a cache.
+        return {}
     kept = _cache_arguments(engine, folder)
     if engine == VLLM_CPU and kept.get("kv_cache_dtype") not in CPU_CACHES:
         return {}
@@ -239,7 +249,9 @@ def served_name(folder: Path) -> str:
 
 
 def name_of_run(metrics: Mapping[str, Any]) -> str:
-    return plain_name(f"{metrics['model']['name']}-{metrics['name']}")
+    """Model and recipe with what was changed in it; the formats it was written in are nothing to name."""
+    words = [word for word in metrics["name"].split(" ") if not word.startswith("export=")]
+    return plain_name(f"{metrics['model']['name']}-{' '.join(words)}")
 
 
 def plain_name(text: str) -> str:

@@ -59,12 +59,16 @@ def checkpoints(folder: Path) -> list[Path]:
     folder itself. Raises UserError if there is none."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
-    if (folder / CHECKPOINT).is_dir():
-        found = [folder / CHECKPOINT, *sorted(folder.glob(f"{CHECKPOINT}-*"))]
-        return [path for path in found if path.is_dir() and path.suffix != ".partial"]
-    if (folder / "config.json").exists() or gguf_of(folder) is not None:
-        return [folder]
+    found = [folder / CHECKPOINT, *sorted(folder.glob(f"{CHECKPOINT}-*"))]
+    # Beside them may be what a killed process left, and files of containers.
+    found = [path for path in (*found, folder) if path.suffix != ".partial" and _is_model(path)]
+    if found:
+        return found
     raise UserError(f"{folder} is neither a run with a {CHECKPOINT}/ nor a model folder")
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").exists() or (folder.is_dir() and gguf_of(folder) is not None)
 
 
 def place(folders: Mapping[Path, Mapping[str, Answer]], engine: str) -> tuple[Path, Answer]:

@@ -57,7 +57,10 @@ def gguf_run(int4: Path, tmp_path: Path) -> Path:
     (tmp_path / "checkpoint").symlink_to(int4)
     (tmp_path / "checkpoint-gguf").mkdir()
     (tmp_path / "checkpoint-gguf" / "model.gguf").write_bytes(b"GGUF")
-    write_json(tmp_path / "metrics.json", {"name": "rtn-int4 data=a,b", "model": {"name": "x y"}})
+    write_json(
+        tmp_path / "metrics.json",
+        {"name": "rtn-int4 export=[gguf] data=a,b", "model": {"name": "x y"}},
+    )
     return tmp_path
 
 
@@ -126,6 +129,9 @@ def test_the_other_engines(tiny: ModelFolder, gguf_run: Path) -> None:
         *("--host", "127.0.0.1", "--port", "5", "-c", "128", "-ngl", "99"),
     )
     assert "-c" not in serve_command("llama.cpp", gguf).words
+    assert file in serve_command("sglang", gguf).words
+    with pytest.raises(UserError, match="does not start from a GGUF file"):
+        serve_command("transformers", gguf)
     wheel = serve_command("llama.cpp", gguf, program="/x/python")
     assert wheel.words[:3] == ("/x/python", str(commands.XLLAMACPP_SERVER), "-m")
 
@@ -199,6 +205,9 @@ def test_the_cpu_build_has_fewer_kernels(tiny: ModelFolder, tmp_path: Path, sche
 
 def test_the_folders_of_a_run(int4: Path, gguf_run: Path, tmp_path: Path) -> None:
     (gguf_run / "checkpoint-gptq.7.partial").mkdir()
+    # What docker=true leaves beside a checkpoint.
+    (gguf_run / "checkpoint-docker").mkdir()
+    (gguf_run / "checkpoint-docker" / "Dockerfile").write_text("FROM x")
     assert [path.name for path in checkpoints(gguf_run)] == ["checkpoint", "checkpoint-gguf"]
     assert checkpoints(int4) == [int4]
     with pytest.raises(UserError, match="neither a run"):
