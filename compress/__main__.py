@@ -36,7 +36,9 @@ USER_ERROR = 2
 # A candidate costs more than the gate allows.
 GATE_ERROR = 1
 # Overrides that say where, how well and how fast, not what: they stay out of a run's name.
-UNNAMED = re.compile(r"[+~]*((recipe|model|eval|speed|gate|device|hydra)\b|data=text|data\.source)")
+UNNAMED = re.compile(
+    r"[+~]*((recipe|model|eval|speed|gate|serve|device|hydra)\b|data=text|data\.source)"
+)
 
 
 def main() -> None:

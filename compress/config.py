@@ -17,6 +17,7 @@ from omegaconf.errors import ValidationError
 
 from compress.device import device_named
 from compress.distill.knobs import Distill
+from compress.engines import ENGINES as SERVING
 from compress.errors import UserError
 from compress.export.formats import FORMATS
 from compress.kv_cache.scheme import CacheScheme, StateScheme
@@ -155,10 +156,18 @@ class SpeedConfig:
 @dataclass
 class PlanConfig:
     """What ``compress plan`` predicts for: batches; context: tokens of the prompt, and in the cache at the
-    step whose time is told; tp: devices that share every linear and the heads of the cache."""
+    step whose time is told."""
 
     batches: list[int] = field(default_factory=lambda: [1, 64, 256])
     context: int = 1024
+
+
+@dataclass
+class ServeConfig:
+    """What must load the result, or nothing is done: engines, of ``compress.engines``; tp: devices that share
+    every linear and the heads of the cache."""
+
+    engines: list[str] = field(default_factory=list)
     tp: int = 1
 
 
@@ -192,6 +201,7 @@ class RecipeConfig:
     # What compress plan predicts on; a run does not look at them.
     hardware: dict[str, Any] | None = None
     plan: PlanConfig = field(default_factory=PlanConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
     device: str = "auto"
 
 
@@ -459,6 +469,7 @@ def _check_sizes(settings: RecipeConfig) -> None:
         "context": settings.context,
         "speed": settings.speed,
         "plan": settings.plan,
+        "serve": settings.serve,
     }
     for section, config in sections.items():
         if config is None:
@@ -479,6 +490,7 @@ def _check_sizes(settings: RecipeConfig) -> None:
     if settings.speed is not None:
         _check_speed(settings.speed)
     _check_batches("plan.batches", settings.plan.batches)
+    _check_names("serve.engines", settings.serve.engines, tuple(SERVING))
     _check_gate(settings.gate, settings.eval)
 
 

@@ -41,7 +41,9 @@ from compress.model.folder import ModelFolder, Shapes, save_tensors, write_json
 from compress.model.sources import open_tokenizer, resolve_model
 from compress.pictures import draw
 from compress.plan.hardware import hardware_here
+from compress.plan.loadable import refusals, warnings
 from compress.plan.predict import predict
+from compress.plan.rows import engines_of
 from compress.prune.preview import previews
 from compress.prune.stage import check as check_prune
 from compress.quantize.search import budget
@@ -51,6 +53,7 @@ from compress.report.verdict import verdict
 from compress.rotate import rotated_sizes
 from compress.run_folder import RUN, Step, check_same, opened, step, whole
 from compress.runtime.load import load_dense
+from compress.serve.card import write_cards
 from compress.stages import Work, run_stage, training_text
 from eval.memory import reset_peak, rss
 
@@ -72,7 +75,7 @@ def check(run: Run, out: Path | None = None) -> None:
     settings = run.settings
     model = ModelFolder(resolve_model(settings.model.source, settings.model.revision))
     _check_processes(run)
-    _check_stages(run, model)
+    unserved = _check_stages(run, model)
     if run.needs_data:
         _calibration(run, model)
     elif settings.data.generated:
@@ -87,6 +90,8 @@ def check(run: Run, out: Path | None = None) -> None:
         check_lengths({"the model": model}, settings.speed)
     if out is not None and (out / RUN).exists():
         check_same(out, _decisive(run, model))
+    for line in unserved:
+        log.warning("would not be served: %s", line)
 
 
 def _check_processes(run: Run) -> None:
@@ -101,7 +106,8 @@ def _check_processes(run: Run) -> None:
         check_launch(open_accelerator(run.device), run.distill)
 
 
-def _check_stages(run: Run, model: ModelFolder) -> None:
+def _check_stages(run: Run, model: ModelFolder) -> list[str]:
+    """Returns what to warn of."""
     sequences = run.settings.data.sequences
     shapes: list[Shapes] = [model]
     if run.prune is not None:
@@ -120,20 +126,37 @@ def _check_stages(run: Run, model: ModelFolder) -> None:
         run.repair.check(model, sequences)
     for shape in shapes:
         check_shape(run, shape)
+    return _check_engines(run, shapes)
+
+
+def _check_engines(run: Run, shapes: list[Shapes]) -> list[str]:
+    """Raises UserError if an engine of serve.engines would not load what is written. Without serve.engines
+    returns what to warn of. shapes: of all candidates that pruning may choose from"""
+    given = [engines_of(run, shape) for shape in shapes]
+    wanted = run.settings.serve.engines
+    broken = [line for engines in given for line in refusals(engines, wanted)]
+    if broken:
+        raise UserError("; ".join(dict.fromkeys(broken)))
+    return [] if wanted else warnings(given[0])
 
 
 def check_shape(run: Run, model: Shapes) -> None:
     """Raises UserError if the stages do not fit a model of this shape."""
     stages, family = run.settings.stages, family_of(model.config)
+    settled = None
     if "quantize" in stages:
         linears = {name: model.shape(f"{name}.weight") for name in linear_names(model, family)}
         for name in run.settings.export:
             check_sizes(name, model, linears)
-        settle(model, family, run.schemes)
+        settled = settle(model, family, run.schemes)
         if run.search is not None:
             budget(model, run.search, run.schemes)
         if run.distill is not None and "distill" in stages[stages.index("quantize") :]:
             check_schemes(run.schemes)
+    for name in run.settings.export:
+        fits = FORMATS[name].fits
+        if fits is not None:
+            fits(model, settled)
     if "rotate" in stages:
         rotated_sizes(model, family)
     if run.cache is not None:
@@ -183,6 +206,8 @@ def run_recipe(run: Run, name: str, out: Path, *, last: bool = True) -> dict[str
         }
         with whole(out / METRICS) as partial:
             write_json(partial, metrics)
+            # Before the run counts as finished: one that is killed here goes on.
+            write_cards(metrics, model, out)
         draw(compression, rows, out)
         (out / "table.md").write_text(table([metrics]), encoding="utf-8")
     return metrics

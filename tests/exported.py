@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -25,3 +26,14 @@ def exported(model: ModelFolder, schemes: Schemes | Scheme, path: Path) -> Model
     )
     compressed_tensors.write(ModelFolder(path / "record"), path / "out")
     return ModelFolder(path / "out")
+
+
+def checkpoint_bytes(run: Path) -> dict[str, bytes]:
+    """The files of a run's checkpoint/ without the card, which has a date and comes last, and the manifest's
+    line of it."""
+    files = {file.name: file.read_bytes() for file in sorted((run / "checkpoint").iterdir())}
+    manifest = json.loads(files.pop("manifest.json"))
+    for held in (files, manifest["files"]):
+        held.pop("README.md", None)
+    assert set(manifest["files"]) == set(files)
+    return {**files, "manifest.json": json.dumps(manifest).encode()}

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from compress.__main__ import main
+from compress.commands import VERBS
 from compress.model.folder import ModelFolder
+from tests.exported import checkpoint_bytes
 
 QUICK = [
     "data.sequences=4",
@@ -404,7 +406,7 @@ MISTAKES = [
     (["-m", "recipe=rtn-int4", "scheme.bits=4,9"], "scheme.bits=9 is not allowed"),
     (
         ["compares", "outputs"],
-        "compares is neither a verb (bench, compare, evaluate, plan, traffic, verify) nor",
+        f"compares is neither a verb ({', '.join(VERBS)}) nor",
     ),
     (["recipe=rtn-int4", "scheme.bits=four"], "scheme.bits: Value 'four'"),
     (["recipe=rtn-int4", f"hydra.run.dir={__file__}/x"], "cannot be written: choose another"),
@@ -602,11 +604,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
         done = compress(*words, f"hydra.run.dir={out}", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert ("rotate: taken over from an earlier start" in done.stderr) == (out == killed)
-    files = {file.name for file in (once / "checkpoint").iterdir()}
-    for name in files | {"manifest.json"}:
-        assert (killed / "checkpoint" / name).read_bytes() == (
-            once / "checkpoint" / name
-        ).read_bytes(), name
+    assert checkpoint_bytes(killed) == checkpoint_bytes(once)
     assert {file.name for file in killed.iterdir()} == {file.name for file in once.iterdir()}
     metrics = json.loads((killed / "metrics.json").read_text())
     assert metrics["compression"]["resumed"] == ["rotate"]

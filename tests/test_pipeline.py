@@ -32,6 +32,7 @@ from compress.quantize.stage import quantize, settle
 from compress.quantize.transforms import AwqClip, AwqScale, Opt, Smooth
 from compress.runtime.load import load_dense
 from tests.conftest import byte_tokenizer, write_model
+from tests.exported import checkpoint_bytes
 
 PLAIN: dict[str, Any] = {
     "tokens": None,
@@ -104,10 +105,6 @@ ALL_STAGES = [
 STEPS = ["generate", "rotate", "quantize", "repair", "kv_cache", "checkpoint"]
 
 
-def checkpoint_bytes(out: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted((out / "checkpoint").iterdir())}
-
-
 def test_a_run_that_is_killed_in_every_step_ends_in_the_same_bytes(
     tiny: ModelFolder, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,7 +112,7 @@ def test_a_run_that_is_killed_in_every_step_ends_in_the_same_bytes(
     once = pipeline.run_recipe(run, "once", tmp_path / "once")
     out = tmp_path / "killed"
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     for i, name in enumerate(STEPS):

@@ -11,6 +11,7 @@ from compress.commands.traffic import traffic_words
 from compress.errors import UserError
 from compress.report.files import write_report
 from compress.report.gate import failures, read_limits
+from compress.report.served import served_sections
 from compress.report.serving import traffic_sections
 from compress.report.table import find_runs
 from compress.report.terminal import comparison, terminal_width
@@ -46,7 +47,7 @@ def main(words: list[str]) -> int:
     for section in sections:
         print(f"\n{section.title}\n\n{section.text}", end="")
     if asked.out is not None:
-        files = write_report(runs, limits, asked.out, sections)
+        files = write_report(runs, limits, asked.out, [*served_sections(runs), *sections])
         print(f"\nWritten: {', '.join(map(str, files))}")
     failed = [failures(run["candidate"], run["base"], limits or {}) for run in runs]
     return int(all(failed))

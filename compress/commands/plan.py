@@ -15,17 +15,16 @@ import torch
 from compress.compose import compose_settings, expand_shorthand, options
 from compress.config import RecipeConfig, Run, parse
 from compress.errors import UserError
-from compress.export.formats import FORMATS, Weights
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder, Shapes
 from compress.model.shapes import PREFIX, ShapeFolder
 from compress.model.sources import config_of_hub, is_hub_name, resolve_model
 from compress.pipeline import check_shape
 from compress.plan.calibration import stages, uncounted
-from compress.plan.checkpoint import Checkpoint, as_planned, linear_scheme, on_disk
+from compress.plan.checkpoint import Checkpoint, as_planned, on_disk
 from compress.plan.hardware import CPU, Hardware, hardware_of
-from compress.plan.loadable import loadable
-from compress.plan.rows import answers, matches, row, served
+from compress.plan.loadable import refusals
+from compress.plan.rows import answers, engines_of, loadable_folder, matches, row
 from compress.prune.preview import previews
 from compress.prune.shape import KEYS
 from compress.prune.stage import check as check_prune
@@ -38,14 +37,15 @@ BASE, CANDIDATE = "base", "candidate"
 
 
 def main(words: list[str]) -> int:
-    """Prints tables, or with --json all there is; 2 if the recipe does not fit the model."""
+    """Prints tables, or with --json all there is; 2 if the recipe does not fit the model, or an engine of
+    serve.engines would not load the result."""
     parser = argparse.ArgumentParser("compress plan", description=__doc__)
     parser.add_argument(
         "words",
         nargs="*",
         metavar="KEY=VALUE",
         help="recipe, model (a path, owner/name, shape:NAME, shape:PATH/config.json), hardware, "
-        "plan.batches, plan.context, plan.tp, and any key of a recipe",
+        "plan.batches, plan.context, serve.engines, serve.tp, and any key of a recipe",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     asked = parser.parse_intermixed_args(words)
@@ -57,7 +57,7 @@ def main(words: list[str]) -> int:
         raise UserError(f"hardware= is missing: choose one of {', '.join(options('hardware'))}")
     found = plan(settings)
     print(json.dumps(found, indent=2) if asked.json else text(found))
-    return 2 if "refused" in found else 0
+    return 2 if "refused" in found or found["unserved"] else 0
 
 
 def plan(settings: RecipeConfig) -> dict[str, Any]:
@@ -71,16 +71,16 @@ def plan(settings: RecipeConfig) -> dict[str, Any]:
         "model": settings.model.name,
         "hardware": asdict(hardware),
         "plan": asdict(wanted),
+        "serve": asdict(settings.serve),
         "rows": {BASE: _row(base, hardware, settings)},
     }
-    if not settings.stages:
-        schemes = _schemes_on_disk(shapes) if isinstance(shapes, ModelFolder) else None
-        sixteen = ShapeFolder(str(shapes.path), shapes.config)
-        export = _export(shapes)
-        return found | {"engines": _engines(sixteen, base, schemes, export, hardware, wanted.tp)}
-    more = _candidate(parse(settings), shapes, hardware, device)
-    found["rows"] |= more.pop("rows", {})
-    return found | more
+    if settings.stages:
+        more = _candidate(parse(settings), shapes, hardware, device)
+        found["rows"] |= more.pop("rows", {})
+        return {**found, "unserved": [], **more}
+    engines = loadable_folder(shapes, settings.serve.tp, hardware.capability)
+    unserved = refusals({"": engines}, settings.serve.engines)
+    return found | {"engines": engines, "unserved": unserved}
 
 
 def open_shapes(source: str, revision: str | None) -> Shapes:
@@ -103,7 +103,7 @@ def open_shapes(source: str, revision: str | None) -> Shapes:
 
 def _row(model: Checkpoint, hardware: Hardware, settings: RecipeConfig) -> dict[str, Any]:
     wanted = settings.plan
-    return row(model, hardware, wanted.batches, wanted.context, wanted.tp)
+    return row(model, hardware, wanted.batches, wanted.context, settings.serve.tp)
 
 
 def _candidate(
@@ -127,16 +127,7 @@ def _candidate(
     model = as_planned(shapes, schemes, run.cache, run.export, _searched(run, shapes), device)
     if schemes is not None:
         found["linears"] = matches(shapes, schemes)
-    bits = () if run.search is None else tuple(run.search.bits)
-    engines = _engines(
-        shapes,
-        model,
-        schemes if FORMATS[run.export].quantized else None,
-        run.export,
-        hardware,
-        settings.plan.tp,
-        all_bits=bits,
-    )
+    engines = engines_of(run, shapes, hardware.capability)
     return {
         "stages": ", ".join(settings.stages),
         "scheme": _numbers(run, schemes),
@@ -145,7 +136,9 @@ def _candidate(
         "shape": {key: shapes.config.get(key) for key in KEYS.values()},
         "calibration": [asdict(stage) for stage in stages(run, shapes, model, hardware)],
         "uncounted": uncounted(run),
-        "engines": engines,
+        # Of several formats those of the first.
+        "engines": next(iter(engines.values())),
+        "unserved": refusals(engines, settings.serve.engines),
         "rows": {CANDIDATE: _row(model, hardware, settings)},
     }
 
@@ -175,43 +168,6 @@ def _searched(run: Run, shapes: Shapes) -> float | None:
     return sizes[0] + share * (sizes[1] - sizes[0])
 
 
-def _export(shapes: Shapes) -> str:
-    stated = shapes.config.get("quantization_config") or {}
-    return str(stated.get("quant_method", "compressed-tensors"))
-
-
-def _schemes_on_disk(folder: ModelFolder) -> Schemes | None:
-    """The schemes of a quantized folder: that of its first linear, those that differ, the embedding's."""
-    weights, family = Weights(folder), family_of(folder.config)
-    found = {name: linear_scheme(folder, weights.format, name) for name in weights.linears}
-    head = found.pop(family.embedding, found.pop(family.head, None))
-    if not found:
-        return None
-    first = next(iter(found.values()))
-    return Schemes(first, {name: own for name, own in found.items() if own != first}, head)
-
-
-def _engines(
-    shapes: Shapes,
-    model: Checkpoint,
-    schemes: Schemes | None,
-    export: str,
-    hardware: Hardware,
-    tp: int,
-    all_bits: tuple[int, ...] = (),
-) -> dict[str, Any]:
-    given = served(
-        shapes,
-        model,
-        schemes,
-        export=export,
-        tp=tp,
-        all_bits=all_bits,
-        eight_bit_floats="fp8" in hardware.teraflops,
-    )
-    return loadable(given)
-
-
 def text(found: dict[str, Any]) -> str:
     """The tables of a plan."""
     hardware, wanted = found["hardware"], found["plan"]
@@ -219,7 +175,7 @@ def text(found: dict[str, Any]) -> str:
     if CANDIDATE in found["rows"]:
         rows[found["scheme"] or found["stages"]] = found["rows"][CANDIDATE]
     parts = [
-        f"{wanted['tp']} x {hardware['name']}: {hardware['gigabytes']:.0f} GB, "
+        f"{found['serve']['tp']} x {hardware['name']}: {hardware['gigabytes']:.0f} GB, "
         f"{hardware['gigabytes_per_second']:.0f} GB/s, "
         + ", ".join(f"{kind} {rate:.4g} TFLOPS" for kind, rate in hardware["teraflops"].items())
         + f"; context of {wanted['context']} tokens",
@@ -239,7 +195,9 @@ def text(found: dict[str, Any]) -> str:
     if found.get("uncounted"):
         parts.append(f"Not counted in the run's own needs: {', '.join(found['uncounted'])}.")
     if "engines" in found:
-        parts.append("Engines, by their source:\n" + "\n".join(answers(found["engines"])))
+        parts.append("Engines:\n" + "\n".join(answers(found["engines"])))
+    if found["unserved"]:
+        parts.append("serve.engines would not load it:\n" + "\n".join(found["unserved"]))
     parts.append(
         "Times are the shortest that memory and arithmetic allow: max(bytes / bandwidth, operations / rate). "
         "Memory is weights and cache on each device; a program takes more. docs/architecture.md has the "

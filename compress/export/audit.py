@@ -7,6 +7,8 @@ time later.
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,13 @@ import torch
 from torch import Tensor
 
 from compress.errors import UserError
-from compress.export.formats import Weights
+from compress.export.formats import FORMATS, Weights
 from compress.kv_cache.folder import is_scale, scheme_of, stated_scheme
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder, file_sha256, read_json, write_json
 from compress.quantize.qtensor import QTensor
 from compress.quantize.record import PARTS, schemes_of
+from compress.quantize.record import scheme_of as scheme_of_linear
 
 MANIFEST = "manifest.json"
 
@@ -53,7 +56,10 @@ def audit(record: ModelFolder, exported: ModelFolder, quantized: bool = True) ->
             wanted = wanted.dequantize(record.dtype)
         _same(name, wanted, found)
         if isinstance(found, QTensor):
-            _size(exported, name.removesuffix(".weight"), found)
+            linear = name.removesuffix(".weight")
+            fixed = FORMATS[written.format].nbytes
+            scheme = scheme_of_linear(record, linear)
+            _size(exported, linear, found, None if fixed is None else fixed(found, scheme))
     _same_cache(record, exported)
     return {
         "linears": len(decided.linears),
@@ -115,10 +121,10 @@ def _equal(a: Any, b: Any) -> bool:
     return torch.equal(first, second)
 
 
-def _size(exported: ModelFolder, linear: str, q: QTensor) -> None:
+def _size(exported: ModelFolder, linear: str, q: QTensor, fixed: int | None) -> None:
     """A linear may take its bits, padded to whole 32-bit words a row, its scales (bitsandbytes has them in
     32 bits), zero points (GPTQ and AWQ have those of symmetric weights too), in GPTQ the group of each
-    column, and a shape or a few numbers of its own; nothing more."""
+    column, and a shape or a few numbers of its own; or what its format says; nothing more."""
     rows, columns = q.shape
     groups = q.scale.shape[1]
     outliers = q.inputs is not None and q.inputs.outliers != "none"
@@ -128,6 +134,8 @@ def _size(exported: ModelFolder, linear: str, q: QTensor) -> None:
         allowed += 4 * groups * -(-rows * q.bits // 32)
     if f"{linear}.g_idx" in exported:
         allowed += 4 * columns
+    if fixed is not None:
+        allowed = fixed
     stored = sum(
         exported.nbytes(name)
         for name in exported.names
@@ -145,6 +153,28 @@ def write_manifest(folder: Path, origin: dict[str, Any]) -> None:
         if file.name != MANIFEST
     }
     write_json(folder / MANIFEST, {"origin": origin, "files": files})
+
+
+def add_text(folder: Path, name: str, text: str) -> None:
+    """Write a text file into an exported folder, or replace it, and note it in the manifest.
+
+    Both are written beside the folder and renamed into it, the file first: a process that is killed leaves
+    each as it was or as it is to be, and between the two ``verify`` tells.
+    """
+    described = read_json(folder / MANIFEST)
+    content = text.encode()
+    described["files"][name] = {
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    described["files"] = dict(sorted(described["files"].items()))
+    for target in (name, MANIFEST):
+        partial = folder.with_name(f"{folder.name}-{target}.{os.getpid()}.partial")
+        if target == MANIFEST:
+            write_json(partial, described)
+        else:
+            partial.write_bytes(content)
+        partial.replace(folder / target)
 
 
 def verify(path: Path) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from compress.errors import UserError
-from compress.export import awq, bitsandbytes, compressed_tensors, dense, gptq
+from compress.export import awq, bitsandbytes, compressed_tensors, dense, gguf, gptq
 from compress.kv_cache.folder import is_scale
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder, Shapes
@@ -28,6 +28,8 @@ class Format:
     sidecar: a file of weights beside the others; half: its scales fit models of 16 bits alone
     steps: what rows and columns of each linear must be multiples of
     plain: holds a model without quantized weights too; cache_scales: and the fixed scales of a cache
+    fits(model, schemes) raises UserError for a model that it has no place for (schemes None: a plain one)
+    nbytes(q, scheme): what a linear takes, where its bits and scales do not tell
     """
 
     name: str
@@ -42,6 +44,8 @@ class Format:
     steps: tuple[int, int] = (1, 1)
     plain: bool = False
     cache_scales: bool = False
+    fits: Callable[[Shapes, Schemes | None], None] | None = None
+    nbytes: Callable[[QTensor, Scheme], int] | None = None
 
     @property
     def quantized(self) -> bool:
@@ -94,6 +98,19 @@ FORMATS = {
         half=True,
         steps=(awq.IN_WORD, 1),
     ),
+    gguf.NAME: Format(
+        gguf.NAME,
+        gguf.write,
+        gguf.check,
+        lambda q, scheme, apart: gguf.compress_linear(q, scheme),
+        gguf.linears,
+        gguf.read_linear,
+        gguf.scheme_of,
+        half=True,
+        plain=True,
+        fits=gguf.fits,
+        nbytes=gguf.nbytes,
+    ),
     dense.NAME: Format(dense.NAME, dense.write, dense.check, plain=True),
 }
 
@@ -143,6 +160,10 @@ class Weights:
             self.format = found.name
             linears = found.linears(folder)
             self._read_linear = found.read_linear
+        elif gguf.linears(folder):
+            # A file of others, beside a config that says nothing of it.
+            self.format, linears = gguf.NAME, gguf.linears(folder)
+            self._read_linear = gguf.read_linear
         self.linears = dict.fromkeys(linears)
 
     @property

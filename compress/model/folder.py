@@ -1,6 +1,6 @@
 """A Hugging Face model folder, opened lazily: config, tensor names, one tensor at a time.
 
-Knows safetensors files and their index; knows nothing of quantization.
+Knows safetensors files and their index, and a GGUF file in place of them; knows nothing of quantization.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.errors import UserError
+from compress.model.gguf_file import SUFFIX, GGUFFile
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -92,10 +93,14 @@ class ModelFolder:
             files = {name: self._inside(index, file) for name, file in weight_map.items()}
         elif (self.path / SINGLE).exists():
             single = self.path / SINGLE
-            with _open(single) as f:
+            with self._open(single) as f:
                 files = dict.fromkeys(f.keys(), single)
+        elif len(found := sorted(self.path.glob(f"*{SUFFIX}"))) == 1:
+            files = dict.fromkeys(self._open(found[0]).keys(), found[0])
         else:
-            raise UserError(f"{self.path} holds neither {SINGLE} nor {INDEX}")
+            raise UserError(
+                f"{self.path} holds neither {SINGLE} nor {INDEX}, nor one {SUFFIX} file"
+            )
         for file in sorted(set(files.values())):
             if not file.exists():
                 raise UserError(f"{index} names {file.name}, which is missing")
@@ -116,17 +121,17 @@ class ModelFolder:
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, read from disk now. Raises UserError if the folder does not hold it."""
-        with _open(self.file_of(name)) as f:
+        with self._open(self.file_of(name)) as f:
             return self._checked(name, lambda: f.get_tensor(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, from the header alone."""
-        with _open(self.file_of(name)) as f:
+        with self._open(self.file_of(name)) as f:
             return tuple(self._checked(name, lambda: f.get_slice(name).get_shape()))
 
     def nbytes(self, name: str) -> int:
         """Bytes of a tensor on disk, from the header alone."""
-        with _open(self.file_of(name)) as f:
+        with self._open(self.file_of(name)) as f:
             part = self._checked(name, lambda: f.get_slice(name))
             return math.prod(part.get_shape()) * BYTES[part.get_dtype()]
 
@@ -135,6 +140,11 @@ class ModelFolder:
         if name not in self._file_of:
             raise UserError(f"{self.path} holds no tensor {name}")
         return self._file_of[name]
+
+    def _open(self, file: Path) -> Any:
+        if file.suffix != SUFFIX:
+            return _open(file)
+        return GGUFFile(file, DTYPES.get(self.config.get("dtype", "")))
 
     def _checked(self, name: str, read: Any) -> Any:
         try:

@@ -91,6 +91,8 @@ def _from_hub(name: str, revision: str | None) -> Path:
                     "*.model",
                     "*.jinja",
                     "LICENSE*",
+                    # Its licence is carried over to what is made of it.
+                    "README.md",
                 ],
             )
         )

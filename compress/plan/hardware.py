@@ -29,13 +29,14 @@ KINDS = ("bf16", *FALLBACK)
 @dataclass(frozen=True)
 class Hardware:
     """One device. name: as in recipes/hardware; device: as CUDA calls it; teraflops: of dense products by
-    type: bf16, fp8, int8, float32"""
+    type: bf16, fp8, int8, float32; capability: of CUDA, 0: none, None: not known"""
 
     name: str
     gigabytes: float
     gigabytes_per_second: float
     teraflops: Mapping[str, float]
     device: str | None = None
+    capability: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.teraflops, Mapping):
@@ -80,12 +81,13 @@ def hardware_of(values: Mapping[str, Any], *, again: bool = False) -> Hardware:
     Raises UserError for a value that is no number above 0 or, of another device, missing, or a key that is
     not known.
     """
-    keys = ("name", "device", "gigabytes", "gigabytes_per_second", "teraflops")
+    optional = ("device", "capability")
+    keys = ("name", *optional, "gigabytes", "gigabytes_per_second", "teraflops")
     for key in values:
         if key not in keys:
             raise UserError(f"hardware.{key} is not known: known are {', '.join(keys)}")
     given = {key: value for key, value in values.items() if value is not None}
-    if missing := [key for key in keys if key not in given and key != "device"]:
+    if missing := [key for key in keys if key not in given and key not in optional]:
         if given.get("name") != CPU:
             raise UserError(f"hardware.{missing[0]} is missing: only hardware=cpu is measured")
         given = measured_cpu(again=again) | given

@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from compress.config import Run
+from compress.engines import DENSE
 from compress.errors import UserError
+from compress.export.formats import Weights
+from compress.kv_cache.folder import scheme_of
+from compress.kv_cache.scheme import CacheScheme
 from compress.model.families import family_of
-from compress.model.folder import Shapes
-from compress.plan.checkpoint import Checkpoint
+from compress.model.folder import ModelFolder, Shapes
+from compress.model.shapes import ShapeFolder
+from compress.plan.checkpoint import Checkpoint, linear_scheme
 from compress.plan.hardware import Hardware
-from compress.plan.loadable import Served
+from compress.plan.loadable import Served, loadable
 from compress.plan.roofline import decode, intensity, largest_batch, memory, prefill, prompt_bytes
 from compress.quantize.scheme import Scheme, Schemes
-from compress.quantize.stage import linear_names
+from compress.quantize.stage import linear_names, settle
 
 
 def row(
@@ -95,21 +101,72 @@ def _ends(shapes: Shapes, schemes: Schemes) -> list[dict[str, Any]]:
     return entries
 
 
-def served(shapes: Shapes, model: Checkpoint, schemes: Schemes | None, **rest: Any) -> Served:
-    """What engines would be given. rest: export, tp, all_bits, eight_bit_floats of ``Served``"""
-    family = family_of(shapes.config)
+def served(
+    shapes: Shapes, schemes: Schemes | None, cache: CacheScheme | None, **rest: Any
+) -> Served:
+    """What engines would be given. shapes: of the 16-bit model; rest: export, tp, all_bits, capability of
+    ``Served``"""
+    family, heads = family_of(shapes.config), int(shapes.config["num_attention_heads"])
     size = {name: shapes.shape(f"{family.blocks}.0.{name}.weight") for name in family.linears}
     return Served(
         schemes=schemes,
-        cache=model.cache,
-        heads=model.heads,
-        kv_heads=model.kv_heads,
+        cache=cache,
+        heads=heads,
+        kv_heads=int(shapes.config.get("num_key_value_heads") or heads),
         merged={shared.linears: size[shared.linears[0]][1] for shared in family.inputs},
         parts={name: outputs for name, (outputs, _) in size.items()},
         by_rows=family.writers,
         by_heads=(family.keys, family.values),
         **rest,
     )
+
+
+def engines_of(
+    run: Run, shapes: Shapes, capability: float | None = None
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """format -> ``loadable`` of what a run whose last stage has these shapes would write in it. Raises
+    UserError if its schemes do not fit them."""
+    settings = run.settings
+    schemes = None
+    if "quantize" in settings.stages:
+        schemes = settle(shapes, family_of(shapes.config), run.schemes)
+    rest: dict[str, Any] = {
+        "tp": settings.serve.tp,
+        "capability": capability,
+        "all_bits": () if run.search is None else tuple(run.search.bits),
+    }
+    return {
+        form: loadable(served(shapes, schemes, run.cache, export=form, **rest))
+        for form in settings.export
+    }
+
+
+def loadable_folder(
+    folder: Shapes, tp: int = 1, capability: float | None = None
+) -> dict[str, dict[str, Any]]:
+    """``loadable`` of a folder as it is, from its headers: plain, record or exported; or of a config alone.
+
+    tp: devices that share it; capability: of CUDA, 0: none, None: not known
+    """
+    form, schemes = DENSE, None
+    if isinstance(folder, ModelFolder):
+        weights = Weights(folder)
+        form = DENSE if weights.format == "plain" else weights.format
+        schemes = schemes_on_disk(folder)
+    sixteen = ShapeFolder(str(folder.path), folder.config)
+    given = served(sixteen, schemes, scheme_of(folder), export=form, tp=tp, capability=capability)
+    return loadable(given)
+
+
+def schemes_on_disk(folder: ModelFolder) -> Schemes | None:
+    """The schemes of a quantized folder: that of its first linear, those that differ, the embedding's."""
+    weights, family = Weights(folder), family_of(folder.config)
+    found = {name: linear_scheme(folder, weights.format, name) for name in weights.linears}
+    head = found.pop(family.embedding, found.pop(family.head, None))
+    if not found:
+        return None
+    first = next(iter(found.values()))
+    return Schemes(first, {name: own for name, own in found.items() if own != first}, head)
 
 
 def answers(engines: Mapping[str, Any]) -> list[str]:
@@ -119,6 +176,7 @@ def answers(engines: Mapping[str, Any]) -> list[str]:
         # What it would be like is of no use where it is not.
         told = found["notes"] if found["loads"] else found["reasons"]
         said = "; ".join(entry["text"] for entry in told)
-        word = "yes" if found["loads"] else "no"
-        lines.append(f"{name} {found['version']}: {word}{', ' if said else ''}{said}")
+        word = f"yes ({found['proved'] or 'by its source'})" if found["loads"] else "no, it"
+        between = "" if not said else ", " if found["loads"] else " "
+        lines.append(f"{name} {found['version']}: {word}{between}{said}")
     return lines

@@ -23,13 +23,16 @@ def write_report(
 ) -> list[Path]:
     """Write report.html, table.csv, table.md and table.tex; what an earlier one left is replaced.
 
-    extra: more for the page
+    extra: more for the page and for table.md
     """
     rows = rows_of(runs)
     texts = {
         "report.html": report_page(runs, limits, folder, extra),
         "table.csv": csv_table(rows),
-        "table.md": f"{table(runs)}\n{_answers_markdown(answers(rows, limits))}",
+        "table.md": "\n".join(
+            [table(runs), _answers_markdown(answers(rows, limits))]
+            + [f"## {section.title}\n\n{section.text}" for section in extra]
+        ),
         "table.tex": latex_table(rows),
     }
     try:

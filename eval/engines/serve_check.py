@@ -1,253 +1,419 @@
-"""Does a serving engine compute what was exported? vLLM's CPU build and transformers against our reader.
+"""Serving engines answer with the exported checkpoints: what they compute, and how fast.
 
-    python -m eval.engines.serve_check --vllm-python ENV/bin/python [--only NAME ...]
-        [--checkpoint FOLDER ...]
+    python -m eval.engines.serve_check --vllm ENV --llama-cpp ENV [--only NAME ...] [--runs FOLDER]
+        [--rounds N] [--no-load] [--checkpoint FOLDER ...]
 
-Without a checkpoint, the demo model is compressed by the recipes of CASES first. For each: log-probabilities
-of the same prompt tokens, and greedy text. ``make serve-check`` prepares vLLM.
+Compresses the demo model by the recipes of CASES, each a run with its accuracy measured, in several formats.
+Then each format is asked for the log-probabilities of the same prompts by every engine here that loads it by
+the engine matrix: transformers in this process, ``vllm serve`` (its CPU build) and llama.cpp's server on
+loopback, through the OpenAI API; ``agreement`` says what has to come out. Then the servers are put under
+load in turns, the original's among them. Both go into the section ``served`` of the run's
+metrics.json, its served.md, and all of it to --out. Runs that are there already are not made again.
 
-Where inputs stay in 16 bits, an engine passes if its mean log-probability is within TOLERANCE of ours and
-much nearer to ours than to the original's (so an engine that dropped the quantization would fail). Where
-inputs are rounded, that cannot be asked: the last bit of a bf16 input decides which of two 8-bit values
-it takes, a whole step, so that two engines that round at other places differ as much as either does from
-the original. There an engine passes if it is about as far from the original as we are, and not as near as
-we would be with the inputs left alone, where that makes a clear difference: with 8-bit floats, whose
-weights cost most of it, it does not, and passing says no more than that the weights are read right. That
-linears compute the same number by number is a test (tests/compress/export/test_eight_bits.py).
-
-A cache in 8-bit floats is rounded in the same sense, and engines convert to E4M3 in different ways. There the
-same checkpoint read with a 16-bit cache is what counts: an engine passes if it strays from that between half
-and twice as far as we do, is much nearer to it than to the original where weights are quantized too, and
-moves much further once the stored scales are divided by CLIP (so one that computes scales of its own, or
-keeps the cache in 16 bits, fails). transformers does keep 16 bits where the checkpoint asks it to unpack
-the weights while loading; it is then compared with our reader doing so.
+With --checkpoint only these folders are asked, and nothing is written. ``make serve-check`` prepares the
+environments.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from calibration.texts import load_texts
 from calibration.tokens import evaluation_windows
 from compress.compose import compose_settings
-from compress.export.formats import Weights
-from compress.kv_cache.folder import SCALES, scheme_of
-from compress.model.folder import ModelFolder
+from compress.engines import LLAMA_CPP, TRANSFORMERS, VLLM_CPU
+from compress.environment import environment, version_of
+from compress.export.formats import FORMATS, Weights
+from compress.model.folder import ModelFolder, read_json, write_json
 from compress.model.sources import open_tokenizer, resolve_model
-from compress.quantize.qtensor import QTensor
-from compress.runtime.cached import load_served
+from compress.plan.rows import loadable_folder
+from compress.report.served import served_sections
+from compress.report.table import METRICS, find_runs, rows_of
+from compress.run_folder import whole
 from compress.runtime.load import load_dense
+from compress.serve.command import Command, serve_command
+from compress.serve.loads import gguf_of
+from eval.engines.agreement import BF16, CPU, Ours, clip, compare, log_probs, read_ours
+from eval.engines.load import Client, Load, in_turns
+from eval.engines.servers import NAME, Server, free_port, running
 
-CLIENT = Path(__file__).parent / "vllm_client.py"
 PROMPTS, LENGTH, NEW_TOKENS = 4, 64, 16
-# Nats per token, mean of |difference|: engines round in bf16 at other places than we do.
-TOLERANCE = 0.1
-# The distance to our own log-probabilities must be below this share of the distance to the
-# original's.
-NEARER = 0.5
-# With rounded inputs: how far the distances of ours and theirs to the original may be apart.
-ALIKE = 0.25
-# With a cache in 8-bit floats: how far our and their distances to the 16-bit cache may be apart, what the
-# stored scales are divided by (most keys and values are clipped then), and how many times their distance to
-# the 16-bit cache an answer must move then.
-CACHE_ALIKE = 2.0
-CLIP = 16.0
-CLIPPED = 2.0
-BF16, CPU = torch.bfloat16, torch.device("cpu")
-# A checkpoint and tokens (prompts, length) -> log-probabilities (prompts, length - 1), greedy answers.
-Ask = Callable[[Path, Tensor], tuple[Tensor, list[list[int]]]]
+# Tokens of a request, and requests at a time, of a server.
+CONTEXT, PARALLEL = 1024, 16
+# vLLM's CPU build takes 3.6 GB: servers that are up at the same time, the original's among them.
+TOGETHER = 5
+# The load of many requests, and that of a server which takes a second a token.
+MANY = Load(PARALLEL, 200, 32, 32)
+SLOW = Load(1, 1, 8, 8)
+SERVED = "served.md"
+# Formats that transformers reads through gptqmodel, which brings a torch for CUDA.
+NEED_GPTQMODEL = ("gptq", "awq")
+# With two threads it spins for a core that the client has: a fifth of the speed.
+LLAMA_THREADS = 1
+# Of vLLM: it would give up 8-bit floats after five minutes; a cache of 1 GiB holds all that is asked.
+SURROUNDINGS = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "3600",
+}
+Entry = dict[str, Any]
+CONCURRENCY = (1, 4, 16)
+# What the lengths of speed=patterns are multiplied by.
+SCALE = 0.125
 
 
 @dataclass(frozen=True)
 class Case:
-    """words: the recipe; vllm: whether its CPU build has kernels for it"""
+    """words: the recipe; slow: an engine has kernels that take a second a token, so it is asked for little"""
 
     words: tuple[str, ...]
-    vllm: bool = True
+    slow: bool = False
 
 
 CASES = {
-    "awq-int4": Case(("recipe=awq-int4",)),
-    "awq-int4 symmetric": Case(("recipe=awq-int4", "scheme.symmetric=true")),
+    "awq-int4": Case(("recipe=awq-int4", "export=[compressed-tensors,awq,gguf]")),
+    "gptq-int4 symmetric": Case(
+        ("recipe=gptq-int4", "scheme.symmetric=true", "export=[compressed-tensors,gptq,gguf]")
+    ),
     "w8a8-int8": Case(("recipe=w8a8-int8",)),
-    "fp8": Case(("recipe=fp8",)),
-    "w8a16-int8": Case(("recipe=w8a16-int8",), vllm=False),
-    "fp8-static": Case(("recipe=fp8-static",), vllm=False),
-    "nvfp4": Case(("recipe=nvfp4",), vllm=False),
-    "mxfp4": Case(("recipe=mxfp4",), vllm=False),
-    "llm-int8": Case(("recipe=llm-int8",), vllm=False),
-    "prune-width": Case(("recipe=prune-width", "prune.candidates=1")),
-    "prune-depth": Case(("recipe=prune-depth",)),
-    "prune-heads": Case(("recipe=prune-heads",)),
-    "prune-kv-heads": Case(("recipe=prune-kv-heads", "data.length=1024")),
     "kv-fp8": Case(("recipe=kv-fp8", "context=none")),
     "awq-int4-kv-fp8": Case(("recipe=awq-int4-kv-fp8", "context=none")),
-    "awq-int4-kv-fp8 symmetric": Case(
-        ("recipe=awq-int4-kv-fp8", "scheme.symmetric=true", "context=none"), vllm=False
+    "prune-width": Case(
+        ("recipe=prune-width", "prune.candidates=1", "export=[compressed-tensors,gguf]")
     ),
+    "prune-kv-heads": Case(("recipe=prune-kv-heads", "data.length=1024")),
+    "fp8": Case(("recipe=fp8",), slow=True),
+    "w8a16-int8": Case(("recipe=w8a16-int8", "export=[compressed-tensors,gguf,dense]")),
+    "fp8-static": Case(("recipe=fp8-static",)),
+    "nvfp4": Case(("recipe=nvfp4",)),
+    "mxfp4": Case(("recipe=mxfp4", "export=[compressed-tensors,gguf]")),
+    "llm-int8": Case(("recipe=llm-int8",)),
 }
 
 
-@torch.inference_mode()
-def log_probs(model: Any, tokens: Tensor) -> Tensor:
-    """Log-probability of every token but the first, (prompts, length - 1)."""
-    found = model(tokens).logits[:, :-1].float().log_softmax(-1)
-    return found.gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)
+@dataclass(frozen=True)
+class Asked:
+    """A checkpoint and an engine that loads it. run: where its figures go; original: of the demo model"""
+
+    name: str
+    export: str
+    engine: str
+    folder: Path
+    run: Path | None
+    slow: bool
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} ({self.export}) in {self.engine}"
+
+    @property
+    def original(self) -> bool:
+        return self.run is None
 
 
-def ask_transformers(folder: Path, tokens: Tensor) -> tuple[Tensor, list[list[int]]]:
-    """What a plain from_pretrained call computes, without our code."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=BF16)
-    answer = model.generate(
-        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW_TOKENS, do_sample=False
-    )
-    return log_probs(model, tokens), answer[:, tokens.shape[1] :].tolist()
+class Check:
+    """What all of it needs: environments of the engines, the original, and its answers."""
 
+    def __init__(self, vllm: Path, llama_cpp: Path, scratch: Path):
+        self.vllm, self.llama_cpp, self.scratch = vllm, llama_cpp, scratch
+        self.base = ModelFolder(resolve_model(compose_settings([]).model.source, None))
+        texts = load_texts("sotu-since-2009", "text", "train")
+        self.tokens = evaluation_windows(
+            texts, open_tokenizer(self.base), tokens=PROMPTS * LENGTH, window=LENGTH
+        ).tokens
+        self.answers = log_probs(load_dense(self.base, CPU, BF16), self.tokens)
+        self.vocabulary = int(self.base.config["vocab_size"])
 
-def ask_vllm(python: str, folder: Path, tokens: Tensor) -> tuple[Tensor, list[list[int]]]:
-    """What vLLM computes, in its own environment."""
-    settings = {
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        # 8-bit floats take minutes for these prompts; it would give up after five.
-        "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "3600",
-        # The default on CPUs with VNNI rounds activations to 8 bits for asymmetric int4 weights; the
-        # question here is whether the weights are read right.
-        "VLLM_CPU_INT4_W4A8": "0",
-    }
-    with tempfile.TemporaryDirectory() as scratch:
-        prompts, output = Path(scratch) / "prompts.json", Path(scratch) / "output.json"
-        prompts.write_text(json.dumps(tokens.tolist()))
-        command = [python, str(CLIENT), str(folder), str(prompts), str(output)]
-        subprocess.run(command, check=True, env={**os.environ, **settings})
-        answers = json.loads(output.read_text())["answers"]
-    return torch.tensor([a["logprobs"] for a in answers]), [a["tokens"] for a in answers]
+    def prompts(self, *, slow: bool) -> Tensor:
+        return self.tokens[:1, : LENGTH // 2] if slow else self.tokens
 
+    def ours(self, asked: Asked) -> Ours:
+        tokens = self.prompts(slow=asked.slow)
+        return read_ours(asked.folder, tokens, self.answers[: len(tokens), : tokens.shape[1] - 1])
 
-def check(folder: Path, original: Tensor, tokens: Tensor, vllm_python: str | None) -> bool:
-    """Print how far each engine is from our reader; True if all pass. Without a python no vLLM."""
-    exported = ModelFolder(folder)
-    tokenizer, weights = open_tokenizer(exported), Weights(exported)
-    rounded = False
-    if weights.linears:
-        q = weights.get(f"{next(iter(weights.linears))}.weight")
-        rounded = isinstance(q, QTensor) and q.inputs is not None
-    model = load_served(exported, CPU, BF16)
-    ours = log_probs(model, tokens)
-    loss = _apart(ours, original)
-    for linear in model.modules():
-        linear._forward_pre_hooks.clear()
-    alone = _apart(log_probs(model, tokens), original)
-    del model
-    cached = scheme_of(exported) is not None
-    wide = log_probs(load_dense(exported, CPU, BF16), tokens) if cached else ours
-    unpacked = bool((exported.config.get("quantization_config") or {}).get("dequantize"))
-    passed = True
-    engines: dict[str, Ask] = {"transformers": ask_transformers}
-    if vllm_python is not None:
-        engines["vllm"] = functools.partial(ask_vllm, vllm_python)
-    for name, ask in engines.items():
-        theirs, answers = ask(folder, tokens)
-        keeps = cached and not (unpacked and name == "transformers")
-        distance, to_original = _apart(theirs, ours if keeps else wide), _apart(theirs, original)
-        note = f"with inputs left alone {alone:.4f}"
-        if keeps:
-            good, note = _check_cache(exported, ask, tokens, ours=ours, theirs=theirs, wide=wide)
-            good &= not weights.linears or _apart(theirs, wide) < NEARER * to_original
-        elif rounded:
-            nearer = abs(to_original - loss) < abs(to_original - alone)
-            telling = abs(alone / loss - 1) > ALIKE
-            good = abs(to_original / loss - 1) < ALIKE and (nearer or not telling)
-        else:
-            good = distance < TOLERANCE and distance < NEARER * to_original
-        passed &= good
-        reader = "our reader with a 16-bit cache" if cached and not keeps else "our reader"
-        print(
-            f"{'ok  ' if good else 'FAIL'} {name}: |difference| of log-probabilities {distance:.4f} to "
-            f"{reader}, {to_original:.4f} to the original (ours {loss:.4f}, {note}); says "
-            f"{tokenizer.decode(answers[0])!r}",
-            flush=True,
+    def version(self, engine: str) -> str:
+        """Of an engine as it is installed."""
+        if engine == TRANSFORMERS:
+            return str(version_of(engine))
+        python, package = (
+            (self.vllm, "vllm") if engine == VLLM_CPU else (self.llama_cpp, "xllamacpp")
         )
-    return passed
+        code = f"import importlib.metadata as m; print(m.version({package!r}))"
+        command = [str(python / "bin" / "python"), "-c", code]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    @contextlib.contextmanager
+    def served(self, engine: str, folder: Path, log: str) -> Iterator[Server]:
+        port = free_port()
+        command = self._command(engine, folder, port)
+        with running(
+            engine,
+            command.words,
+            {**command.environment, **SURROUNDINGS},
+            port=port,
+            log=self.scratch / f"{log}.log",
+            vocabulary=self.vocabulary,
+            parallel=PARALLEL,
+        ) as server:
+            yield server
+
+    def _command(self, engine: str, folder: Path, port: int) -> Command:
+        """What ``compress serve`` would run, and what this machine needs beside."""
+        if engine == VLLM_CPU:
+            program, context = self.vllm / "bin" / "vllm", CONTEXT
+            extra = ["--enforce-eager", "--max-num-seqs", str(PARALLEL)]
+        else:
+            program, context = self.llama_cpp / "bin" / "python", CONTEXT * PARALLEL
+            extra = ["-np", str(PARALLEL), "-t", str(LLAMA_THREADS)]
+        return serve_command(
+            engine,
+            folder,
+            port=port,
+            name=NAME,
+            context=context,
+            program=str(program),
+            extra=extra,
+        )
+
+    def ask(self, asked: Asked, server: Server) -> dict[str, Any]:
+        """What ``agreement.compare`` finds, and what the engine writes."""
+        tokens, ours = self.prompts(slow=asked.slow), self.ours(asked)
+
+        def clipped() -> Tensor:
+            with tempfile.TemporaryDirectory() as place:
+                copy = clip(asked.folder, Path(place) / "clipped")
+                with self.served(asked.engine, copy, "clipped") as other:
+                    return other.log_probs(tokens)
+
+        found = compare(ours, server.log_probs(tokens), clipped)
+        return {**found, "writes": server.greedy(tokens[0].tolist(), NEW_TOKENS)}
+
+    def ask_transformers(self, asked: Asked) -> dict[str, Any]:
+        """What a plain from_pretrained call computes, without our code."""
+        tokens = self.prompts(slow=asked.slow)
+
+        @functools.cache
+        def answer(folder: Path) -> tuple[Tensor, Tensor]:
+            gguf = gguf_of(folder)
+            file = {} if gguf is None else {"gguf_file": gguf.name}
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=BF16, **file)
+            mask = torch.ones_like(tokens)
+            written = model.generate(
+                tokens, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False
+            )
+            return log_probs(model, tokens), written[0, tokens.shape[1] :]
+
+        def clipped() -> Tensor:
+            with tempfile.TemporaryDirectory() as place:
+                return answer(clip(asked.folder, Path(place) / "clipped"))[0]
+
+        theirs, written = answer(asked.folder)
+        # Where the checkpoint asks it to unpack the weights while loading, it keeps a 16-bit cache.
+        stated = ModelFolder(asked.folder).config.get("quantization_config") or {}
+        keeps = not stated.get("dequantize")
+        found = compare(self.ours(asked), theirs, clipped if keeps else None)
+        return {**found, "writes": open_tokenizer(self.base).decode(written)}
 
 
-def _check_cache(
-    exported: ModelFolder, ask: Ask, tokens: Tensor, *, ours: Tensor, theirs: Tensor, wide: Tensor
-) -> tuple[bool, str]:
-    """Whether an engine keeps the cache as the checkpoint says, and the figures that tell. wide: ours with
-    the cache in 16 bits"""
-    loss, their_loss = _apart(ours, wide), _apart(theirs, wide)
-    with tempfile.TemporaryDirectory() as scratch:
-        clipped, _ = ask(_clip(exported.path, Path(scratch) / "clipped"), tokens)
-    moved = _apart(clipped, theirs)
-    good = 1 / CACHE_ALIKE < their_loss / loss < CACHE_ALIKE and moved > CLIPPED * their_loss
-    return good, (
-        f"to a 16-bit cache {their_loss:.4f}, ours {loss:.4f}, moved by clipped scales {moved:.4f}"
-    )
+def loads() -> list[Load]:
+    """The four patterns, at several concurrencies."""
+    speed = compose_settings(["speed=patterns"]).speed
+    assert speed is not None
+    sizes = [(round(SCALE * size[0]), round(SCALE * size[1])) for size in speed.patterns]
+    return [Load(at, at, *size) for size in sizes for at in CONCURRENCY]
 
 
-def _clip(folder: Path, copy: Path) -> Path:
-    """A copy of a checkpoint whose cache scales are a CLIP-th."""
-    shutil.copytree(folder, copy)
-    for file in copy.glob("*.safetensors"):
-        tensors = load_file(file)
-        for name in tensors:
-            if name.endswith(SCALES):
-                tensors[name] = tensors[name] / CLIP
-        save_file(tensors, file, metadata={"format": "pt"})
-    return copy
-
-
-def _apart(some: Tensor, other: Tensor) -> float:
-    """Mean |difference| in nats per token."""
-    return float((some - other).abs().mean())
-
-
-def export_demo(directory: Path, words: tuple[str, ...]) -> Path:
-    fixed = ["data=sotu", "data.sequences=8", "eval=none", "speed=none"]
+def export_demo(directory: Path, words: Sequence[str]) -> None:
+    fixed = ["data=sotu", "data.sequences=8", "eval.tasks=[]", "speed=none"]
     command = [sys.executable, "-m", "compress", *words, *fixed, f"hydra.run.dir={directory}"]
     subprocess.run(command, check=True)
-    return directory / "checkpoint"
+
+
+def demo(check: Check, runs: Path, names: Sequence[str]) -> list[Asked]:
+    """The runs of these cases, made if they are not there, and who is asked for what of them."""
+    found: list[Asked] = []
+    for name in names:
+        run, case = runs / name.replace(" ", "-"), CASES[name]
+        if not (run / METRICS).exists():
+            export_demo(run, case.words)
+        for folder in sorted(run.glob("checkpoint*")):
+            if folder.is_dir():
+                found += asked_of(name, folder, run, slow=case.slow)
+    gguf = runs / "original" / "gguf"
+    if not gguf.exists():
+        with whole(gguf) as partial:
+            FORMATS["gguf"].write(check.base, partial)
+    engines = ((VLLM_CPU, check.base.path, "16 bits"), (LLAMA_CPP, gguf, "gguf"))
+    originals = [
+        Asked("original", export, engine, folder, None, slow=False)
+        for engine, folder, export in engines
+    ]
+    return [*originals, *found]
+
+
+def asked_of(name: str, folder: Path, run: Path | None, *, slow: bool = False) -> list[Asked]:
+    """Every engine that can be run here and loads the folder, by the engine matrix."""
+    export = Weights(ModelFolder(folder)).format
+    loads = loadable_folder(ModelFolder(folder), 1)
+    return [
+        Asked(name, export, engine, folder, run, slow=slow and engine == VLLM_CPU)
+        for engine in (TRANSFORMERS, VLLM_CPU, LLAMA_CPP)
+        if loads[engine]["loads"] and not (engine == TRANSFORMERS and export in NEED_GPTQMODEL)
+    ]
+
+
+def groups(asked: Sequence[Asked]) -> Iterator[list[Asked]]:
+    """Who is served at the same time: of one engine, the original first, as many as fit into memory."""
+    for engine in (VLLM_CPU, LLAMA_CPP):
+        own = [one for one in asked if one.engine == engine]
+        originals = [one for one in own if one.original]
+        others = [one for one in own if not (one.original or one.slow)]
+        room = TOGETHER - len(originals)
+        for start in range(0, max(len(others), 1), room):
+            if group := [*originals, *others[start : start + room]]:
+                yield group
+        yield from ([one] for one in own if one.slow)
+
+
+def serve(check: Check, client: Client | None, group: Sequence[Asked], rounds: int) -> list[Entry]:
+    """Start a server for each, ask it, then put them under load in turns. An entry for each."""
+    entries = [_entry(check, one) for one in group]
+    with ExitStack() as stack:
+        servers: dict[str, Server] = {}
+        for one, entry in zip(group, entries, strict=True):
+            try:
+                server = stack.enter_context(
+                    check.served(one.engine, one.folder, f"server{len(servers)}")
+                )
+                entry["agreement"] = check.ask(one, server)
+                servers[one.label] = server
+            except RuntimeError as error:
+                entry["agreement"] = _failed(error)
+            _tell(one, entry)
+        if client is not None and servers:
+            slow = any(one.slow for one in group)
+            points = in_turns(
+                client,
+                servers,
+                check.base.path,
+                [SLOW] if slow else loads(),
+                1 if slow else rounds,
+            )
+            if not slow:
+                for name, found in in_turns(client, servers, check.base.path, [MANY], 1).items():
+                    points[name] += found
+            for one, entry in zip(group, entries, strict=True):
+                entry["points"] = points.get(one.label, [])
+                entry["load"] = {"client": f"vllm bench serve {client.version}", "rounds": rounds}
+    return entries
+
+
+def _entry(check: Check, asked: Asked) -> Entry:
+    facts = environment(CPU)
+    return {
+        "engine": asked.engine,
+        "version": check.version(asked.engine),
+        "export": asked.export,
+        "device": facts["device"],
+        "date": facts["date"],
+        "agreement": {},
+        "load": None,
+        "points": [],
+    }
+
+
+def _failed(error: Exception) -> dict[str, Any]:
+    return {"agrees": False, "error": str(error).strip().splitlines()[-1][:200]}
+
+
+def _tell(asked: Asked, entry: Entry) -> None:
+    found = entry["agreement"]
+    print(f"{'ok  ' if found['agrees'] else 'FAIL'} {asked.label}: {json.dumps(found)}", flush=True)
+
+
+def keep(asked: Sequence[Asked], entries: Sequence[Entry]) -> None:
+    """Put the entries of a group into metrics.json and served.md of their runs, the original's beside."""
+    of_original = [e for one, e in zip(asked, entries, strict=True) if one.original]
+    for one, entry in zip(asked, entries, strict=True):
+        if one.run is None:
+            continue
+        metrics = read_json(one.run / METRICS)
+        for row, new in (("candidate", [entry]), ("base", of_original)):
+            kinds = {(e["engine"], e["export"]) for e in new}
+            old = metrics[row].get("served") or []
+            kept = [e for e in old if (e["engine"], e["export"]) not in kinds]
+            metrics[row]["served"] = [*kept, *new]
+        with whole(one.run / METRICS) as partial:
+            write_json(partial, metrics)
+        for section in served_sections([metrics]):
+            (one.run / SERVED).write_text(section.text, encoding="utf-8")
+
+
+def tell_all(runs: Path) -> None:
+    """Print what all runs were found to be, and leave it beside them: served.md, served.json."""
+    found = find_runs([runs])
+    sections = served_sections(found)
+    text = "".join(section.text for section in sections)
+    print(f"\n{text}", flush=True)
+    (runs / SERVED).write_text(text, encoding="utf-8")
+    served = {row.label: row.values["served"] for row in rows_of(found) if row.values.get("served")}
+    write_json(runs / SERVED.replace(".md", ".json"), {**environment(CPU), "served": served})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--vllm-python", required=True)
+    parser.add_argument("--vllm", type=Path, required=True, help="its environment")
+    parser.add_argument("--llama-cpp", type=Path, required=True, help="that of xllamacpp")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--runs", type=Path, default=Path("outputs/serve-check"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-load", action="store_true")
     parser.add_argument("--checkpoint", type=Path, nargs="*", default=[])
     asked = parser.parse_args()
-    base = ModelFolder(resolve_model(compose_settings([]).model.source, None))
-    tokenizer = open_tokenizer(base)
-    texts = load_texts("sotu-since-2009", "text", "train")
-    tokens = evaluation_windows(texts, tokenizer, tokens=PROMPTS * LENGTH, window=LENGTH).tokens
-    original = log_probs(load_dense(base, CPU, BF16), tokens)
-    passed = [check(folder, original, tokens, asked.vllm_python) for folder in asked.checkpoint]
-    for name in [] if asked.checkpoint else asked.only:
-        case = CASES[name]
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = export_demo(Path(scratch) / "run", case.words)
-            print(name, flush=True)
-            python = asked.vllm_python if case.vllm else None
-            passed.append(check(folder, original, tokens, python))
+    passed = []
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        check = Check(asked.vllm, asked.llama_cpp, Path(scratch))
+        if asked.checkpoint:
+            wanted = [a for folder in asked.checkpoint for a in asked_of(folder.name, folder, None)]
+        else:
+            wanted = demo(check, asked.runs, asked.only)
+        client = None
+        if not (asked.no_load or asked.checkpoint):
+            python = str(asked.vllm / "bin" / "python")
+            client = stack.enter_context(Client(python, Path(scratch) / "client.log"))
+        for one in wanted:
+            if one.engine == TRANSFORMERS:
+                entry = _entry(check, one)
+                entry["agreement"] = check.ask_transformers(one)
+                _tell(one, entry)
+                passed.append(entry["agreement"]["agrees"])
+                keep([one], [entry])
+        for group in groups(wanted):
+            entries = serve(check, client, group, asked.rounds)
+            passed += [entry["agreement"]["agrees"] for entry in entries]
+            passed += [point["lost"] == 0 for entry in entries for point in entry["points"]]
+            keep(group, entries)
+    if not asked.checkpoint:
+        tell_all(asked.runs)
+    print(f"{sum(passed)} of {len(passed)} checks passed", flush=True)
     sys.exit(0 if all(passed) else 1)
 
 

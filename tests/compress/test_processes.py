@@ -21,6 +21,7 @@ from compress.config import parse
 from compress.errors import UserError
 from compress.model.folder import ModelFolder
 from compress.pipeline import run_recipe
+from tests.exported import checkpoint_bytes
 
 # quantize as a stage that trains with several processes, and rotate as one of the main process's alone.
 SCRIPT = """
@@ -100,8 +101,7 @@ def test_two_processes_leave_the_folder_and_the_bytes_of_one(
     assert one.returncode == 0, one.stderr
     (run,) = tmp_path.glob("outputs/*/*/*")
     assert {file.name for file in run.iterdir()} == {f.name for f in (tmp_path / "one").iterdir()}
-    for file in (tmp_path / "one" / "checkpoint").iterdir():
-        assert (run / "checkpoint" / file.name).read_bytes() == file.read_bytes(), file.name
+    assert checkpoint_bytes(run) == checkpoint_bytes(tmp_path / "one")
     assert one.stdout == two.stdout, "one table, of the main process"
 
 

@@ -5,33 +5,16 @@ from __future__ import annotations
 import pytest
 
 from compress.compose import compose_settings
-from compress.config import cache_scheme_of, schemes_of
-from compress.model.families import family_of
+from compress.config import parse
+from compress.engines import ENGINES, SGLANG, TENSORRT, TRANSFORMERS, VLLM
 from compress.model.shapes import ShapeFolder
-from compress.plan.checkpoint import as_planned
-from compress.plan.loadable import SGLANG, TENSORRT, TRANSFORMERS, VERSIONS, VLLM, loadable
-from compress.plan.rows import served
-from compress.quantize.stage import settle
+from compress.plan.rows import engines_of
 
 
-def asked(shape: str, *words: str, tp: int = 1, fp8: bool = True) -> dict[str, dict]:
-    shapes = ShapeFolder(shape)
-    settings = compose_settings([*words])
-    schemes = None
-    if "quantize" in settings.stages:
-        schemes = settle(shapes, family_of(shapes.config), schemes_of(settings))
-    model = as_planned(shapes, schemes, cache_scheme_of(settings), next(iter(settings.export)))
-    bits = () if settings.search is None else (2, 3, 4, 6)
-    given = served(
-        shapes,
-        model,
-        schemes,
-        export=next(iter(settings.export)),
-        tp=tp,
-        all_bits=bits,
-        eight_bit_floats=fp8,
-    )
-    return loadable(given)
+def asked(shape: str, *words: str, tp: int = 1, cuda: float | None = None) -> dict[str, dict]:
+    run = parse(compose_settings([*words, f"serve.tp={tp}"]))
+    (found,) = engines_of(run, ShapeFolder(shape), cuda).values()
+    return found
 
 
 # Recipe words, tp, and for each engine whether it loads the result of Llama-3.1-8B.
@@ -50,10 +33,12 @@ TABLE = [
     (["recipe=fp8-block"], 16, (True, True, True, True)),
     (["recipe=fp8-block"], 32, (False, False, False, True)),
     (["recipe=fp8-static", "scheme.group_size=channel"], 1, (True, True, False, True)),
-    (["recipe=nvfp4"], 1, (True, True, True, True)),
+    # TensorRT-LLM takes it with rounded inputs alone, SGLang MXFP4 for experts alone.
+    (["recipe=nvfp4"], 1, (True, True, False, True)),
+    (["recipe=mxfp4"], 1, (True, False, True, True)),
     (["recipe=llm-int8"], 1, (False, True, False, True)),
     (["recipe=rtn-int4", "head=int8", "scheme.symmetric=true"], 1, (False, False, False, True)),
-    (["recipe=fp8", "head=int8"], 1, (False, False, False, True)),
+    (["recipe=rtn-int4", "head=int4"], 1, (False, False, False, True)),
     (["recipe=mixed-3.5"], 1, (True, False, False, False)),
     (["recipe=mixed-3.5", "scheme.symmetric=true"], 1, (True, False, False, True)),
     (["recipe=kv-fp8"], 1, (True, True, True, True)),
@@ -68,10 +53,10 @@ TABLE = [
 @pytest.mark.parametrize(("words", "tp", "loads"), TABLE)
 def test_who_loads_what(words: list[str], tp: int, loads: tuple[bool, ...]) -> None:
     found = asked("llama-3.1-8b", *words, tp=tp)
-    assert list(found) == [VLLM, SGLANG, TENSORRT, TRANSFORMERS]
-    assert tuple(entry["loads"] for entry in found.values()) == loads
+    assert list(found) == list(ENGINES)
+    assert tuple(found[e]["loads"] for e in (VLLM, SGLANG, TENSORRT, TRANSFORMERS)) == loads
     for engine, entry in found.items():
-        assert entry["version"] == VERSIONS[engine]
+        assert entry["version"] == ENGINES[engine].version
         assert bool(entry["reasons"]) == (not entry["loads"])
         assert all(reason["source"] and reason["text"] for reason in entry["reasons"])
 
@@ -99,6 +84,6 @@ def test_a_cache_of_integers_is_a_flag() -> None:
 
 def test_notes_on_kernels() -> None:
     assert "nvcc" in asked("llama-3.1-8b", "recipe=awq-int3")[VLLM]["notes"][0]["text"]
-    old = asked("llama-3.1-8b", "recipe=fp8", fp8=False)
+    old = asked("llama-3.1-8b", "recipe=fp8", cuda=8.0)
     assert "widened" in old[VLLM]["notes"][0]["text"]
     assert "vllm-bnb-plugin" in asked("llama-3.1-8b", "recipe=llm-int8")[VLLM]["reasons"][0]["text"]

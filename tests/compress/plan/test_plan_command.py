@@ -34,7 +34,7 @@ def test_original_and_candidate_beside_each_other(capsys: pytest.CaptureFixture[
     assert candidate["points"][0]["limit"] == "weights"
     assert {e["name"]: e["count"] for e in found["linears"]}["mlp.down_proj"] == 40
     assert [s["name"] for s in found["calibration"]] == ["quantize", "export"]
-    assert found["engines"]["SGLang"]["loads"]
+    assert found["engines"]["sglang"]["loads"]
     assert main([*words]) == 0
     printed = capsys.readouterr().out
     assert "8.02 ms and 124.7 tokens/s at batch 1" in printed
@@ -57,7 +57,7 @@ def test_without_a_recipe_it_is_the_model(
     found = told(capsys, f"model={folder.path}", "hardware=l4")
     assert list(found["rows"]) == ["base"]
     assert found["rows"]["base"]["bits_linears"] < 5.5
-    assert not found["engines"]["TensorRT-LLM"]["loads"]
+    assert not found["engines"]["tensorrt-llm"]["loads"]
 
 
 def test_engines_are_asked_about_every_linear_of_a_folder(
@@ -66,11 +66,11 @@ def test_engines_are_asked_about_every_linear_of_a_folder(
     four, last = Scheme(4, 32, True), "model.layers.1.mlp.down_proj"
     mixed = exported(tiny, Schemes(four, {last: replace(four, bits=3)}), tmp_path / "mixed")
     engines = told(capsys, f"model={mixed.path}", "hardware=l4")["engines"]
-    assert any("not of 3" in reason["text"] for reason in engines["SGLang"]["reasons"])
-    assert engines["vLLM"]["loads"]
+    assert any("this has 3" in reason["text"] for reason in engines["sglang"]["reasons"])
+    assert engines["vllm"]["loads"]
     head = exported(tiny, Schemes(four, head=Scheme(8, "channel", True)), tmp_path / "head")
     engines = told(capsys, f"model={head.path}", "hardware=l4")["engines"]
-    assert "quantized embedding" in engines["vLLM"]["reasons"][0]["text"]
+    assert "quantized embedding" in engines["vllm"]["reasons"][0]["text"]
 
 
 def test_a_group_that_does_not_divide_is_told_linear_by_linear(
@@ -102,7 +102,7 @@ def test_every_stage_can_be_planned(tiny: ModelFolder, capsys: pytest.CaptureFix
         "prune-depth",
     ):
         words = [f"recipe={recipe}", f"model={tiny.path}", "hardware=a100"]
-        found = told(capsys, *words, "prune.layers=2" if "prune" in recipe else "plan.tp=1", *(
+        found = told(capsys, *words, "prune.layers=2" if "prune" in recipe else "serve.tp=1", *(
             ["prune=sizes"] if "prune" in recipe else []
         ))  # fmt: skip
         base, candidate = found["rows"]["base"], found["rows"]["candidate"]

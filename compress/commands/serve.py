@@ -1,0 +1,224 @@
+"""``compress serve FOLDER [engine=NAME]``: the command that serves a checkpoint, printed or run.
+
+FOLDER is an export folder, or a run: of that, the folder of the format that the engine loads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from compress.engines import ENGINES, VLLM
+from compress.errors import UserError
+from compress.serve.command import (
+    HOST,
+    PORT,
+    Command,
+    at_hand,
+    plain_name,
+    serve_command,
+    served_name,
+)
+from compress.serve.docker import IMAGES, write_docker
+from compress.serve.loads import Answer, answers, checkpoints, place
+from compress.serve.triton import how_to_run, write_repository
+
+KEYS = ("engine", "run", "host", "port", "name", "context", "tp", "triton", "docker")
+Found = Mapping[Path, Mapping[str, Answer]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the words ask for; None: not asked."""
+
+    engine: str | None
+    run: bool
+    host: str
+    port: int
+    name: str | None
+    context: int | None
+    tp: int
+    triton: str | None
+    docker: str | None
+
+    def command(self, engine: str, folder: Path, program: str | None) -> Command:
+        return serve_command(
+            engine,
+            folder,
+            host=self.host,
+            port=self.port,
+            name=self.name,
+            context=self.context,
+            tp=self.tp,
+            program=program,
+        )
+
+
+def main(words: list[str]) -> int:
+    """Prints commands as lines of a shell script, all else as its comments; with run=true it becomes the
+    server."""
+    parser = argparse.ArgumentParser("compress serve", description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a run, or its checkpoint/")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help=f"engine ({', '.join(ENGINES)}; default: the one installed here, else all that load it), "
+        "run=true (start it), host, port, name (what requests call the model), context (tokens of a "
+        "request), tp (devices); triton=FOLDER|true, docker=FOLDER|true: write a model repository for "
+        "Triton's vLLM backend, or a Dockerfile and compose.yaml",
+    )
+    given = parser.parse_intermixed_args(words)
+    asked = _asked(given.words)
+    found = {path: answers(path, asked.tp) for path in checkpoints(given.folder)}
+    if asked.engine is not None:
+        _refuse(found, asked.engine)
+    if asked.triton or asked.docker:
+        return _write(found, asked)
+    chosen, program = _choose(found, asked)
+    if asked.run:
+        if chosen is None:
+            raise UserError(
+                f"no engine that loads {given.folder} is installed here: choose engine= and install it"
+            )
+        _run(found, asked, chosen, program)
+    for engine in [chosen] if chosen else ENGINES:
+        _tell(found, asked, engine, program)
+    return 0
+
+
+def _choose(found: Found, asked: Asked) -> tuple[str | None, str | None]:
+    """The engine that is asked for, or the first that is installed and loads it, with its program."""
+    if asked.engine is not None:
+        return asked.engine, at_hand(asked.engine)
+    for engine in ENGINES:
+        program = at_hand(engine) if place(found, engine)[1].loads else None
+        if program is not None:
+            return engine, program
+    return None, None
+
+
+def _refuse(found: Found, engine: str) -> None:
+    folder, answer = place(found, engine)
+    if not answer.loads:
+        raise UserError(
+            f"{engine} {answer.version} does not load {folder}: {'; '.join(answer.reasons)}"
+        )
+
+
+def _tell(found: Found, asked: Asked, engine: str, program: str | None) -> None:
+    folder, answer = place(found, engine)
+    if not answer.loads:
+        print(f"# {engine} {answer.version}: no, {'; '.join(answer.reasons)}")
+        return
+    try:
+        command = asked.command(engine, folder, program)
+    except UserError as error:
+        if asked.engine is not None:
+            raise
+        print(f"# {error}")
+        return
+    said = [*answer.notes, *command.notes, f'requests say "model": "{command.model}"']
+    print(f"# {engine} {answer.version}: {'; '.join(said)}")
+    print(command.line(), flush=True)
+
+
+def _run(found: Found, asked: Asked, engine: str, program: str | None) -> None:
+    """Become the server. Raises UserError if its program is not there."""
+    folder, _ = place(found, engine)
+    if program is None:
+        wanted = asked.command(engine, folder, None).words[0]
+        raise UserError(
+            f"{engine} is not installed here: {wanted} is neither beside this Python nor on PATH"
+        )
+    command = asked.command(engine, folder, program)
+    if shutil.which(command.words[0]) is None:
+        raise UserError(f"{command.words[0]} cannot be run")
+    print(f"# {command.line()}", flush=True)
+    os.execvpe(command.words[0], command.words, {**os.environ, **command.environment})
+
+
+def _write(found: Found, asked: Asked) -> int:
+    if asked.triton:
+        _refuse(found, VLLM)
+        folder, _ = place(found, VLLM)
+        target = _target(asked.triton, folder, "triton")
+        write_repository(
+            folder, target, name=_name(asked, folder), context=asked.context, tp=asked.tp
+        )
+        print(f"# {target}: a model repository; YY.MM of the image decides its vLLM")
+        print(how_to_run(folder, target, asked.port))
+    if asked.docker:
+        loads = [e for e in IMAGES if place(found, e)[1].loads]
+        if asked.engine is None and not loads:
+            raise UserError(f"docker= has images of {', '.join(IMAGES)}, and none of them loads it")
+        engine = asked.engine or loads[0]
+        folder, _ = place(found, engine)
+        target = _target(asked.docker, folder, "docker")
+        write_docker(
+            engine,
+            folder,
+            target,
+            name=_name(asked, folder),
+            port=asked.port,
+            context=asked.context,
+            tp=asked.tp,
+        )
+        print(f"# {target}: {engine} by {IMAGES[engine][0]}")
+        print(f"docker compose --project-directory {target} up --build")
+    return 0
+
+
+def _name(asked: Asked, folder: Path) -> str:
+    """A name that may be a folder and part of a URL."""
+    return plain_name(asked.name or served_name(folder))
+
+
+def _target(word: str, folder: Path, kind: str) -> Path:
+    """Beside the checkpoint, whose own files its manifest knows, or where the word says."""
+    return folder.with_name(f"{folder.name}-{kind}") if word == "true" else Path(word)
+
+
+def _asked(words: list[str]) -> Asked:
+    given: dict[str, str] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if key not in KEYS or not equals or not value:
+            raise UserError(f"{word} is not KEY=VALUE with a key of {', '.join(KEYS)}")
+        given[key] = value
+    engine = given.get("engine")
+    if engine is not None and engine not in ENGINES:
+        raise UserError(f"engine={engine} is not known: choose one of {', '.join(ENGINES)}")
+    context = given.get("context")
+    return Asked(
+        engine=engine,
+        run=_truth("run", given.get("run", "false")),
+        host=given.get("host", HOST),
+        port=_number("port", given.get("port", str(PORT)), 65535),
+        name=given.get("name"),
+        context=None if context is None else _number("context", context),
+        tp=_number("tp", given.get("tp", "1")),
+        triton=_folder(given.get("triton")),
+        docker=_folder(given.get("docker")),
+    )
+
+
+def _folder(word: str | None) -> str | None:
+    return None if word == "false" else word
+
+
+def _truth(key: str, word: str) -> bool:
+    if word not in ("true", "false"):
+        raise UserError(f"{key}={word} is not allowed: choose true or false")
+    return word == "true"
+
+
+def _number(key: str, word: str, most: int | None = None) -> int:
+    if not word.isdecimal() or int(word) < 1 or (most is not None and int(word) > most):
+        allowed = "of 1 or more" if most is None else f"from 1 to {most}"
+        raise UserError(f"{key}={word} is not allowed: choose a number {allowed}")
+    return int(word)

@@ -1,0 +1,43 @@
+"""What a model folder's own card says of its licence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CARD = "README.md"
+LICENCE_KEYS = ("license", "license_name", "license_link")
+# How the texts of licences begin that the hub has a name for.
+KNOWN = {"Apache License": "apache-2.0", "MIT License": "mit", "The MIT License": "mit"}
+
+
+def front_matter(folder: Path) -> dict[str, Any]:
+    """The YAML between the --- lines at the top of README.md; empty if there is none, or it is no YAML."""
+    file = folder / CARD
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    if not text.startswith("---\n"):
+        return {}
+    try:
+        found = yaml.safe_load(text.removeprefix("---\n").partition("\n---")[0])
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def licence_of(folder: Path) -> dict[str, str]:
+    """``license`` and what belongs to it, as a card states them: of the card, else of a LICENSE file.
+    Empty if neither tells."""
+    stated = front_matter(folder)
+    found = {key: stated[key] for key in LICENCE_KEYS if isinstance(stated.get(key), str)}
+    if "license" in found:
+        return found
+    for file in sorted(folder.glob("LICENSE*")):
+        first = next(
+            filter(None, map(str.strip, file.read_text(errors="replace").splitlines())), ""
+        )
+        if first in KNOWN:
+            return {"license": KNOWN[first]}
+        return {"license": "other", "license_name": file.stem.lower(), "license_link": file.name}
+    return {}

