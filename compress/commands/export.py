@@ -12,14 +12,18 @@ from compress.errors import UserError
 from compress.export.formats import FORMATS, check_sizes
 from compress.kv_cache.folder import scheme_of
 from compress.model.folder import ModelFolder, read_json, write_json
+from compress.model.shapes import ShapeFolder
+from compress.model.sources import resolve_model
 from compress.pipeline import beside, export
 from compress.quantize import record
 from compress.report.table import METRICS
 from compress.run_folder import held, whole
+from compress.serve.card import write_cards
 
 
 def main(words: list[str]) -> int:
-    """Writes RUN/checkpoint-NAME for each format, compared with the record, and adds it to metrics.json."""
+    """Writes RUN/checkpoint-NAME for each format, compared with the record, adds it to metrics.json, and
+    writes the cards anew."""
     parser = argparse.ArgumentParser("compress export", description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
     parser.add_argument("formats", metavar="export=[NAME,...]", help=f"of {', '.join(FORMATS)}")
@@ -34,6 +38,8 @@ def main(words: list[str]) -> int:
     with held(asked.run):
         metrics = read_json(asked.run / METRICS)
         source = ModelFolder(asked.run / metrics["recipe"]["stages"][-1])
+        origin_of = metrics["recipe"]["model"]
+        model = ModelFolder(resolve_model(origin_of["source"], origin_of["revision"]))
         check(source, names)
         for name in names:
             _check_free(asked.run, name, metrics)
@@ -43,6 +49,7 @@ def main(words: list[str]) -> int:
             metrics["exports"] = {**metrics.get("exports", {}), name: made}
             with whole(asked.run / METRICS) as partial:
                 write_json(partial, metrics)
+            write_cards(metrics, model, asked.run)
             bits, size = made["size"]["bits_linears"], made["size"]["bytes"] / 1e6
             print(
                 f"{asked.run / made['folder']}: {size:.1f} MB, {bits:.2f} bits a weight in linears, compared "
@@ -54,13 +61,18 @@ def main(words: list[str]) -> int:
 def check(source: ModelFolder, names: list[str]) -> None:
     """Raises UserError if a format does not hold what a record or plain folder does."""
     cache, schemes = scheme_of(source), None
+    linears: dict[str, tuple[int, ...]] = {}
     if record.KEY in source.config:
         schemes = record.schemes_of(source)
-    check_formats(names, schemes, cache, mixed=bool(schemes and schemes.exceptions))
-    if schemes is not None:
         linears = {name: source.shape(f"{name}.codes") for name in record.linears(source)}
-        for name in names:
-            check_sizes(name, source, linears)
+    check_formats(names, schemes, cache, mixed=bool(schemes and schemes.exceptions))
+    for name in names:
+        check_sizes(name, source, linears)
+        fits = FORMATS[name].fits
+        if fits is not None:
+            # The folder has the tokenizer, its config the names and widths that a record stores otherwise.
+            fits(source, schemes)
+            fits(ShapeFolder(str(source.path), source.config), schemes)
 
 
 def _check_free(run: Path, name: str, metrics: dict[str, Any]) -> None:

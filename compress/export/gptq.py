@@ -11,7 +11,7 @@ and w = (code - zero) * scale.
 Its ``checkpoint_format`` says how zero points are stored. ``gptq``: one less than they are, which cannot hold
 a zero point of 0; it is written for symmetric weights, whose zero points are all 2^(b-1). ``gptq_v2``: as
 they are; it is written for asymmetric ones, which GPTQModel (7.7) takes in ``gptq`` from itself alone.
-Linears with bits of their own are in ``dynamic``, by name.
+Linears with bits of their own are in ``dynamic``, by name: GPTQModel reads it, transformers (5.23) does not.
 
 Scales are float16, what readers hold them in, if every one of the model is a number of float16; else the
 model's type.
@@ -89,7 +89,9 @@ def check(schemes: Schemes, mixed: bool = False) -> None:
     if schemes.head is not None:
         raise UserError(f"export={NAME} keeps the head in 16 bits: leave head out")
     if mixed:
-        log.warning("mixed bits in export=%s: GPTQModel reads them, vLLM does not", NAME)
+        log.warning(
+            "mixed bits in export=%s: GPTQModel reads them, transformers and vLLM do not", NAME
+        )
 
 
 def stored_as(schemes: Schemes) -> str:

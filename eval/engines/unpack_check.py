@@ -4,9 +4,9 @@ transformers.
     ENV/bin/python -m eval.engines.unpack_check FOLDER ...
 
 ENV has this project, gptqmodel and optimum: ``eval/engines/install_gptqmodel.sh ENV``. transformers loads the
-folder by its config alone, with GPTQModel's linears in plain torch. Each of them is given the columns of the
-identity in float16, so what comes out is its weight, every product and sum exact but for one rounding; it
-must equal, to the last bit, what our reader's codes, scales and zero points stand for in float16.
+folder by its config alone, with GPTQModel's linears in plain torch. Those of GPTQ say what their weight is;
+those of AWQ are given the columns of the identity, so what comes out is the weight. It must equal, to the
+last bit, what our reader's codes, scales and zero points stand for in float16.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig
 
 from compress.export.formats import Weights
@@ -40,6 +41,14 @@ def load(folder: ModelFolder) -> Any:
     )
 
 
+def weight_of(module: Any, inputs: int) -> Tensor:
+    """The weight float16 (out, in) that one of GPTQModel's linears computes with."""
+    if hasattr(module, "dequantize_weight"):
+        return module.dequantize_weight().T
+    module.bias = None
+    return module(torch.eye(inputs, dtype=torch.float16)).T
+
+
 @torch.inference_mode()
 def check(path: Path) -> bool:
     """Print how many linears are read alike; True if all are."""
@@ -50,12 +59,10 @@ def check(path: Path) -> bool:
     for name in weights.linears:
         q = weights.get(f"{name}.weight")
         assert isinstance(q, QTensor), name
-        if name in theirs:
-            module = theirs[name]
-            module.bias = None
-            found = module(torch.eye(q.shape[1], dtype=torch.float16)).T
-            if not torch.equal(found, q.dequantize(torch.float16)):
-                different.append(name)
+        if name not in theirs:
+            continue
+        if not torch.equal(weight_of(theirs[name], q.shape[1]), q.dequantize(torch.float16)):
+            different.append(name)
     kinds = ", ".join(sorted({type(module).__name__ for module in theirs.values()}))
     good = bool(theirs) and not different
     first = f", {different[0]} first" if different else ""

@@ -93,6 +93,7 @@ def test_formats_are_added_to_a_finished_run(
     assert after == json.loads(json.dumps(before))
     for name in ("gptq", "dense"):
         assert verify(out / f"checkpoint-{name}") == []
+        assert (out / f"checkpoint-{name}" / "README.md").exists()
     record = ModelFolder(out / "quantize")
     assert audit(record, ModelFolder(out / "checkpoint-gptq"))["linears"] == 21
     # One that was killed before it wrote metrics.json is taken over.
@@ -112,15 +113,17 @@ def test_a_plain_run_takes_a_plain_format_alone(start: Start, tmp_path: Path) ->
 
 
 def test_what_is_refused_writes_nothing(start: Start, tiny: ModelFolder, tmp_path: Path) -> None:
-    start("scheme.bits=3")
+    start("scheme.bits=7")
     out = tmp_path / "run"
-    (out / "checkpoint-gptq").mkdir()
+    (out / "checkpoint-dense").mkdir()
     before = names(out)
     for words, sentence in (
         ([str(tiny.path), "export=gptq"], "holds no finished run: there is no metrics.json"),
         ([str(out), "export=compressed-tensors"], "checkpoint has this run as compressed-tensors"),
-        ([str(out), "export=gptq"], "checkpoint-gptq is there already: move it"),
+        ([str(out), "export=awq"], "export=awq holds integers of 4 bits"),
+        ([str(out), "export=dense"], "checkpoint-dense is there already: move it"),
         ([str(out), "export=[dense,awq]"], "export=awq holds integers of 4 bits"),
+        ([str(out), "export=gguf"], "export=gguf "),
         ([str(out), "export=nope"], "export=nope is not known: known are awq"),
         ([str(out), "export=[]"], r"export=\[\] is not allowed"),
         ([str(out), "scheme.bits=4"], r"scheme.bits=4 is not export=NAME"),
