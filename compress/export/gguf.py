@@ -117,8 +117,9 @@ def fits(model: Shapes, schemes: Schemes | None) -> None:
     folder.
     """
     check_model(model.config, model.path)
-    if isinstance(model, ModelFolder):
-        add_tokenizer(None, model, open_tokenizer(model))
+    if (model.path / "config.json").exists():
+        folder = ModelFolder(model.path)
+        add_tokenizer(None, folder, open_tokenizer(folder))
     if schemes is None:
         return
     family = family_of(model.config)
@@ -312,7 +313,10 @@ def nbytes(q: QTensor, scheme: Scheme) -> int:
 
 
 def linears(folder: ModelFolder) -> list[str]:
-    """Names of the quantized linears, embedding and head included, without suffix, in file order."""
+    """Names of the quantized linears, embedding and head included, without suffix, in file order; none where
+    the weights are in other files."""
+    if any(file.suffix != SUFFIX for file in folder.weight_files):
+        return []
     return [
         name.rpartition(".")[0] for name in folder.names if not name.endswith((".weight", ".bias"))
     ]

@@ -623,6 +623,27 @@ def test_tokenizers_that_llama_cpp_would_not_have(tiny: ModelFolder, tmp_path: P
             format_gguf.fits(model, None)
 
 
+def test_other_folders_have_no_such_linears(tiny: ModelFolder, tmp_path: Path) -> None:
+    """Whatever their tensors are called, as the scales of a cache are."""
+    name = "model.layers.0.self_attn.k_scale"
+    save_tensors(tmp_path / "model.safetensors", {name: torch.ones(1)})
+    write_json(tmp_path / "config.json", tiny.config)
+    assert Weights(ModelFolder(tmp_path)).format == "plain"
+
+
+def test_a_tokenizer_is_refused_before_a_model_is_pruned(
+    tiny: ModelFolder, tmp_path: Path, text_file: Path
+) -> None:
+    whitespace = byte_tokenizer().backend_tokenizer
+    whitespace.pre_tokenizer = pre_tokenizers.Whitespace()
+    model = saved(whitespace, tiny, tmp_path / "model")
+    words = ["recipe=prune-width", f"model.source={model.path}", "data=text", "export=gguf"]
+    words += [f"data.source={text_file}", "data.sequences=4", "data.length=64"]
+    run = parse(compose_settings([*words, "eval=none", "speed=none"]))
+    with pytest.raises(UserError, match="this one does not"):
+        check_run(run)
+
+
 def test_pieces_and_their_scores(tiny: ModelFolder, tmp_path: Path) -> None:
     """Six tokens of which two come out of merges, a byte, BOS before every text."""
     texts = ["<unk>", "<s>", "</s>", "<0x0A>", "\u2581", "a", "b", "ab", "\u2581ab"]
