@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from compress.report.served import served_report
 from compress.report.table import markdown, plain_markdown, table, verdict_of
 from compress.report.table import rows_of as table_rows
 
@@ -60,6 +61,7 @@ def model_card(
         _origin(metrics, base),
         _recipe(metrics),
         _found(metrics, format_name, measured),
+        _served(metrics),
         _formats(metrics),
         _serving(serving),
         _unmeasured(metrics),
@@ -172,6 +174,11 @@ def _found(metrics: Mapping[str, Any], format_name: str, measured: bool) -> str:
     )
 
 
+def _served(metrics: Mapping[str, Any]) -> str:
+    rows = [row for row in table_rows([dict(metrics)]) if row.values.get("served")]
+    return _section("Served", served_report(rows).strip()) if rows else ""
+
+
 def _formats(metrics: Mapping[str, Any]) -> str:
     exports = metrics.get("exports") or {}
     if not exports:
@@ -204,7 +211,7 @@ def _unmeasured(metrics: Mapping[str, Any]) -> str:
         "speed": "decode speed and memory",
     }
     lines = [what for key, what in kinds.items() if not row.get(key)]
-    if not metrics.get("served"):
+    if not row.get("served"):
         lines.append("answers of serving engines")
     lines.append(
         "whatever is not in the table: other texts, languages and tasks, safety, other hardware"

@@ -46,6 +46,7 @@ from compress.report.served import served_sections
 from compress.report.table import METRICS, find_runs, rows_of
 from compress.run_folder import whole
 from compress.runtime.load import load_dense
+from compress.serve.card import write_cards
 from compress.serve.command import Command, serve_command
 from compress.serve.loads import gguf_of
 from eval.engines.agreement import BF16, CPU, Ours, clip, compare, log_probs, read_ours
@@ -367,9 +368,12 @@ def keep(asked: Sequence[Asked], entries: Sequence[Entry]) -> None:
             (one.run / SERVED).write_text(section.text, encoding="utf-8")
 
 
-def tell_all(runs: Path) -> None:
-    """Print what all runs were found to be, and leave it beside them: served.md, served.json."""
+def tell_all(runs: Path, base: ModelFolder) -> None:
+    """Print what all runs were found to be, and leave it beside them: served.md, served.json; and in their
+    cards."""
     found = find_runs([runs])
+    for metrics in found:
+        write_cards(metrics, base, Path(metrics["folder"]))
     sections = served_sections(found)
     text = "".join(section.text for section in sections)
     print(f"\n{text}", flush=True)
@@ -412,7 +416,7 @@ def main() -> None:
             passed += [point["lost"] == 0 for entry in entries for point in entry["points"]]
             keep(group, entries)
     if not asked.checkpoint:
-        tell_all(asked.runs)
+        tell_all(asked.runs, check.base)
     print(f"{sum(passed)} of {len(passed)} checks passed", flush=True)
     sys.exit(0 if all(passed) else 1)
 

@@ -10,6 +10,7 @@ import pytest
 
 from compress.compose import compose_settings
 from compress.config import parse
+from compress.export.audit import verify, write_manifest
 from compress.model.folder import ModelFolder
 from compress.quantize.scheme import Scheme
 from compress.report.table import METRICS
@@ -85,11 +86,20 @@ def test_entries_go_into_the_run_beside_the_original(tmp_path: Path) -> None:
     assert "| awq-int4" in (run / "served.md").read_text()
 
 
-def test_all_of_it_is_told_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_of_it_is_told_together(
+    tiny: ModelFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_runs(tmp_path, [run_of("awq-int4")])
+    checkpoint = tmp_path / "run 0" / "checkpoint"
+    checkpoint.symlink_to(exported(tiny, Scheme(4, 32), tmp_path / "made").path)
+    write_manifest(checkpoint, {})
     keep([asked("awq-int4", run=tmp_path / "run 0")], [entry(VLLM_CPU, "awq", [])])
-    tell_all(tmp_path)
+    tell_all(tmp_path, tiny)
     assert "within 0.1 of ours" in capsys.readouterr().out
     found = json.loads((tmp_path / "served.json").read_text())
     assert [e["export"] for e in found["served"]["awq-int4"]] == ["awq"]
     assert found["device"]
+    card = (checkpoint / "README.md").read_text()
+    assert "## Served" in card
+    assert "answers of serving engines" not in card
+    assert verify(checkpoint) == []
