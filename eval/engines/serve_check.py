@@ -243,7 +243,8 @@ def loads() -> list[Load]:
 
 
 def export_demo(directory: Path, words: Sequence[str]) -> None:
-    fixed = ["data=sotu", "data.sequences=8", "eval.tasks=[]", "speed=none"]
+    fixed = ["data=sotu", "data.sequences=8", "speed=none"]
+    fixed += ["eval.tasks=[]", "eval.block_tokens=null", "eval.generated=0"]
     command = [sys.executable, "-m", "compress", *words, *fixed, f"hydra.run.dir={directory}"]
     subprocess.run(command, check=True)
 
