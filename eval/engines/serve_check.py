@@ -172,7 +172,6 @@ class Check:
             port=port,
             log=self.scratch / f"{log}.log",
             vocabulary=self.vocabulary,
-            parallel=PARALLEL,
         ) as server:
             yield server
 

@@ -30,6 +30,8 @@ HOST = "127.0.0.1"
 START, STOP = 600.0, 60.0
 # Seconds for one answer: 8-bit floats on a CPU take minutes.
 ANSWER = 3600.0
+# Requests for a whole distribution at a time.
+ASKERS = 2
 # What a server is called by its clients.
 NAME = "m"
 # Lines of a log that say why a server ended.
@@ -38,12 +40,11 @@ TOLD = 20
 
 @dataclass(frozen=True)
 class Server:
-    """url: without a path; vocabulary: tokens of its model; parallel: requests it answers at a time"""
+    """url: without a path; vocabulary: tokens of its model"""
 
     engine: str
     url: str
     vocabulary: int
-    parallel: int
 
     def log_probs(self, tokens: Tensor) -> Tensor:
         """Log-probability of every prompt token but the first.
@@ -69,7 +70,8 @@ class Server:
         return [float(value) for value in found]
 
     def _one_by_one(self, prompt: list[int]) -> list[float]:
-        with ThreadPoolExecutor(self.parallel) as pool:
+        # Each answer is megabytes of JSON: with more at a time it drops connections.
+        with ThreadPoolExecutor(ASKERS) as pool:
             ends = range(1, len(prompt))
             return list(pool.map(lambda end: self._next(prompt[:end], prompt[end]), ends))
 
@@ -95,6 +97,8 @@ class Server:
         except urllib.error.HTTPError as error:
             told = error.read().decode(errors="replace")[:500]
             raise RuntimeError(f"{self.engine} answers {path} with {error.code}: {told}") from error
+        except OSError as error:
+            raise RuntimeError(f"{self.engine} does not answer {path}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -106,7 +110,6 @@ def running(
     port: int,
     log: Path,
     vocabulary: int,
-    parallel: int,
 ) -> Iterator[Server]:
     """A server that has started, until the block ends.
 
@@ -114,7 +117,7 @@ def running(
 
     Raises RuntimeError with the end of its log if it ends or is not healthy in time.
     """
-    server = Server(engine, f"http://{HOST}:{port}", vocabulary, parallel)
+    server = Server(engine, f"http://{HOST}:{port}", vocabulary)
     with log.open("w", encoding="utf-8") as out:
         # A group of its own: vLLM starts processes that must end with it.
         process = subprocess.Popen(

