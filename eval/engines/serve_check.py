@@ -43,7 +43,7 @@ from compress.export.formats import FORMATS, Weights
 from compress.kv_cache.folder import scheme_of
 from compress.model.folder import ModelFolder, read_json, write_json
 from compress.model.sources import open_tokenizer, resolve_model
-from compress.plan.rows import loadable_folder
+from compress.plan.rows import loadable_folder, served_folder
 from compress.report.served import served_sections
 from compress.report.table import METRICS, find_runs, rows_of
 from compress.run_folder import whole
@@ -365,6 +365,7 @@ def entry_of(check: Check, asked: Asked) -> Entry:
         "version": check.version(asked.engine),
         "conditions": check.conditions(asked.engine),
         "export": asked.export,
+        "kinds": served_folder(ModelFolder(asked.folder)).kinds,
         "device": facts["device"],
         "date": facts["date"],
         "agreement": {},

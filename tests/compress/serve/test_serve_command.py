@@ -252,10 +252,7 @@ def test_without_an_engine_all_that_load_it_are_told(
     assert [line.split()[0] for line in ran] == ["vllm", "VLLM_CPU_KVCACHE_SPACE=4", "python"]
     assert ran[0] == serve_command("vllm", int4, name="m", port=7).line()
     said = "\n".join(lines)
-    assert (
-        "# tensorrt-llm main 2026: no, loads FP8 or MXFP4 in compressed-tensors, not integers"
-        in said
-    )
+    assert "# tensorrt-llm main 2026: no, loads FP8 in compressed-tensors, not integers" in said
     assert "# llama.cpp 2026.10.11549: no, reads gguf, not compressed-tensors: export=gguf" in said
     assert "# transformers calls a model by its folder: leave out name=" in said
 
@@ -290,7 +287,7 @@ def test_run_becomes_the_server(
     [
         (
             ["engine=tensorrt-llm"],
-            "does not load .*: loads FP8 or MXFP4 in compressed-tensors, not integers",
+            "does not load .*: loads FP8 in compressed-tensors, not integers",
         ),
         (["engine=llama.cpp"], "does not load .*: reads gguf, not compressed-tensors: export=gguf"),
         (["engine=vllm", "tp=3"], "cannot share the 4 query heads out over 3 devices"),
