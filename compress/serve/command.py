@@ -79,12 +79,14 @@ def serve_command(  # noqa: PLR0913
     context: int | None = None,
     tp: int = 1,
     program: str | None = None,
+    place: Path | None = None,
     extra: Iterable[str] = (),
 ) -> Command:
     """How an engine serves a folder that it loads (``loads.answers`` tells whether it does).
 
     name: what requests call the model; context: tokens of a request, prompt and answer (as many as the model
-    takes); tp: devices; program: that of another place, of SGLang its Python; extra: appended as it is.
+    takes); tp: devices; program: that of another place, of SGLang its Python; place: where the server has the
+    folder, if elsewhere; extra: appended as it is.
     Raises UserError for an unknown engine, or an option that it has nothing for.
     """
     if engine not in ENGINES:
@@ -98,7 +100,7 @@ def serve_command(  # noqa: PLR0913
     named = name or served_name(folder)
     settings = engine_settings(engine, folder, context=context, tp=tp)
     address = ["--host", host, "--port", str(port)]
-    start, model = _start(engine, folder, program, named)
+    start, model = _start(engine, place or folder, gguf_of(folder), program, named)
     if engine in (VLLM, VLLM_CPU, SGLANG):
         address += ["--served-model-name", named]
     words = [*start, *address, *flags(engine, settings), *extra]
@@ -106,12 +108,15 @@ def serve_command(  # noqa: PLR0913
     return Command(tuple(words), MappingProxyType(environment), model, notes)
 
 
-def _start(engine: str, folder: Path, program: str | None, name: str) -> tuple[list[str], str]:
-    """The program with the model that it is given, and what requests call that."""
+def _start(
+    engine: str, folder: Path, gguf: Path | None, program: str | None, name: str
+) -> tuple[list[str], str]:
+    """The program with the model that it is given, and what requests call that. folder: where the server has
+    it; gguf: the file of that name in it"""
     run = program or PROGRAMS.get(engine, "python")
     if engine in (VLLM, VLLM_CPU):
         return [run, "serve", str(folder)], name
-    file = gguf_of(folder)
+    file = None if gguf is None else folder / gguf.name
     if engine == SGLANG:
         # It tells a GGUF file by its first bytes (server_args.py), and does not look for one in a folder.
         return [run, "-m", "sglang.launch_server", "--model-path", str(file or folder)], name

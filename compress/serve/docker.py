@@ -14,7 +14,7 @@ import yaml
 
 from compress.engines import LLAMA_CPP, SGLANG, VLLM, VLLM_CPU
 from compress.errors import UserError
-from compress.serve.command import Command, serve_command
+from compress.serve.command import serve_command
 from compress.serve.files import write_new
 
 # The image of an engine, and how its server is started there.
@@ -64,6 +64,7 @@ def write_docker(
         context=context,
         tp=tp,
         program=program,
+        place=place,
     )
     dockerfile = DOCKERFILE.format(
         name=name,
@@ -72,17 +73,11 @@ def write_docker(
         place=place,
         port=PORT,
         environment="".join(f"ENV {key}={value}\n" for key, value in command.environment.items()),
-        words=json.dumps(_inside(command, folder, place)),
+        words=json.dumps(command.words),
     )
     service = _service(engine, folder.resolve(), place, f"{name}:{engine}", port, tp)
     compose = yaml.safe_dump({"services": {name.lower(): service}}, sort_keys=False)
     return write_new(target, {"Dockerfile": dockerfile, "compose.yaml": compose})
-
-
-def _inside(command: Command, folder: Path, place: Path) -> list[str]:
-    """The words with the folder where the container has it."""
-    paths = {str(folder): str(place)} | {str(f): str(place / f.name) for f in folder.glob("*.gguf")}
-    return [paths.get(word, word) for word in command.words]
 
 
 def _service(

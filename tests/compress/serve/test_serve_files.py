@@ -135,6 +135,27 @@ def test_a_gguf_file_is_found_in_the_container(tmp_path: Path) -> None:
     assert str(tmp_path) not in text
 
 
+def test_a_relative_folder_is_served_as_any(
+    int4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "m").symlink_to(int4)
+    gguf = tmp_path / "g"
+    gguf.mkdir()
+    (gguf / "g.gguf").write_bytes(b"GGUF")
+    monkeypatch.chdir(tmp_path)
+    for name in ("m", "g"):
+        verb.main([name, "docker=true"])
+        (entry,) = re.findall("ENTRYPOINT (.*)", Path(f"{name}-docker/Dockerfile").read_text())
+        named = {"m": "--served-model-name", "g": "-a"}[name]
+        words = json.loads(entry)
+        assert words[words.index(named) + 1] == name
+        assert {"m": "/models/m", "g": "/models/g/g.gguf"}[name] in words
+        (service,) = yaml.safe_load(Path(f"{name}-docker/compose.yaml").read_text())[
+            "services"
+        ].values()
+        assert service["volumes"][0]["source"] == str(Path(name).resolve())
+
+
 def test_nothing_is_overwritten(int4: Path, tmp_path: Path) -> None:
     for kind in ("triton", "docker"):
         target = tmp_path / kind
