@@ -88,7 +88,13 @@ def _service(
         "image": image.lower(),
         "ports": [f"127.0.0.1:{port}:{PORT}"],
         "volumes": [
-            {"type": "bind", "source": str(folder), "target": str(place), "read_only": True}
+            {
+                "type": "bind",
+                # A single dollar would be a variable of compose.
+                "source": str(folder).replace("$", "$$"),
+                "target": str(place),
+                "read_only": True,
+            }
         ],
         # Nothing is fetched: all that it serves is in the folder.
         "environment": {"HF_HUB_OFFLINE": "1"},

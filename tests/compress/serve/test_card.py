@@ -171,6 +171,12 @@ def test_the_licence_of_the_original(tmp_path: Path) -> None:
     }
     (tmp_path / "README.md").write_text("---\nlicense: llama3\ntags: [a]\n---\n# text\n")
     assert licence_of(tmp_path) == {"license": "llama3"}
+    for value in ("2024-02-30", "!!timestamp soon", "!!int x"):
+        (tmp_path / "README.md").write_text(f"---\nlicense: mit\ndate: {value}\n---\n")
+        assert front_matter(tmp_path) == {}
+    (tmp_path / "LICENSE").unlink()
+    (tmp_path / "LICENSES").mkdir()
+    assert licence_of(tmp_path) == {}
     for text in ("---\nlicense: [mit\n---\n", "# no yaml\n---\nlicense: mit\n---\n", "---\n- a\n"):
         (tmp_path / "README.md").write_text(text)
         assert front_matter(tmp_path) == {}

@@ -80,11 +80,11 @@ def test_triton_is_told_what_vllm_is_told(
     arguments = json.loads((target / "mine" / "1" / "model.json").read_text())
     assert Path(arguments.pop("model")) == int4.resolve()
     assert 0 < arguments.pop("gpu_memory_utilization") < 1
-    assert arguments == {"dtype": "bfloat16", "max_model_len": 64, "tensor_parallel_size": 2}
+    assert arguments == {"max_model_len": 64, "tensor_parallel_size": 2}
     words = serve_command("vllm", int4, name="mine", context=64, tp=2).words
-    assert list(words)[-6:] == flags("vllm", arguments)
+    assert list(words)[-4:] == flags("vllm", arguments)
     line = capsys.readouterr().out.splitlines()[-1]
-    for part in ("-p 7:8000", f"-v {target}:/models:ro", f"-v {int4}:{int4}:ro"):
+    for part in ("-p 127.0.0.1:7:8000", f"-v {target}:/models:ro", f"-v {int4}:{int4}:ro"):
         assert part in line
 
 
@@ -154,6 +154,22 @@ def test_a_relative_folder_is_served_as_any(
             "services"
         ].values()
         assert service["volumes"][0]["source"] == str(Path(name).resolve())
+
+
+def test_a_name_stays_in_the_repository(int4: Path, tmp_path: Path) -> None:
+    verb.main([str(int4), f"triton={tmp_path}/in/repository", "name=.."])
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert {file.relative_to(tmp_path / "in/repository").parts[0] for file in files} == {"model"}
+
+
+def test_a_dollar_of_a_path_is_none_of_compose(int4: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "b$USER"
+    folder.mkdir()
+    for file in int4.iterdir():
+        (folder / file.name).symlink_to(file)
+    verb.main([str(folder), f"docker={tmp_path}/new"])
+    (service,) = yaml.safe_load((tmp_path / "new/compose.yaml").read_text())["services"].values()
+    assert service["volumes"][0]["source"] == f"{tmp_path}/b$$USER"
 
 
 def test_nothing_is_overwritten(int4: Path, tmp_path: Path) -> None:
