@@ -99,7 +99,7 @@ def without_places(metrics: Mapping[str, Any]) -> dict[str, Any]:
 def _names(metrics: Mapping[str, Any]) -> dict[str, str]:
     """Text in a file of this machine -> its name, numbered where several files have the same."""
     every = sorted(set(_sources(metrics)))
-    files = [source for source in every if "/" in source and Path(source).suffix in LOADERS]
+    files = [source for source in every if "/" in source and _is_file(source)]
     taken = set(every) - set(files)
     names = {}
     for source in files:
@@ -110,6 +110,11 @@ def _names(metrics: Mapping[str, Any]) -> dict[str, str]:
         taken.add(name)
         names[source] = name
     return names
+
+
+def _is_file(source: str) -> bool:
+    """Whether a text is no name that others know."""
+    return source.startswith(("/", "~", ".")) or Path(source).suffix in LOADERS
 
 
 def _sources(metrics: Mapping[str, Any]) -> Iterator[str]:
@@ -240,7 +245,9 @@ def _formats(metrics: Mapping[str, Any]) -> str:
 def _serving(serving: Sequence[Serving]) -> str:
     if not serving:
         return _section("Serving", "No engine is known to load this folder.")
-    parts = ["Who loads it is read from the engines' source; FOLDER is this folder."]
+    parts = [
+        "FOLDER is this folder. That an engine loads it was read in its source where it says not run."
+    ]
     for entry in serving:
         beside = f" ({plain_markdown('; '.join(entry.notes))})" if entry.notes else ""
         parts.append(f"{entry.engine}{beside}:\n\n    {entry.line}")

