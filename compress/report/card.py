@@ -90,7 +90,7 @@ def without_places(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
     found: dict[str, Any] = told(metrics)
     for row in ("base", "candidate"):
-        for entry in found[row].get("served") or []:
+        for entry in (found[row].get("served") or {}).values():
             if "error" in entry["agreement"]:
                 entry["agreement"]["error"] = "its server failed"
     return found

