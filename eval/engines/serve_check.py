@@ -359,13 +359,15 @@ def over(point: Mapping[str, Any], base: Mapping[str, Any]) -> float | None:
 
 
 def entry_of(check: Check, asked: Asked) -> Entry:
-    facts = environment(CPU)
+    facts, given = environment(CPU), served_folder(ModelFolder(asked.folder))
     return {
         "engine": asked.engine,
         "version": check.version(asked.engine),
         "conditions": check.conditions(asked.engine),
         "export": asked.export,
-        "kinds": served_folder(ModelFolder(asked.folder)).kinds,
+        # In the words of the engine matrix.
+        "format": given.format,
+        "kinds": given.kinds,
         "device": facts["device"],
         "date": facts["date"],
         "agreement": {},

@@ -13,7 +13,7 @@ from compress import engines
 from compress.commands.plan import main
 from compress.compose import compose_settings, options
 from compress.config import Run, parse
-from compress.engines import ENGINES, PROOFS, ROWS, VLLM_CPU
+from compress.engines import ENGINES, PROOFS, ROWS, VLLM_CPU, proof_of
 from compress.errors import UserError
 from compress.model.folder import ModelFolder
 from compress.model.shapes import ShapeFolder
@@ -281,6 +281,23 @@ def table() -> str:
 
 def test_what_loads_each_recipe() -> None:
     assert table() == EXPECTED
+
+
+def test_proofs_are_what_the_serve_check_found() -> None:
+    """What servers answered is proved, and nothing that they were not asked."""
+    results = Path(__file__).parents[3] / "eval" / "results" / "serve-check.json"
+    served = json.loads(results.read_text())["served"]
+    entries = [entry for row in served.values() for entry in row.values()]
+    assert entries
+    for entry in entries:
+        proof = proof_of(entry["engine"], entry["format"], entry["kinds"])
+        assert (proof is not None) == entry["agreement"]["agrees"], entry
+    found = {(e["engine"], e["format"], kind) for e in entries for kind in e["kinds"]}
+    for proof in PROOFS:
+        for kind in proof.kinds:
+            # Of transformers some are older.
+            known = (proof.engine, proof.format, kind) in found
+            assert known or proof.engine == "transformers", (proof, kind)
 
 
 def test_the_document_is_what_the_rows_say() -> None:
