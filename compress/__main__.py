@@ -37,7 +37,7 @@ USER_ERROR = 2
 GATE_ERROR = 1
 # Overrides that say where, how well and how fast, not what: they stay out of a run's name.
 UNNAMED = re.compile(
-    r"[+~]*((recipe|model|eval|speed|gate|serve|device|hydra)\b|data=text|data\.source)"
+    r"[+~]*((recipe|model|eval|context|speed|gate|serve|device|hydra)\b|data=text|data\.source)"
 )
 
 
@@ -115,7 +115,7 @@ def run_recipes(words: list[str]) -> int:
 
         choice = HydraConfig.get()
         out = Path(choice.runtime.output_dir)
-        name = _run_name(choice.runtime.choices["recipe"], list(choice.overrides.task))
+        name = run_name(choice.runtime.choices["recipe"], list(choice.overrides.task))
         try:
             last = len(finished) + 1 == len(combinations)
             run = parse(settings_of(config))
@@ -182,7 +182,7 @@ def _combinations(overrides: list[str], multirun: bool) -> list[list[str]]:
     return [overrides]
 
 
-def _run_name(recipe: str, overrides: list[str]) -> str:
+def run_name(recipe: str, overrides: list[str]) -> str:
     """The recipe and whatever was changed in it."""
     return " ".join([recipe, *(o for o in overrides if not UNNAMED.match(o))])
 

@@ -29,12 +29,18 @@ Group = int | str | range
 
 @dataclass(frozen=True)
 class Proof:
-    """A load that was run. version: of the engine; what: the recipes, and what was compared"""
+    """Checkpoints that an engine loaded and answered with, as eval.engines.serve_check asks.
 
+    kinds: schemes as they name themselves, with ``+kv-CACHE`` where the cache has one; PLAIN: 16 bits
+    version: of the engine
+    """
+
+    engine: str
+    format: str
+    kinds: tuple[str, ...]
     version: str
-    device: str
     date: str
-    what: str
+    device: str = "CPU"
 
     def __str__(self) -> str:
         return f"loaded with {self.version} on {self.device}, {self.date}"
@@ -77,7 +83,7 @@ class Row:
     head: whether embedding and head may be quantized
     cuda: least compute capability; native: that below which weights are widened and inputs left alone
     note: to know; refused: it does not load, and why
-    source: where it was read; proved: what was run, None: nothing
+    source: where it was read
     """
 
     engine: str
@@ -95,7 +101,6 @@ class Row:
     note: str | None = None
     refused: str | None = None
     source: str = ""
-    proved: Proof | None = None
 
 
 MARLIN_GROUPS: tuple[Group, ...] = (32, 64, 128, "channel")
@@ -110,18 +115,6 @@ UNPACKED = "unpacked to 16 bits when it runs: the memory and speed of 16 bits"
 JIT = "CUDA alone, through humming-kernels, which compile with nvcc (SM75 or newer)"
 GPTQMODEL = "with gptqmodel installed"
 PARSER = "compressed-tensors parser of _torch/model_config"
-
-
-def _proof(version: str, what: str, date: str = "2026-11-22") -> Proof:
-    return Proof(version, "CPU", date, what)
-
-
-def _vllm(what: str, date: str = "2026-11-22") -> Proof:
-    return _proof("0.32.0", what, date)
-
-
-def _hf(what: str, date: str = "2026-11-22") -> Proof:
-    return _proof("5.23", what, date)
 
 
 ROWS = (
@@ -151,23 +144,19 @@ ROWS = (
     Row(VLLM_CPU, CT, "int", bits=(4,), groups=("channel",), zeros=(4,), shapes=((32, 32),),
         source="mixed_precision/cpu.py"),
     Row(VLLM_CPU, CT, "int", bits=(4,), groups=(EVEN,), zeros=(4,), shapes=((32, 32),),
-        source="mixed_precision/cpu.py", proved=_vllm("awq-int4, with and without zero points: answers")),
-    Row(VLLM_CPU, CT, "int", ("int8-token",), (8,), WHOLE, source="scaled_mm/cpu.py",
-        proved=_vllm("w8a8-int8: answers")),
+        source="mixed_precision/cpu.py"),
+    Row(VLLM_CPU, CT, "int", ("int8-token",), (8,), WHOLE, source="scaled_mm/cpu.py"),
     Row(VLLM_CPU, CT, "int", ("int8-tensor",), (8,), WHOLE, source="scaled_mm/cpu.py"),
     Row(VLLM_CPU, CT, "fp8", ("fp8-token",), groups=("channel",), source="scaled_mm/pytorch.py",
-        note="about one token a second without AMX", proved=_vllm("fp8: loaded, its answer not compared")),
+        note="about one token a second without AMX"),
     Row(VLLM_CPU, CT, "fp8", ("fp8-tensor", "fp8-group"), groups=("tensor", "block"),
         refused="needs a CPU with AMX (Sapphire Rapids or newer) for FP8 in blocks or with one scale a "
         "tensor: recipe=fp8", source="scaled_mm/cpu.py"),
     Row(VLLM_CPU, GPTQ, "int", bits=(4,), groups=(EVEN, "channel"), shapes=((32, 32),),
-        source="auto_gptq.py, mixed_precision/cpu.py",
-        proved=_vllm("a file made by hand, groups of 64: answers", "2026-11-21")),
+        source="auto_gptq.py, mixed_precision/cpu.py"),
     Row(VLLM_CPU, AWQ, "int", bits=(4,), groups=(EVEN, "channel"), zeros=(4,), shapes=((32, 32),),
-        source="auto_awq.py, mixed_precision/cpu.py",
-        proved=_vllm("a file made by hand, groups of 64: answers", "2026-11-21")),
-    Row(VLLM_CPU, DENSE, "16 bits", source="unquantized",
-        proved=_vllm("the original; pruned models; kv-fp8: answers", "2026-11-26")),
+        source="auto_awq.py, mixed_precision/cpu.py"),
+    Row(VLLM_CPU, DENSE, "16 bits", source="unquantized"),
     # SGLang.
     Row(SGLANG, CT, "int", bits=(4, 8), groups=MARLIN_GROUPS, zeros=(4,), shapes=MARLIN_TILES, cuda=8.0,
         source="compressed_tensors_wNa16.py, marlin_utils.py; dense tiles are not padded"),
@@ -191,8 +180,8 @@ ROWS = (
     # TensorRT-LLM.
     Row(TENSORRT, CT, "fp8", ("fp8-token",), groups=("channel",), cuda=8.9, source=PARSER),
     Row(TENSORRT, CT, "fp8", ("fp8-group",), groups=("block",), cuda=8.9, source=PARSER),
-    Row(TENSORRT, CT, "mxfp4", groups=(32,), cuda=8.9, note="read for experts (W4A16_MXFP4), for dense "
-        "linears not looked at", source=PARSER),
+    Row(TENSORRT, CT, "mxfp4", refused="reads MXFP4 for experts (W4A16_MXFP4); dense linears were not looked "
+        "at: recipe=fp8", source=PARSER),
     Row(TENSORRT, CT, "nvfp4", refused="loads NVFP4 with inputs in NVFP4 too, this leaves them in 16 bits: "
         "recipe=fp8", source=PARSER),
     Row(TENSORRT, CT, "int", ROUNDED, (8,), refused="takes 8 bits by row and token for FP8 whatever their "
@@ -202,29 +191,25 @@ ROWS = (
     Row(TENSORRT, DENSE, "16 bits", cuda=8.0, source="unquantized"),
     # transformers.
     Row(TRANSFORMERS, CT, "int", (WIDE, "int8-token"), (4, 8), zeros=(4, 8), head=True, note=UNPACKED,
-        source="quantizer_compressed_tensors.py",
-        proved=_hf("awq-int4, w8a16-int8, w8a8-int8: answers")),
+        source="quantizer_compressed_tensors.py"),
     Row(TRANSFORMERS, CT, "int", (WIDE, *ROUNDED), ALL, zeros=ALL, head=True, note=UNPACKED,
         source="quantizer_compressed_tensors.py"),
     Row(TRANSFORMERS, CT, "fp8", ("fp8-token", "fp8-tensor"), groups=WHOLE, note=UNPACKED,
-        source="quantizer_compressed_tensors.py", proved=_hf("fp8, fp8-static: answers")),
+        source="quantizer_compressed_tensors.py"),
     Row(TRANSFORMERS, CT, "fp8", (*FLOATED, "fp8-group"), groups=(*WHOLE, "block"), note=UNPACKED,
         source="quantizer_compressed_tensors.py"),
-    Row(TRANSFORMERS, CT, "nvfp4", groups=(16,), note=UNPACKED, source="quantizer_compressed_tensors.py",
-        proved=_hf("nvfp4: answers")),
-    Row(TRANSFORMERS, CT, "mxfp4", groups=(32,), note=UNPACKED, source="quantizer_compressed_tensors.py",
-        proved=_hf("mxfp4: answers")),
-    Row(TRANSFORMERS, BNB, "int", OUTLIERS, (8,), ("channel",), source="quantizer_bnb_8bit.py",
-        proved=_hf("llm-int8: answers")),
-    Row(TRANSFORMERS, GPTQ, "int", bits=(2, 3, 4, 8), zeros=(2, 3, 4, 8), note=GPTQMODEL,
-        source="quantization_config.py GPTQConfig"),
-    Row(TRANSFORMERS, AWQ, "int", bits=(4,), zeros=(4,), note=GPTQMODEL, source="quantizer_awq.py"),
+    Row(TRANSFORMERS, CT, "nvfp4", groups=(16,), note=UNPACKED, source="quantizer_compressed_tensors.py"),
+    Row(TRANSFORMERS, CT, "mxfp4", groups=(32,), note=UNPACKED, source="quantizer_compressed_tensors.py"),
+    Row(TRANSFORMERS, BNB, "int", OUTLIERS, (8,), ("channel",), source="quantizer_bnb_8bit.py"),
+    Row(TRANSFORMERS, GPTQ, "int", bits=(2, 3, 4, 8), groups=(16, 32, 64, 128, 256, 512, 1024, "channel"),
+        zeros=(2, 3, 4, 8), note=GPTQMODEL, source="GPTQConfig; GPTQModel 7.7, qlinear/torch.py"),
+    Row(TRANSFORMERS, AWQ, "int", bits=(4,), groups=(16, 32, 64, 128, "channel"), zeros=(4,), note=GPTQMODEL,
+        source="quantizer_awq.py; GPTQModel 7.7, torch_awq.py"),
     Row(TRANSFORMERS, GGUF, "int", bits=(2, 3, 4, 6, 7, 8), groups=(BLOCKS, "channel"), zeros=(2, 3, 4),
-        shapes=((1, 32),), head=True, note=f"{BLOCK_TYPES}; {UNPACKED}",
+        shapes=((1, 32),), head=True, note=f"as Q4_0, Q4_1, Q8_0 or k-quants; {UNPACKED}",
         source="integrations/gguf/dequant.py"),
     Row(TRANSFORMERS, GGUF, "16 bits", note="F16, BF16, F32", source="integrations/gguf"),
-    Row(TRANSFORMERS, DENSE, "16 bits", source="unquantized",
-        proved=_hf("the original; pruned models; kv-fp8: answers", "2026-11-26")),
+    Row(TRANSFORMERS, DENSE, "16 bits", source="unquantized"),
     # llama.cpp.
     Row(LLAMA_CPP, GGUF, "int", bits=ALL, groups=(BLOCKS, "channel"), zeros=(2, 3, 4, 5), shapes=((1, 32),),
         head=True, note=BLOCK_TYPES, source="ggml-quants.c"),
@@ -232,6 +217,34 @@ ROWS = (
         source="ggml-quants.c"),
     Row(LLAMA_CPP, GGUF, "16 bits", note="F16, BF16, F32", source="ggml.c"),
 )  # fmt: skip
+
+
+PLAIN = "16 bits"
+FOUR_BITS = ("int4-g64-asym", "int4-g64-sym")
+# As eval/results/serve-check.json has them; of transformers some are of older runs of the same questions.
+PROOFS = (
+    Proof(VLLM_CPU, CT, (*FOUR_BITS, "int8-channel-sym+int8-token"), "0.32.0", "2026-11-22"),
+    Proof(VLLM_CPU, CT, ("int4-g64-asym+kv-fp8-tensor",), "0.32.0", "2026-11-26"),
+    Proof(VLLM_CPU, DENSE, (PLAIN, f"{PLAIN}+kv-fp8-tensor"), "0.32.0", "2026-11-26"),
+    Proof(TRANSFORMERS, CT, (*FOUR_BITS, "int8-channel-sym"), "5.23", "2026-11-22"),
+    Proof(
+        TRANSFORMERS, CT, ("int8-channel-sym+int8-token", "nvfp4", "mxfp4"), "5.23", "2026-11-22"
+    ),
+    Proof(
+        TRANSFORMERS, CT, ("fp8-channel+fp8-token", "fp8-tensor+fp8-tensor"), "5.23", "2026-11-22"
+    ),
+    Proof(
+        TRANSFORMERS, BNB, ("int8-channel-sym+int8-token-dynamic-outliers",), "5.23", "2026-11-22"
+    ),
+    Proof(TRANSFORMERS, DENSE, (PLAIN, f"{PLAIN}+kv-fp8-tensor"), "5.23", "2026-11-26"),
+)
+
+
+def proof_of(engine: str, form: str, kinds: Iterable[str]) -> Proof | None:
+    """The load that was run of such a checkpoint, all its kinds; None if there is none."""
+    proofs = [p for p in PROOFS if (p.engine, p.format) == (engine, form)]
+    found = [next((p for p in proofs if kind in p.kinds), None) for kind in kinds]
+    return None if None in found else found[0]
 
 
 def words(values: Iterable[object], last: str = "or") -> str:
@@ -254,9 +267,10 @@ may be quantized; the least CUDA compute capability, and from which on 8-bit flo
 they are. Of several rows that fit the first counts. A row that says "no" is refused although the engine
 knows the format.
 
-**Proved** is what was loaded: with which version, on what, when, and how far it was compared. All else
-was read in the engine's source and not run: vLLM's rows in 0.33 and again in the files that 0.32's CPU
-build installs, SGLang's in the wheel of 0.5.23, TensorRT-LLM's on main in 2026, transformers' in 5.23.
+**Proved** is what was loaded, by the schemes' own names, with which version, on what, and when: it
+answered as our own reader does (`make serve-check`). All else was read in the engine's source and not
+run: vLLM's rows in 0.33 and again in the files that 0.32's CPU build installs, SGLang's in the wheel of
+0.5.23, TensorRT-LLM's on main in 2026, transformers' in 5.23.
 
 Beside the rows, engines that share a model out over `serve.tp` devices need query heads that tp divides,
 heads of keys and values that it divides or is a multiple of, outputs and inputs in whole shares, whole
@@ -276,9 +290,12 @@ def markdown() -> str:
             f"Cache as checkpoints state it: {caches}.\n",
         ]
         header = ("format", "numbers", "inputs", "a scale for", "zero points", "N x K", "head", "CUDA",
-                  "to know", "read in", "proved")  # fmt: skip
+                  "to know", "read in")  # fmt: skip
         lines += [_line(header), _line(["---"] * len(header))]
         lines += [_line(_cells(row)) for row in ROWS if row.engine == engine.name]
+        if proofs := [proof for proof in PROOFS if proof.engine == engine.name]:
+            lines += ["\nProved:\n"]
+            lines += [f"- {p.format}, {', '.join(p.kinds)}: {p}" for p in proofs]
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 
@@ -304,7 +321,6 @@ def _cells(row: Row) -> list[str]:
         f"{row.cuda}{native}" if row.cuda else "-",
         f"no: {row.refused}" if row.refused else row.note or "",
         row.source,
-        f"{row.proved}: {row.proved.what}" if row.proved else "",
     ]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from compress.__main__ import main
+from compress.__main__ import main, run_name
 from compress.commands import VERBS
 from compress.model.folder import ModelFolder
 from tests.exported import checkpoint_bytes
@@ -616,3 +616,8 @@ def test_help_explains_groups_and_shows_examples(tmp_path: Path) -> None:
     assert done.returncode == 0
     for words in ("recipe: awq-int3", "compress -m recipe=", "compress compare", "scheme.bits"):
         assert words in done.stdout
+
+
+def test_where_and_how_well_are_no_part_of_a_name() -> None:
+    words = ["context=long", "context.text=/home/me/x.txt", "data.source=a.txt", "eval.texts=[a]"]
+    assert run_name("rtn-int4", [*words, "scheme.bits=3"]) == "rtn-int4 scheme.bits=3"

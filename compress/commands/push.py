@@ -15,6 +15,7 @@ from compress.errors import UserError
 from compress.export.audit import verify
 from compress.model.card import CARD
 from compress.model.sources import HUB_NAME
+from compress.serve.command import served_name
 from compress.serve.loads import CHECKPOINT
 
 KEYS = ("private", "revision")
@@ -76,7 +77,7 @@ def _upload(folder: Path, repository: str, private: bool, revision: str | None) 
             repo_id=repository,
             folder_path=folder,
             revision=revision,
-            commit_message=f"Upload {folder.absolute().parent.name} by compress",
+            commit_message=f"Upload {served_name(folder)} by compress",
         )
     except (OSError, ValueError, HTTP_ERROR) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -6,7 +6,9 @@ FOLDER is an export folder, or a run: of that, the folder of the format that the
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -86,20 +88,30 @@ def main(words: list[str]) -> int:
                 f"no engine that loads {given.folder} is installed here: choose engine= and install it"
             )
         _run(found, asked, chosen, program)
-    for engine in [chosen] if chosen else ENGINES:
-        _tell(found, asked, engine, program)
+    told = [_tell(found, asked, engine, program) for engine in ([chosen] if chosen else ENGINES)]
+    if not any(told):
+        raise UserError(f"no engine serves {given.folder} as asked")
     return 0
 
 
 def _choose(found: Found, asked: Asked) -> tuple[str | None, str | None]:
-    """The engine that is asked for, or the first that is installed and loads it, with its program."""
+    """The engine that is asked for, or the first that is installed and serves it, with its program."""
     if asked.engine is not None:
         return asked.engine, at_hand(asked.engine)
     for engine in ENGINES:
-        program = at_hand(engine) if place(found, engine)[1].loads else None
-        if program is not None:
+        folder, answer = place(found, engine)
+        program = at_hand(engine) if answer.loads else None
+        if program is not None and not isinstance(_command(asked, engine, folder, program), str):
             return engine, program
     return None, None
+
+
+def _command(asked: Asked, engine: str, folder: Path, program: str | None) -> Command | str:
+    """The command of an engine that loads the folder, or why its server does not do what is asked."""
+    try:
+        return asked.command(engine, folder, program)
+    except UserError as error:
+        return str(error)
 
 
 def _refuse(found: Found, engine: str) -> None:
@@ -110,21 +122,28 @@ def _refuse(found: Found, engine: str) -> None:
         )
 
 
-def _tell(found: Found, asked: Asked, engine: str, program: str | None) -> None:
+def _tell(found: Found, asked: Asked, engine: str, program: str | None) -> bool:
+    """Whether there is a command. Raises UserError if there is none of the engine that is asked for."""
     folder, answer = place(found, engine)
     if not answer.loads:
-        print(f"# {engine} {answer.version}: no, {'; '.join(answer.reasons)}")
-        return
-    try:
-        command = asked.command(engine, folder, program)
-    except UserError as error:
+        _remark(f"{engine} {answer.version}: no, {'; '.join(answer.reasons)}")
+        return False
+    command = _command(asked, engine, folder, program)
+    if isinstance(command, str):
         if asked.engine is not None:
-            raise
-        print(f"# {error}")
-        return
-    said = [*answer.notes, *command.notes, f'requests say "model": "{command.model}"']
-    print(f"# {engine} {answer.version}: {'; '.join(said)}")
+            raise UserError(command)
+        _remark(command)
+        return False
+    model = json.dumps(command.model, ensure_ascii=False)
+    said = [*answer.notes, *command.notes, f'requests say "model": {model}']
+    _remark(f"{engine} {answer.version}: {'; '.join(said)}")
     print(command.line(), flush=True)
+    return True
+
+
+def _remark(text: str) -> None:
+    """A comment for a shell, on one line whatever is in it."""
+    print("#", " ".join(text.splitlines()), flush=True)
 
 
 def _run(found: Found, asked: Asked, engine: str, program: str | None) -> None:
@@ -138,19 +157,21 @@ def _run(found: Found, asked: Asked, engine: str, program: str | None) -> None:
     command = asked.command(engine, folder, program)
     if shutil.which(command.words[0]) is None:
         raise UserError(f"{command.words[0]} cannot be run")
-    print(f"# {command.line()}", flush=True)
+    _remark(command.line())
     os.execvpe(command.words[0], command.words, {**os.environ, **command.environment})
 
 
 def _write(found: Found, asked: Asked) -> int:
     if asked.triton:
+        if asked.engine not in (None, VLLM):
+            raise UserError(f"triton= is for {VLLM} alone: leave out engine={asked.engine}")
         _refuse(found, VLLM)
         folder, _ = place(found, VLLM)
         target = _target(asked.triton, folder, "triton")
         write_repository(
             folder, target, name=_name(asked, folder), context=asked.context, tp=asked.tp
         )
-        print(f"# {target}: a model repository; YY.MM of the image decides its vLLM")
+        _remark(f"{target}: a model repository; YY.MM of the image decides its vLLM")
         print(how_to_run(folder, target, asked.port))
     if asked.docker:
         loads = [e for e in IMAGES if place(found, e)[1].loads]
@@ -168,8 +189,10 @@ def _write(found: Found, asked: Asked) -> int:
             context=asked.context,
             tp=asked.tp,
         )
-        print(f"# {target}: {engine} by {IMAGES[engine][0]}")
-        print(f"docker compose --project-directory {target} up --build")
+        _remark(f"{target}: {engine} by {IMAGES[engine][0]}")
+        print(
+            shlex.join(["docker", "compose", "--project-directory", str(target), "up", "--build"])
+        )
     return 0
 
 
@@ -193,6 +216,10 @@ def _asked(words: list[str]) -> Asked:
     engine = given.get("engine")
     if engine is not None and engine not in ENGINES:
         raise UserError(f"engine={engine} is not known: choose one of {', '.join(ENGINES)}")
+    written = [key for key in ("triton", "docker") if _folder(given.get(key))]
+    lost = [key for key in ("run", "host") if given.get(key, "false") != "false"]
+    if written and lost:
+        raise UserError(f"{written[0]}= writes files: leave out {' and '.join(lost)}=")
     context = given.get("context")
     return Asked(
         engine=engine,

@@ -21,7 +21,8 @@ def front_matter(folder: Path) -> dict[str, Any]:
         return {}
     try:
         found = yaml.safe_load(text.removeprefix("---\n").partition("\n---")[0])
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, AttributeError):
+        # The latter two of values that are no date or number, as 2024-02-30.
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -33,7 +34,7 @@ def licence_of(folder: Path) -> dict[str, str]:
     found = {key: stated[key] for key in LICENCE_KEYS if isinstance(stated.get(key), str)}
     if "license" in found:
         return found
-    for file in sorted(folder.glob("LICENSE*")):
+    for file in sorted(filter(Path.is_file, folder.glob("LICENSE*"))):
         first = next(
             filter(None, map(str.strip, file.read_text(errors="replace").splitlines())), ""
         )

@@ -17,14 +17,17 @@ from compress.engines import (
     DENSE,
     ENGINES,
     GGUF,
+    GPTQ,
     KINDS,
     LLAMA_CPP,
+    PLAIN,
     ROWS,
     TRANSFORMERS,
     VLLM_CPU,
     WIDE,
     Engine,
     Row,
+    proof_of,
     words,
 )
 from compress.kv_cache.folder import engines as cache_arguments
@@ -75,6 +78,14 @@ class Served:
         if self.all_bits:
             every = every[1:]
         return list(dict.fromkeys(every))
+
+    @property
+    def kinds(self) -> list[str]:
+        """What it holds in the words of ``engines.Proof``."""
+        cache = "" if self.cache is None else f"+kv-{self.cache.name}"
+        head = "" if self.head is None else f"+head-{self.head.name}"
+        names = [PLAIN if scheme is None else scheme.name for scheme in self.quantized]
+        return [f"{name}{head}{cache}" for name in names]
 
     @property
     def head(self) -> Scheme | None:
@@ -341,6 +352,12 @@ def _mixed_zeros(engine: Engine, s: Served) -> str | None:
     return None
 
 
+def _mixed_gptq(engine: Engine, s: Served) -> str | None:
+    if engine.name != LLAMA_CPP and s.format == GPTQ and len(s.quantized) > 1:
+        return "does not load mixed bits in gptq: export=compressed-tensors"
+    return None
+
+
 def _cache(engine: Engine, s: Served) -> str | None:
     if s.cache is None or not s.cache.static or s.cache.keys.name in engine.caches:
         return None
@@ -357,6 +374,7 @@ RULES = (
     Rule("FP8 blocks of merged shards", _blocks),
     Rule("run on vLLM 0.32; none found in the others", _quantized_head),
     Rule("the first scheme unpacks all", _mixed_zeros),
+    Rule("dynamic names linears that engines fuse; tried with transformers 5.23", _mixed_gptq),
     Rule("compressed-tensors, kv_cache_scheme", _cache),
 )
 
@@ -418,11 +436,11 @@ def _loadable(engine: Engine, served: Served) -> dict[str, Any]:
     if known:
         reasons += _applied(RULES, engine, served)
     notes = [note for one in found for note in one.notes] + _applied(NOTES, engine, served)
-    proofs = [one.row.proved if one.row else None for one in found]
+    proof = proof_of(engine.name, served.format, served.kinds)
     return {
         "version": engine.version,
         "loads": not reasons,
-        "proved": None if reasons or None in proofs or served.tp > 1 else str(proofs[0]),
+        "proved": None if reasons or proof is None or served.tp > 1 else str(proof),
         "reasons": [_told(*reason, engine) for reason in dict.fromkeys(reasons)],
         "notes": [_told(*note, engine) for note in dict.fromkeys(notes)],
     }

@@ -144,7 +144,13 @@ def engines_of(
 def loadable_folder(
     folder: Shapes, tp: int = 1, capability: float | None = None
 ) -> dict[str, dict[str, Any]]:
-    """``loadable`` of a folder as it is, from its headers: plain, record or exported; or of a config alone.
+    """``loadable`` of a folder as it is."""
+    return loadable(served_folder(folder, tp, capability))
+
+
+def served_folder(folder: Shapes, tp: int = 1, capability: float | None = None) -> Served:
+    """What engines would be given of a folder, from its headers: plain, record or exported; or of a config
+    alone.
 
     tp: devices that share it; capability: of CUDA, 0: none, None: not known
     """
@@ -154,8 +160,7 @@ def loadable_folder(
         form = DENSE if weights.format == "plain" else weights.format
         schemes = schemes_on_disk(folder)
     sixteen = ShapeFolder(str(folder.path), folder.config)
-    given = served(sixteen, schemes, scheme_of(folder), export=form, tp=tp, capability=capability)
-    return loadable(given)
+    return served(sixteen, schemes, scheme_of(folder), export=form, tp=tp, capability=capability)
 
 
 def schemes_on_disk(folder: ModelFolder) -> Schemes | None:

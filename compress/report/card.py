@@ -5,17 +5,20 @@ It states nothing that the run did not measure, and names what it did not; figur
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from calibration.texts import LOADERS
 from compress.report.served import served_report
 from compress.report.table import markdown, plain_markdown, table, verdict_of
 from compress.report.table import rows_of as table_rows
 
-# Keys of a recipe that decide nothing in the checkpoint, or name places of one machine.
+# Keys of a recipe that decide nothing in the checkpoint.
 UNTOLD = (
     "model", "eval", "context", "speed", "gate", "device", "hardware", "plan", "traffic", "serve",
 )  # fmt: skip
@@ -54,6 +57,7 @@ def model_card(
     format_name: of this folder; measured: whether the figures are of its files, not of the same codes in
     another format
     """
+    metrics = without_places(metrics)
     parts = [
         _front_matter(metrics, base, format_name),
         f"# {plain_markdown(title)}",
@@ -68,6 +72,61 @@ def model_card(
         _environment(metrics["environment"]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def without_places(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """metrics.json as a reader elsewhere may see it: of texts in files of this machine the files' names,
+    wherever they are named, and of a server that failed no line of its log."""
+    names = _names(metrics)
+    longest_first = sorted(names, key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    def told(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {told(key): told(inner) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [told(inner) for inner in value]
+        return pattern.sub(lambda m: names[m[0]], value) if isinstance(value, str) else value
+
+    found: dict[str, Any] = told(metrics)
+    for row in ("base", "candidate"):
+        for entry in (found[row].get("served") or {}).values():
+            if "error" in entry["agreement"]:
+                entry["agreement"]["error"] = "its server failed"
+    return found
+
+
+def _names(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Text in a file of this machine -> its name, numbered where several files have the same."""
+    every = sorted(set(_sources(metrics)))
+    files = [source for source in every if "/" in source and _is_file(source)]
+    taken = set(every) - set(files)
+    names = {}
+    for source in files:
+        name, number = Path(source).name, 1
+        while name in taken:
+            number += 1
+            name = f"{Path(source).name} ({number})"
+        taken.add(name)
+        names[source] = name
+    return names
+
+
+def _is_file(source: str) -> bool:
+    """Whether a text is no name that others know."""
+    return source.startswith(("/", "~", ".")) or Path(source).suffix in LOADERS
+
+
+def _sources(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """Every text that a run names."""
+    recipe = metrics["recipe"]
+    mix = recipe["data"]["source"]
+    yield from [mix] if Path(mix).exists() else mix.split("+")
+    yield from (recipe.get("eval") or {}).get("texts", [])
+    if recipe.get("context"):
+        yield recipe["context"]["text"]
+    for row in (metrics["base"], metrics["candidate"]):
+        yield from row.get("texts") or {}
 
 
 def _front_matter(metrics: Mapping[str, Any], base: Base, format_name: str) -> str:
@@ -117,7 +176,7 @@ def _origin(metrics: Mapping[str, Any], base: Base) -> str:
     else:
         sha256 = (compression.get("origin") or {}).get("data")
         lines.append(
-            f"Calibration data: {shape[0]} sequences of {shape[1]} tokens of {sources(data['source'])}, seed "
+            f"Calibration data: {shape[0]} sequences of {shape[1]} tokens of {data['source']}, seed "
             f"{data.get('seed')}; SHA-256 `{sha256}`."
         )
     if written := compression.get("generated_tokens"):
@@ -128,16 +187,8 @@ def _origin(metrics: Mapping[str, Any], base: Base) -> str:
     return _section("What it is made from", _bullets(lines))
 
 
-def sources(source: str) -> str:
-    """Names of texts as a reader elsewhere may see them: of a path on this machine the file's name."""
-    parts = source.split("+")
-    return "+".join(p.rpartition("/")[2] if p.startswith(("/", "~", ".")) else p for p in parts)
-
-
 def _recipe(metrics: Mapping[str, Any]) -> str:
     told = {k: v for k, v in metrics["recipe"].items() if v and k not in UNTOLD}
-    if "data" in told:
-        told["data"] = told["data"] | {"source": sources(told["data"]["source"])}
     if metrics["compression"].get("calibration_tokens") is None:
         told.pop("data", None)
     dumped = yaml.safe_dump(_stated(told), sort_keys=False, allow_unicode=True).strip()
@@ -194,7 +245,9 @@ def _formats(metrics: Mapping[str, Any]) -> str:
 def _serving(serving: Sequence[Serving]) -> str:
     if not serving:
         return _section("Serving", "No engine is known to load this folder.")
-    parts = ["Who loads it is read from the engines' source; FOLDER is this folder."]
+    parts = [
+        "FOLDER is this folder. That an engine loads it was read in its source where it says not run."
+    ]
     for entry in serving:
         beside = f" ({plain_markdown('; '.join(entry.notes))})" if entry.notes else ""
         parts.append(f"{entry.engine}{beside}:\n\n    {entry.line}")

@@ -1,13 +1,11 @@
 """What serving engines made of the checkpoints: whether they agree with our reader, and how fast they are.
 
-The section ``served`` of a row in metrics.json is a list, an entry for each engine and format:
-{engine, version, export, device, date, agreement, load, points}, as eval.engines.serve_check writes it. An
-entry of an original is of the same load, in turns with those of the candidates beside it.
+The section ``served`` of a row in metrics.json is ENGINE/FORMAT -> {engine, version, conditions, export,
+device, date, agreement, client, points}, as eval.engines.serve_check writes it.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -30,7 +28,7 @@ def served_sections(runs: list[dict[str, Any]]) -> list[Section]:
 def served_report(rows: list[Row]) -> str:
     """Markdown: what engines compute, and how fast they answer. rows: those that were served"""
     text = f"{agreement_table(rows)}\n\n"
-    if any(entry["points"] for row in rows for entry in row.values["served"]):
+    if any(entry["points"] for _, entry in _entries(rows)):
         text += f"{served_table(rows)}\n"
     return text
 
@@ -65,18 +63,20 @@ def served_table(rows: list[Row]) -> str:
     """Markdown: a line for each checkpoint, engine and load."""
     header = ["", "format", "engine", "in/out", "at a time", "requests", "lost", "requests/s"]
     lines = [[*header, "tokens/s", "TTFT ms p50", "p99", "ITL ms p50", "p99"]]
-    clients = set()
+    clients, conditions, devices = set(), dict[str, str](), set()
     for row, entry in _entries(rows):
-        beside = _points_of(row.base, entry) if row.base else {}
         for point in entry["points"]:
-            clients.add(entry["load"]["client"])
-            lines.append([*_names(row, entry), *_cells(point, beside.get(_key(point)))])
+            clients.add(entry["client"])
+            devices.add(entry["device"])
+            conditions[entry["engine"]] = entry["conditions"]
+            lines.append([*_names(row, entry), *_cells(point)])
     told = (
         f"- By {', '.join(sorted(clients))}: random tokens, every request as long as asked, as many at a "
         "time as said. tokens/s: of all answers over the time of the load, the median of its rounds, (x) "
         "over the original's in the same rounds, in turns. TTFT: request to first token; ITL: mean gap "
         "between the tokens of a request after it; percentiles over requests. Lost: ended in an error, or "
-        "short of tokens."
+        f"short of tokens. On {', '.join(sorted(devices))}; "
+        f"{'; '.join(f'{engine}: {told}' for engine, told in conditions.items())}."
     )
     return f"{_table(lines)}\n\n{told}"
 
@@ -93,7 +93,7 @@ def served_figure(rows: list[Row]) -> Figure | None:
     size = max(several, key=sum)
     traces = []
     for index, row in enumerate(rows):
-        for of_row, entry in enumerate(row.values["served"]):
+        for of_row, entry in enumerate(row.values["served"].values()):
             found = sorted(
                 (p for p in entry["points"] if _size(p) == size), key=lambda p: p["concurrency"]
             )
@@ -129,7 +129,7 @@ def served_figure(rows: list[Row]) -> Figure | None:
 
 def _entries(rows: list[Row]) -> Iterator[tuple[Row, Entry]]:
     for row in rows:
-        for entry in row.values["served"]:
+        for entry in row.values["served"].values():
             yield row, entry
 
 
@@ -137,27 +137,14 @@ def _names(row: Row, entry: Entry) -> list[str]:
     return [row.label, entry["export"], f"{entry['engine']} {entry['version']}"]
 
 
-def _points_of(base: Mapping[str, Any], entry: Entry) -> dict[tuple[int, ...], Point]:
-    """What the original did in the same engine under the same load."""
-    for found in base.get("served") or []:
-        if found["engine"] == entry["engine"]:
-            return {_key(point): point for point in found["points"]}
-    return {}
-
-
-def _key(point: Point) -> tuple[int, ...]:
-    return (*_size(point), point["concurrency"], point["requests"])
-
-
 def _size(point: Point) -> tuple[int, int]:
     return point["input_length"], point["output_length"]
 
 
-def _cells(point: Point, base: Point | None) -> list[str]:
-    rate = f"{point['tokens_per_s']:.1f}"
-    if base is not None and base["tokens_per_s"]:
-        pairs = zip(point["rounds"]["tokens_per_s"], base["rounds"]["tokens_per_s"], strict=True)
-        rate += f" ({statistics.median(ours / theirs for ours, theirs in pairs):.2f}x)"
+def _cells(point: Point) -> list[str]:
+    rate, ratio = f"{point['tokens_per_s']:.1f}", point.get("over_original")
+    if ratio is not None:
+        rate += f" ({ratio:.2f}x)"
     times = [point[key][share] for key in ("ttft_ms", "itl_ms") for share in ("p50", "p99")]
     return [
         f"{point['input_length']}/{point['output_length']}",

@@ -69,8 +69,8 @@ class Row:
 def rows_of(runs: list[dict[str, Any]]) -> list[Row]:
     """Each model's original and then its runs, oldest first.
 
-    The original's row takes each section, and of texts and tasks each one, from the newest run of its model
-    that measured it.
+    The original's row takes each section, and of texts, tasks and what was served each one, from the newest
+    run of its model that measured it.
     """
     rows = []
     for fingerprint in dict.fromkeys(run["model"]["fingerprint"] for run in runs):
@@ -78,7 +78,7 @@ def rows_of(runs: list[dict[str, Any]]) -> list[Row]:
         original: dict[str, Any] = {}
         for run in of_model:
             for section, found in run["base"].items():
-                if section in ("texts", "tasks"):
+                if section in ("texts", "tasks", "served"):
                     original[section] = original.get(section, {}) | (found or {})
                 elif found:
                     original[section] = found

@@ -17,7 +17,7 @@ from compress.serve.command import PROGRAMS, name_of_run, serve_command
 from compress.serve.loads import CHECKPOINT, answers, checkpoints, gguf_of
 
 # What commands of a card call the folder, which is elsewhere by then.
-FOLDER = "FOLDER"
+FOLDER = Path("FOLDER")
 
 
 def write_cards(metrics: Mapping[str, Any], model: ModelFolder, out: Path) -> None:
@@ -50,12 +50,15 @@ def serving(folder: Path, name: str) -> list[Serving]:
             continue
         named = None if engine in (TRANSFORMERS, TENSORRT) else name
         try:
-            command = serve_command(engine, folder, name=named, program=PROGRAMS.get(engine))
+            command = serve_command(
+                engine, folder, name=named, program=PROGRAMS.get(engine), place=FOLDER
+            )
         except UserError:
             # It loads such a folder, but its server does not.
             continue
-        line = command.line().replace(str(folder), FOLDER)
-        found.append(Serving(f"{engine} {answer.version}", line, (*answer.notes, *command.notes)))
+        proved = f"such a checkpoint was {answer.proved}" if answer.proved else "not run"
+        notes = (proved, *answer.notes, *command.notes)
+        found.append(Serving(f"{engine} {answer.version}", command.line(), notes))
     return found
 
 

@@ -3,7 +3,8 @@
 Engines read the quantization from config.json, so no command names it. Flags were read in: vLLM 0.32
 (``vllm serve --help=all``), SGLang main of 2026-09 (srt/server_args.py, test_bnb.py), TensorRT-LLM main
 (tensorrt_llm/commands/serve.py), transformers 5.23 (``transformers serve --help``), llama.cpp b11206
-(tools/server/README.md). Run here: vLLM's CPU build, transformers, and llama.cpp through xllamacpp.
+(tools/server/README.md). Run here: vLLM's CPU build, transformers, and llama.cpp through the wheel xllamacpp
+2026.10.11549, which does not say of what build it is made.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from compress.kv_cache.folder import engines as cache_arguments
 from compress.kv_cache.folder import scheme_of
 from compress.model.folder import ModelFolder
 from compress.plan.rows import schemes_on_disk
-from compress.report.table import METRICS
+from compress.report.table import KEYS, METRICS
 from compress.serve.loads import gguf_of
 
 HOST, PORT = "127.0.0.1", 8000
@@ -79,12 +80,14 @@ def serve_command(  # noqa: PLR0913
     context: int | None = None,
     tp: int = 1,
     program: str | None = None,
+    place: Path | None = None,
     extra: Iterable[str] = (),
 ) -> Command:
     """How an engine serves a folder that it loads (``loads.answers`` tells whether it does).
 
     name: what requests call the model; context: tokens of a request, prompt and answer (as many as the model
-    takes); tp: devices; program: that of another place, of SGLang its Python; extra: appended as it is.
+    takes); tp: devices; program: that of another place, of SGLang its Python; place: where the server has the
+    folder, if elsewhere; extra: appended as it is.
     Raises UserError for an unknown engine, or an option that it has nothing for.
     """
     if engine not in ENGINES:
@@ -98,7 +101,7 @@ def serve_command(  # noqa: PLR0913
     named = name or served_name(folder)
     settings = engine_settings(engine, folder, context=context, tp=tp)
     address = ["--host", host, "--port", str(port)]
-    start, model = _start(engine, folder, program, named)
+    start, model = _start(engine, place or folder, gguf_of(folder), program, named)
     if engine in (VLLM, VLLM_CPU, SGLANG):
         address += ["--served-model-name", named]
     words = [*start, *address, *flags(engine, settings), *extra]
@@ -106,12 +109,15 @@ def serve_command(  # noqa: PLR0913
     return Command(tuple(words), MappingProxyType(environment), model, notes)
 
 
-def _start(engine: str, folder: Path, program: str | None, name: str) -> tuple[list[str], str]:
-    """The program with the model that it is given, and what requests call that."""
+def _start(
+    engine: str, folder: Path, gguf: Path | None, program: str | None, name: str
+) -> tuple[list[str], str]:
+    """The program with the model that it is given, and what requests call that. folder: where the server has
+    it; gguf: the file of that name in it"""
     run = program or PROGRAMS.get(engine, "python")
     if engine in (VLLM, VLLM_CPU):
         return [run, "serve", str(folder)], name
-    file = gguf_of(folder)
+    file = None if gguf is None else folder / gguf.name
     if engine == SGLANG:
         # It tells a GGUF file by its first bytes (server_args.py), and does not look for one in a folder.
         return [run, "-m", "sglang.launch_server", "--model-path", str(file or folder)], name
@@ -140,20 +146,27 @@ def engine_settings(
     ``AsyncEngineArgs``): the one source of flags, container files and Triton's model.json."""
     config = _config(folder)
     longest = context or config.get("max_position_embeddings")
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or "auto")
     if engine == LLAMA_CPP:
         return {} if longest is None else {"c": longest}
     if engine == TENSORRT:
         return _without_none({"max_seq_len": longest, "tp_size": tp if tp > 1 else None})
     if engine == TRANSFORMERS:
-        return {"dtype": dtype}
+        return {}
     length, parallel = "max_model_len", "tensor_parallel_size"
     if engine == SGLANG:
         length, parallel = "context_length", "tp_size"
-    found = {"dtype": dtype, length: longest, parallel: tp if tp > 1 else None}
+    found = {"dtype": _wide(config), length: longest, parallel: tp if tp > 1 else None}
     if engine == SGLANG and _quant_method(config) == "bitsandbytes":
         found["load_format"] = "bitsandbytes"
     return _without_none(found | _cache(engine, folder))
+
+
+def _wide(config: Mapping[str, Any]) -> str | None:
+    """The type, where vLLM and SGLang would not find it: they take config.json's, but 16 bits for float32.
+    Told bfloat16 vLLM refuses GPUs below 8.0, which have none; untold both take float16 there (vLLM 0.32,
+    config/model.py; SGLang, model_runner.py)."""
+    stated = config.get("dtype") or config.get("torch_dtype")
+    return "float32" if stated == "float32" else None
 
 
 def flags(engine: str, settings: Mapping[str, Any]) -> list[str]:
@@ -220,10 +233,10 @@ def _surroundings(
 
 
 def _cache_gib(config: Mapping[str, Any], context: int | None) -> int:
-    """Whole GiB for a 16-bit cache that holds one request of full length."""
+    """Whole GiB for a 16-bit cache that holds one request of full length; the least if that is not known."""
+    tokens = context or config.get("max_position_embeddings") or 0
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    tokens = context or config["max_position_embeddings"]
     nbytes = 2 * 2 * config["num_hidden_layers"] * heads * size * tokens
     return int(max(CPU_CACHE_GIB, -(-nbytes // 2**30)))
 
@@ -242,10 +255,15 @@ def _quant_method(config: Mapping[str, Any]) -> str | None:
 def served_name(folder: Path) -> str:
     """What requests call a folder unless they are told otherwise: model and recipe of a run, else the
     folder's name."""
-    metrics = folder.absolute().parent / METRICS
-    if not metrics.exists():
-        return plain_name(folder.absolute().name)
-    return name_of_run(json.loads(metrics.read_text(encoding="utf-8")))
+    folder = folder.absolute()
+    try:
+        metrics = json.loads((folder.parent / METRICS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        metrics = None
+    # There may be a file of that name that others wrote.
+    if not isinstance(metrics, dict) or not metrics.keys() >= KEYS:
+        return plain_name(folder.name)
+    return name_of_run(metrics)
 
 
 def name_of_run(metrics: Mapping[str, Any]) -> str:
@@ -255,8 +273,9 @@ def name_of_run(metrics: Mapping[str, Any]) -> str:
 
 
 def plain_name(text: str) -> str:
-    """Text as a name that needs no quotes anywhere."""
-    return re.sub(r"[^\w.-]+", "-", text).strip("-") or "model"
+    """Text as a name of folders, of Docker images and in URLs: ASCII letters and digits, with one of . _ -
+    between them."""
+    return re.sub(r"[^a-zA-Z0-9]{2,}|[^a-zA-Z0-9._-]", "-", text).strip("._-") or "model"
 
 
 def at_hand(engine: str) -> str | None:

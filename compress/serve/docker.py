@@ -1,7 +1,9 @@
 """A Dockerfile and a compose.yaml that serve a checkpoint by an engine's official image.
 
 The folder is mounted read-only, not copied: the image is the engine, and the flags are those of
-``serve_command``. Tags are those of the versions that ``engines`` speaks of. Not run here.
+``serve_command``. Tags are those of the versions that ``engines`` speaks of, but for llama.cpp: its rows are
+about the wheel xllamacpp, which does not say its build; the tag is the build whose flags were read. Not run
+here.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import yaml
 
 from compress.engines import LLAMA_CPP, SGLANG, VLLM, VLLM_CPU
 from compress.errors import UserError
-from compress.serve.command import Command, serve_command
+from compress.serve.command import serve_command
 from compress.serve.files import write_new
 
 # The image of an engine, and how its server is started there.
@@ -64,6 +66,7 @@ def write_docker(
         context=context,
         tp=tp,
         program=program,
+        place=place,
     )
     dockerfile = DOCKERFILE.format(
         name=name,
@@ -72,17 +75,11 @@ def write_docker(
         place=place,
         port=PORT,
         environment="".join(f"ENV {key}={value}\n" for key, value in command.environment.items()),
-        words=json.dumps(_inside(command, folder, place)),
+        words=json.dumps(command.words),
     )
     service = _service(engine, folder.resolve(), place, f"{name}:{engine}", port, tp)
     compose = yaml.safe_dump({"services": {name.lower(): service}}, sort_keys=False)
     return write_new(target, {"Dockerfile": dockerfile, "compose.yaml": compose})
-
-
-def _inside(command: Command, folder: Path, place: Path) -> list[str]:
-    """The words with the folder where the container has it."""
-    paths = {str(folder): str(place)} | {str(f): str(place / f.name) for f in folder.glob("*.gguf")}
-    return [paths.get(word, word) for word in command.words]
 
 
 def _service(
@@ -93,7 +90,13 @@ def _service(
         "image": image.lower(),
         "ports": [f"127.0.0.1:{port}:{PORT}"],
         "volumes": [
-            {"type": "bind", "source": str(folder), "target": str(place), "read_only": True}
+            {
+                "type": "bind",
+                # A single dollar would be a variable of compose.
+                "source": str(folder).replace("$", "$$"),
+                "target": str(place),
+                "read_only": True,
+            }
         ],
         # Nothing is fetched: all that it serves is in the folder.
         "environment": {"HF_HUB_OFFLINE": "1"},

@@ -20,11 +20,13 @@ CHECKPOINT = "checkpoint"
 
 @dataclass(frozen=True)
 class Answer:
-    """Whether an engine loads a folder. reasons: why not; notes: what to know where it does"""
+    """Whether an engine loads a folder. reasons: why not; notes: what to know where it does; proved: where
+    such a checkpoint was loaded (engines.Proof), None: read in the engine's source and not run"""
 
     version: str
     reasons: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    proved: str | None = None
 
     @property
     def loads(self) -> bool:
@@ -42,7 +44,7 @@ def answers(path: Path, tp: int = 1) -> dict[str, Answer]:
     found = {}
     for name, told in loadable_folder(ModelFolder(path), tp).items():
         reasons, notes = (tuple(e["text"] for e in told[key]) for key in ("reasons", "notes"))
-        found[name] = Answer(told["version"], reasons, notes)
+        found[name] = Answer(told["version"], reasons, notes, told["proved"])
     return found
 
 

@@ -8,6 +8,7 @@ in by itself. Not run here: it needs a GPU.
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 from compress.engines import VLLM
@@ -56,10 +57,15 @@ def write_repository(
 
 
 def how_to_run(folder: Path, target: Path, port: int) -> str:
-    """The line that starts it. The image's YY.MM decides its vLLM: it must be one that loads the folder."""
+    """The line that starts it, for this machine alone. The image's YY.MM decides its vLLM, which must be one
+    that loads the folder."""
     place = folder.resolve()
-    return (
-        f"docker run --rm --gpus all --shm-size 2g -p {port}:8000 -v {target.resolve()}:/models:ro "
-        f"-v {place}:{place}:ro nvcr.io/nvidia/tritonserver:YY.MM-vllm-python-py3 "
-        "tritonserver --model-repository /models"
+    mounts = ("-v", f"{target.resolve()}:/models:ro", "-v", f"{place}:{place}:ro")
+    return shlex.join(
+        [
+            *("docker", "run", "--rm", "--gpus", "all", "--shm-size", "2g"),
+            *("-p", f"127.0.0.1:{port}:8000", *mounts),
+            "nvcr.io/nvidia/tritonserver:YY.MM-vllm-python-py3",
+            *("tritonserver", "--model-repository", "/models"),
+        ]
     )

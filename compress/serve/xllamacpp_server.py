@@ -1,9 +1,9 @@
 """llama.cpp's own server from the Python wheel ``xllamacpp``, for machines without the program llama-server.
 
-    python xllamacpp_server.py -m FILE.gguf [-c TOKENS] [-a NAME] [--host HOST] [--port PORT]
+    python xllamacpp_server.py -m FILE.gguf [-c TOKENS] [-np N] [-a NAME] [--host HOST] [--port PORT]
 
-The words are llama-server's. Imports nothing of this project: it is run as a file, by any Python that has
-the wheel (2026.10, which has no command of its own).
+The words are llama-server's, and so is what is taken where they are left out. Imports nothing of this
+project: it is run as a file, by any Python that has the wheel (2026.10, which has no command of its own).
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ def main() -> None:
     # As llama-server: 0 is what the model takes.
     parser.add_argument("-c", "--ctx-size", type=int, default=0)
     parser.add_argument(
-        "-np", "--parallel", type=int, default=1, help="requests that share the context"
+        "-np",
+        "--parallel",
+        type=int,
+        default=-1,
+        help="requests at a time, each with its part of the context; -1: 4 that share all of it",
     )
     parser.add_argument("-t", "--threads", type=int)
     parser.add_argument("-a", "--alias")

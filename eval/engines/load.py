@@ -9,6 +9,7 @@ tokens after it, both as the client sees them.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -21,21 +22,25 @@ from typing import Any
 
 import numpy as np
 
+from compress.engines import LLAMA_CPP
 from eval.engines.servers import NAME, Server
 
 SCRIPT = Path(__file__).with_name("vllm_load.py")
 PERCENTILES = (50, 90, 99)
+# Requests from which on the 99th percentile is one.
+ENOUGH = 100
 TIMES = ("ttft_ms", "itl_ms", "e2e_ms")
 
 
 @dataclass(frozen=True)
 class Load:
-    """concurrency: requests at a time at most; requests: in all, of so many tokens in and out"""
+    """concurrency: requests at a time at most; requests: of a round, of so many tokens in and out each"""
 
     concurrency: int
     requests: int
     input_length: int
     output_length: int
+    rounds: int = 1
 
 
 class Client:
@@ -83,6 +88,9 @@ class Client:
         words += ["--random-output-len", str(load.output_length)]
         words += ["--num-prompts", str(load.requests), "--max-concurrency", str(load.concurrency)]
         words += ["--temperature", "0", "--disable-tqdm", "--save-detailed"]
+        if server.engine == LLAMA_CPP:
+            # It would begin where an earlier prompt was alike.
+            words += ["--extra-body", json.dumps({"cache_prompt": False})]
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(words) + "\n")
         self._process.stdin.flush()
@@ -101,13 +109,15 @@ def in_turns(
     servers: Mapping[str, Server],
     tokenizer: Path,
     loads: Iterable[Load],
-    rounds: int,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Every server under every load, one after the other, ``rounds`` times. Returns the points of each."""
+    """Every server under every load, one after the other, round by round. Returns the points of each."""
     points: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
+    # No server sees a prompt twice, not even its beginning; all see the same ones.
+    seeds = itertools.count()
     for load in loads:
         seen: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
-        for seed in range(rounds):
+        for _ in range(load.rounds):
+            seed = next(seeds)
             for name, server in servers.items():
                 seen[name].append(client(server, tokenizer, load, seed))
         for name, found in seen.items():
@@ -156,4 +166,6 @@ def point_of(load: Load, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             f"p{share}": float(np.percentile(values, share)) if values else None
             for share in PERCENTILES
         }
+        if len(values) < ENOUGH:
+            point[key]["p99"] = None
     return point

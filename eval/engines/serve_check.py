@@ -1,7 +1,7 @@
 """Serving engines answer with the exported checkpoints: what they compute, and how fast.
 
     python -m eval.engines.serve_check --vllm ENV --llama-cpp ENV [--only NAME ...] [--runs FOLDER]
-        [--rounds N] [--no-load] [--checkpoint FOLDER ...]
+        [--no-load] [--checkpoint FOLDER ...]
 
 Compresses the demo model by the recipes of CASES, each a run with its accuracy measured, in several formats.
 Then each format is asked for the log-probabilities of the same prompts by every engine here that loads it by
@@ -20,10 +20,11 @@ import argparse
 import contextlib
 import functools
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,16 +40,17 @@ from compress.compose import compose_settings
 from compress.engines import LLAMA_CPP, TRANSFORMERS, VLLM_CPU
 from compress.environment import environment, version_of
 from compress.export.formats import FORMATS, Weights
+from compress.kv_cache.folder import scheme_of
 from compress.model.folder import ModelFolder, read_json, write_json
 from compress.model.sources import open_tokenizer, resolve_model
-from compress.plan.rows import loadable_folder
+from compress.plan.rows import loadable_folder, served_folder
 from compress.report.served import served_sections
 from compress.report.table import METRICS, find_runs, rows_of
 from compress.run_folder import whole
 from compress.runtime.load import load_dense
 from compress.serve.card import write_cards
 from compress.serve.command import Command, serve_command
-from compress.serve.loads import gguf_of
+from compress.serve.loads import checkpoints, gguf_of
 from eval.engines.agreement import BF16, CPU, Ours, clip, compare, log_probs, read_ours
 from eval.engines.load import Client, Load, in_turns
 from eval.engines.servers import NAME, Server, free_port, running
@@ -60,8 +62,10 @@ CONTEXT, PARALLEL = 1024, 16
 TOGETHER = 5
 # The load of many requests, and that of a server which takes a second a token.
 MANY = Load(PARALLEL, 200, 32, 32)
+ROUNDS = 2
 SLOW = Load(1, 1, 8, 8)
 SERVED = "served.md"
+ORIGINAL = "original"
 # Formats that transformers reads through gptqmodel, which brings a torch for CUDA.
 NEED_GPTQMODEL = ("gptq", "awq")
 # With two threads it spins for a core that the client has: a fifth of the speed.
@@ -83,10 +87,12 @@ SCALE = 0.125
 
 @dataclass(frozen=True)
 class Case:
-    """words: the recipe; slow: an engine has kernels that take a second a token, so it is asked for little"""
+    """words: the recipe; slow: an engine has kernels that take a second a token, so it is asked for little
+    load: whether its servers are put under load"""
 
     words: tuple[str, ...]
     slow: bool = False
+    load: bool = True
 
 
 CASES = {
@@ -100,7 +106,7 @@ CASES = {
     "prune-width": Case(
         ("recipe=prune-width", "prune.candidates=1", "export=[compressed-tensors,gguf]")
     ),
-    "prune-kv-heads": Case(("recipe=prune-kv-heads", "data.length=1024")),
+    "prune-kv-heads": Case(("recipe=prune-kv-heads", "data.length=1024"), load=False),
     "fp8": Case(("recipe=fp8",), slow=True),
     "w8a16-int8": Case(("recipe=w8a16-int8", "export=[compressed-tensors,gguf,dense]")),
     "fp8-static": Case(("recipe=fp8-static",)),
@@ -112,14 +118,16 @@ CASES = {
 
 @dataclass(frozen=True)
 class Asked:
-    """A checkpoint and an engine that loads it. run: where its figures go; original: of the demo model"""
+    """A checkpoint and an engine that loads it. run: where its figures go, None: it is the original, or
+    nowhere"""
 
     name: str
     export: str
     engine: str
     folder: Path
     run: Path | None
-    slow: bool
+    slow: bool = False
+    load: bool = True
 
     @property
     def label(self) -> str:
@@ -127,7 +135,7 @@ class Asked:
 
     @property
     def original(self) -> bool:
-        return self.run is None
+        return self.name == ORIGINAL
 
 
 class Check:
@@ -160,6 +168,19 @@ class Check:
         code = f"import importlib.metadata as m; print(m.version({package!r}))"
         command = [str(python / "bin" / "python"), "-c", code]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def conditions(self, engine: str) -> str:
+        """What its figures depend on beside the machine."""
+        if engine == TRANSFORMERS:
+            return f"{torch.get_num_threads()} threads"
+        if engine == VLLM_CPU:
+            return f"--enforce-eager, at most {PARALLEL} requests at a time"
+        python = str(self.llama_cpp / "bin" / "python")
+        code = "import xllamacpp; print(xllamacpp.get_system_info())"
+        told = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
+        built = [part.strip() for part in told.stdout.split("|") if part.strip().endswith("= 1")]
+        with_ = ", ".join(part.removesuffix("= 1").strip().rpartition(" ")[2] for part in built)
+        return f"{LLAMA_THREADS} thread, {PARALLEL} slots, the wheel's build ({with_})"
 
     @contextlib.contextmanager
     def served(self, engine: str, folder: Path, log: str) -> Iterator[Server]:
@@ -203,7 +224,9 @@ class Check:
                 with self.served(asked.engine, copy, "clipped") as other:
                     return other.log_probs(tokens)
 
-        found = compare(ours, server.log_probs(tokens), clipped)
+        cache = scheme_of(ModelFolder(asked.folder))
+        stored = cache is not None and cache.static
+        found = compare(ours, server.log_probs(tokens), clipped if stored else None)
         return {**found, "writes": server.greedy(tokens[0].tolist(), NEW_TOKENS)}
 
     def ask_transformers(self, asked: Asked) -> dict[str, Any]:
@@ -233,12 +256,17 @@ class Check:
         return {**found, "writes": open_tokenizer(self.base).decode(written)}
 
 
-def loads() -> list[Load]:
-    """The four patterns, at several concurrencies."""
+def loads_of(group: Sequence[Asked]) -> list[Load]:
+    """The four patterns at several concurrencies, and many requests; of slow ones a single request."""
+    if not all(one.load for one in group):
+        return []
+    if any(one.slow for one in group):
+        return [SLOW]
     speed = compose_settings(["speed=patterns"]).speed
     assert speed is not None
     sizes = [(round(SCALE * size[0]), round(SCALE * size[1])) for size in speed.patterns]
-    return [Load(at, at, *size) for size in sizes for at in CONCURRENCY]
+    short = [Load(at, max(at, 2), *size, rounds=ROUNDS) for size in sizes for at in CONCURRENCY]
+    return [*short, MANY]
 
 
 def export_demo(directory: Path, words: Sequence[str]) -> None:
@@ -255,48 +283,47 @@ def demo(check: Check, runs: Path, names: Sequence[str]) -> list[Asked]:
         run, case = runs / name.replace(" ", "-"), CASES[name]
         if not (run / METRICS).exists():
             export_demo(run, case.words)
-        for folder in sorted(run.glob("checkpoint*")):
-            if folder.is_dir():
-                found += asked_of(name, folder, run, slow=case.slow)
-    gguf = runs / "original" / "gguf"
+        for folder in checkpoints(run):
+            found += asked_of(name, folder, run, case)
+    gguf = runs / ORIGINAL / "gguf"
     if not gguf.exists():
         with whole(gguf) as partial:
             FORMATS["gguf"].write(check.base, partial)
-    engines = ((VLLM_CPU, check.base.path, "16 bits"), (LLAMA_CPP, gguf, "gguf"))
-    originals = [
-        Asked("original", export, engine, folder, None, slow=False)
-        for engine, folder, export in engines
-    ]
-    return [*originals, *found]
+    originals = [*asked_of(ORIGINAL, check.base.path), *asked_of(ORIGINAL, gguf)]
+    return [*(one for one in originals if one.engine != TRANSFORMERS), *found]
 
 
-def asked_of(name: str, folder: Path, run: Path | None, *, slow: bool = False) -> list[Asked]:
+def asked_of(
+    name: str, folder: Path, run: Path | None = None, case: Case | None = None
+) -> list[Asked]:
     """Every engine that can be run here and loads the folder, by the engine matrix."""
-    export = Weights(ModelFolder(folder)).format
-    loads = loadable_folder(ModelFolder(folder), 1)
+    export, case = Weights(ModelFolder(folder)).format, case or Case(())
+    found = loadable_folder(ModelFolder(folder))
+    # A second folder of 16 bits says nothing new.
+    load = case.load and not folder.name.endswith("dense")
     return [
-        Asked(name, export, engine, folder, run, slow=slow and engine == VLLM_CPU)
+        Asked(name, export, engine, folder, run, case.slow and engine == VLLM_CPU, load)
         for engine in (TRANSFORMERS, VLLM_CPU, LLAMA_CPP)
-        if loads[engine]["loads"] and not (engine == TRANSFORMERS and export in NEED_GPTQMODEL)
+        if found[engine]["loads"] and not (engine == TRANSFORMERS and export in NEED_GPTQMODEL)
     ]
 
 
 def groups(asked: Sequence[Asked]) -> Iterator[list[Asked]]:
-    """Who is served at the same time: of one engine, the original first, as many as fit into memory."""
+    """Who is served at the same time: of one engine, the original first, as many as fit into memory; alone
+    those that are slow, or not put under load."""
     for engine in (VLLM_CPU, LLAMA_CPP):
         own = [one for one in asked if one.engine == engine]
         originals = [one for one in own if one.original]
-        others = [one for one in own if not (one.original or one.slow)]
+        others = [one for one in own if one.load and not (one.original or one.slow)]
         room = TOGETHER - len(originals)
-        for start in range(0, max(len(others), 1), room):
-            if group := [*originals, *others[start : start + room]]:
-                yield group
-        yield from ([one] for one in own if one.slow)
+        for start in range(0, len(others), room):
+            yield [*originals, *others[start : start + room]]
+        yield from ([one] for one in own if one.slow or not one.load)
 
 
-def serve(check: Check, client: Client | None, group: Sequence[Asked], rounds: int) -> list[Entry]:
+def serve(check: Check, client: Client | None, group: Sequence[Asked]) -> list[Entry]:
     """Start a server for each, ask it, then put them under load in turns. An entry for each."""
-    entries = [_entry(check, one) for one in group]
+    entries = [entry_of(check, one) for one in group]
     with ExitStack() as stack:
         servers: dict[str, Server] = {}
         for one, entry in zip(group, entries, strict=True):
@@ -309,34 +336,39 @@ def serve(check: Check, client: Client | None, group: Sequence[Asked], rounds: i
             except RuntimeError as error:
                 entry["agreement"] = _failed(error)
             _tell(one, entry)
-        if client is not None and servers:
-            slow = any(one.slow for one in group)
-            points = in_turns(
-                client,
-                servers,
-                check.base.path,
-                [SLOW] if slow else loads(),
-                1 if slow else rounds,
-            )
-            if not slow:
-                for name, found in in_turns(client, servers, check.base.path, [MANY], 1).items():
-                    points[name] += found
-            for one, entry in zip(group, entries, strict=True):
-                entry["points"] = points.get(one.label, [])
-                entry["load"] = {"client": f"vllm bench serve {client.version}", "rounds": rounds}
+        loads = loads_of(group)
+        if client is None or not servers or not loads:
+            return entries
+        # What is known so far, if a server ends under the load.
+        keep(group, entries)
+        points = in_turns(client, servers, check.base.path, loads)
+        beside = next((points[one.label] for one in group if one.original), None)
+        for one, entry in zip(group, entries, strict=True):
+            entry["client"] = f"vllm bench serve {client.version}"
+            entry["points"] = points.get(one.label, [])
+            for point, base in zip(entry["points"], beside or (), strict=beside is not None):
+                point["over_original"] = over(point, base)
     return entries
 
 
-def _entry(check: Check, asked: Asked) -> Entry:
+def over(point: Mapping[str, Any], base: Mapping[str, Any]) -> float | None:
+    """Tokens a second over those of the original, the median of the rounds; None if it lost all of one."""
+    pairs = zip(point["rounds"]["tokens_per_s"], base["rounds"]["tokens_per_s"], strict=True)
+    ratios = [ours / theirs for ours, theirs in pairs if theirs]
+    return statistics.median(ratios) if len(ratios) == len(base["rounds"]["tokens_per_s"]) else None
+
+
+def entry_of(check: Check, asked: Asked) -> Entry:
     facts = environment(CPU)
     return {
         "engine": asked.engine,
         "version": check.version(asked.engine),
+        "conditions": check.conditions(asked.engine),
         "export": asked.export,
+        "kinds": served_folder(ModelFolder(asked.folder)).kinds,
         "device": facts["device"],
         "date": facts["date"],
         "agreement": {},
-        "load": None,
         "points": [],
     }
 
@@ -351,35 +383,36 @@ def _tell(asked: Asked, entry: Entry) -> None:
 
 
 def keep(asked: Sequence[Asked], entries: Sequence[Entry]) -> None:
-    """Put the entries of a group into metrics.json and served.md of their runs, the original's beside."""
+    """Put the entries of a group into metrics.json and served.md of their runs, the original's beside; points
+    that an entry has none of stay."""
     of_original = [e for one, e in zip(asked, entries, strict=True) if one.original]
     for one, entry in zip(asked, entries, strict=True):
         if one.run is None:
             continue
         metrics = read_json(one.run / METRICS)
         for row, new in (("candidate", [entry]), ("base", of_original)):
-            kinds = {(e["engine"], e["export"]) for e in new}
-            old = metrics[row].get("served") or []
-            kept = [e for e in old if (e["engine"], e["export"]) not in kinds]
-            metrics[row]["served"] = [*kept, *new]
+            found = metrics[row].setdefault("served", {})
+            for e in new:
+                key = f"{e['engine']}/{e['export']}"
+                kept = found.get(key, {}) if not e["points"] else {}
+                found[key] = e | {k: kept[k] for k in ("points", "client") if k in kept}
         with whole(one.run / METRICS) as partial:
             write_json(partial, metrics)
         for section in served_sections([metrics]):
             (one.run / SERVED).write_text(section.text, encoding="utf-8")
 
 
-def tell_all(runs: Path, base: ModelFolder) -> None:
-    """Print what all runs were found to be, and leave it beside them: served.md, served.json; and in their
+def tell_all(runs: Sequence[Path], base: ModelFolder, place: Path) -> None:
+    """Print what the runs were found to be, and leave it in ``place``: served.md, served.json; and in their
     cards."""
-    found = find_runs([runs])
+    found = find_runs(runs)
     for metrics in found:
         write_cards(metrics, base, Path(metrics["folder"]))
-    sections = served_sections(found)
-    text = "".join(section.text for section in sections)
+    text = "".join(section.text for section in served_sections(found))
     print(f"\n{text}", flush=True)
-    (runs / SERVED).write_text(text, encoding="utf-8")
+    (place / SERVED).write_text(text, encoding="utf-8")
     served = {row.label: row.values["served"] for row in rows_of(found) if row.values.get("served")}
-    write_json(runs / SERVED.replace(".md", ".json"), {**environment(CPU), "served": served})
+    write_json(place / SERVED.replace(".md", ".json"), {**environment(CPU), "served": served})
 
 
 def main() -> None:
@@ -388,7 +421,6 @@ def main() -> None:
     parser.add_argument("--llama-cpp", type=Path, required=True, help="that of xllamacpp")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--runs", type=Path, default=Path("outputs/serve-check"))
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-load", action="store_true")
     parser.add_argument("--checkpoint", type=Path, nargs="*", default=[])
     asked = parser.parse_args()
@@ -396,7 +428,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         check = Check(asked.vllm, asked.llama_cpp, Path(scratch))
         if asked.checkpoint:
-            wanted = [a for folder in asked.checkpoint for a in asked_of(folder.name, folder, None)]
+            wanted = [one for folder in asked.checkpoint for one in asked_of(folder.name, folder)]
         else:
             wanted = demo(check, asked.runs, asked.only)
         client = None
@@ -405,18 +437,22 @@ def main() -> None:
             client = stack.enter_context(Client(python, Path(scratch) / "client.log"))
         for one in wanted:
             if one.engine == TRANSFORMERS:
-                entry = _entry(check, one)
-                entry["agreement"] = check.ask_transformers(one)
+                entry = entry_of(check, one)
+                try:
+                    entry["agreement"] = check.ask_transformers(one)
+                except Exception as error:
+                    # Whatever it raises: it did not load what it should.
+                    entry["agreement"] = _failed(error)
                 _tell(one, entry)
                 passed.append(entry["agreement"]["agrees"])
                 keep([one], [entry])
         for group in groups(wanted):
-            entries = serve(check, client, group, asked.rounds)
+            entries = serve(check, client, group)
             passed += [entry["agreement"]["agrees"] for entry in entries]
             passed += [point["lost"] == 0 for entry in entries for point in entry["points"]]
             keep(group, entries)
     if not asked.checkpoint:
-        tell_all(asked.runs, check.base)
+        tell_all([one.run for one in wanted if one.run is not None], check.base, asked.runs)
     print(f"{sum(passed)} of {len(passed)} checks passed", flush=True)
     sys.exit(0 if all(passed) else 1)
 

@@ -8,6 +8,7 @@ distribution of the token that follows, so a prompt is asked for token by token 
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import signal
@@ -24,6 +25,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from compress.engines import LLAMA_CPP
 
 HOST = "127.0.0.1"
 # Seconds until a server is healthy at most, and until it has ended after being asked to.
@@ -52,7 +55,7 @@ class Server:
         tokens: (prompts, length) -> (prompts, length - 1)
         """
         rows = tokens.tolist()
-        if self.engine == "llama.cpp":
+        if self.engine == LLAMA_CPP:
             return torch.tensor([self._one_by_one(row) for row in rows])
         return torch.tensor([self._echoed(row) for row in rows])
 
@@ -97,7 +100,7 @@ class Server:
         except urllib.error.HTTPError as error:
             told = error.read().decode(errors="replace")[:500]
             raise RuntimeError(f"{self.engine} answers {path} with {error.code}: {told}") from error
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise RuntimeError(f"{self.engine} does not answer {path}: {error}") from error
 
 

@@ -24,7 +24,8 @@ from eval.engines.serve_check import (
     asked_of,
     groups,
     keep,
-    loads,
+    loads_of,
+    over,
     tell_all,
 )
 from tests.compress.report.test_served import entry, served_point
@@ -33,7 +34,7 @@ from tests.report_runs import run_of, write_runs
 
 
 def asked(name: str, engine: str = VLLM_CPU, run: Path | None = Path(), **more: Any) -> Asked:
-    return Asked(name, "awq", engine, Path(), run, **{"slow": False, **more})
+    return Asked(name, "awq", engine, Path(), run, **more)
 
 
 def test_every_case_is_a_recipe() -> None:
@@ -45,8 +46,11 @@ def test_the_original_is_in_every_group_that_is_compared_with_it() -> None:
     original, llama = asked("original", run=None), asked("original", LLAMA_CPP, None)
     others = [asked(f"c{i}") for i in range(TOGETHER)]
     slow, unserved = asked("slow", slow=True), asked("c0", TRANSFORMERS)
-    found = list(groups([original, llama, unserved, *others, slow]))
-    assert found == [[original, *others[: TOGETHER - 1]], [original, others[-1]], [slow], [llama]]
+    quiet = asked("quiet", load=False)
+    found = list(groups([original, llama, unserved, *others, quiet, slow]))
+    room = TOGETHER - 1
+    # llama.cpp has nothing beside its original: there is nothing to compare.
+    assert found == [[original, *others[:room]], [original, *others[room:]], [quiet], [slow]]
 
 
 def test_folders_are_asked_of_the_engines_that_load_them(tiny: ModelFolder, tmp_path: Path) -> None:
@@ -58,13 +62,24 @@ def test_folders_are_asked_of_the_engines_that_load_them(tiny: ModelFolder, tmp_
     assert engines(Scheme(3, 32)) == [TRANSFORMERS]
 
 
-def test_loads_are_the_four_patterns_at_several_concurrencies() -> None:
-    found = loads()
-    sizes = {(load.input_length, load.output_length) for load in found}
+def test_loads_are_the_four_patterns_at_several_concurrencies_and_many_requests() -> None:
+    *short, many = loads_of([asked("a"), asked("b")])
+    sizes = {(load.input_length, load.output_length) for load in short}
     assert sizes == {(16, 16), (16, 128), (128, 16), (128, 128)}
-    assert len(found) == 12
-    # In a round as many requests as there are at a time.
-    assert all(load.requests == load.concurrency for load in found)
+    assert {load.concurrency for load in short} == {1, 4, 16}
+    assert len(short) == 12
+    assert all(load.requests >= load.concurrency and load.rounds > 1 for load in short)
+    assert (many.requests, many.concurrency) == (200, 16)
+    (one,) = loads_of([asked("a", slow=True)])
+    assert one.requests * one.output_length < 32
+    assert loads_of([asked("a", load=False)]) == []
+
+
+def test_a_ratio_is_the_median_of_those_within_the_rounds() -> None:
+    ours, theirs = served_point(1, [20, 50, 60]), served_point(1, [10, 20, 40])
+    # 2, 2.5 and 1.5: not 50 / 20.
+    assert over(ours, theirs) == 2
+    assert over(ours, served_point(1, [10, 0, 40])) is None
 
 
 def test_entries_go_into_the_run_beside_the_original(tmp_path: Path) -> None:
@@ -74,14 +89,16 @@ def test_entries_go_into_the_run_beside_the_original(tmp_path: Path) -> None:
     who = [asked("original", run=None), asked("awq-int4", run=run)]
     old = entry(VLLM_CPU, "awq", [])
     for points in ([served_point(1, [5, 5, 5])], [served_point(1, [8, 8, 9])]):
-        keep(who, [entry(VLLM_CPU, "16 bits", []), {**old, "points": points}])
+        keep(who, [entry(VLLM_CPU, "plain", []), {**old, "points": points}])
     keep([asked("awq-int4", LLAMA_CPP, run)], [entry(LLAMA_CPP, "gguf", [])])
+    # Newer entries replace those of the same engine and format alone, but for points they have none of.
+    keep(who, [entry(VLLM_CPU, "plain", []), {**old, "date": "later"}])
     metrics = json.loads((run / METRICS).read_text())
-    # Newer entries replace those of the same engine and format alone.
     found = metrics["candidate"].pop("served")
-    assert [(e["engine"], e["export"]) for e in found] == [(VLLM_CPU, "awq"), (LLAMA_CPP, "gguf")]
-    assert found[0]["points"][0]["tokens_per_s"] == 8
-    assert [e["export"] for e in metrics["base"].pop("served")] == ["16 bits"]
+    assert list(found) == ["vllm-cpu/awq", "llama.cpp/gguf"]
+    assert found["vllm-cpu/awq"]["points"][0]["tokens_per_s"] == 8
+    assert found["vllm-cpu/awq"]["date"] == "later"
+    assert list(metrics["base"].pop("served")) == ["vllm-cpu/plain"]
     assert metrics == before
     assert "| awq-int4" in (run / "served.md").read_text()
 
@@ -94,10 +111,10 @@ def test_all_of_it_is_told_together(
     checkpoint.symlink_to(exported(tiny, Scheme(4, 32), tmp_path / "made").path)
     write_manifest(checkpoint, {})
     keep([asked("awq-int4", run=tmp_path / "run 0")], [entry(VLLM_CPU, "awq", [])])
-    tell_all(tmp_path, tiny)
+    tell_all([tmp_path / "run 0"], tiny, tmp_path)
     assert "within 0.1 of ours" in capsys.readouterr().out
     found = json.loads((tmp_path / "served.json").read_text())
-    assert [e["export"] for e in found["served"]["awq-int4"]] == ["awq"]
+    assert list(found["served"]["awq-int4"]) == ["vllm-cpu/awq"]
     assert found["device"]
     card = (checkpoint / "README.md").read_text()
     assert "## Served" in card

@@ -13,7 +13,7 @@ from compress import engines
 from compress.commands.plan import main
 from compress.compose import compose_settings, options
 from compress.config import Run, parse
-from compress.engines import ENGINES, ROWS, VLLM_CPU
+from compress.engines import ENGINES, PROOFS, ROWS, VLLM_CPU
 from compress.errors import UserError
 from compress.model.folder import ModelFolder
 from compress.model.shapes import ShapeFolder
@@ -41,7 +41,7 @@ REFUSED = {
     ),
     "int4 in tensorrt-llm": (
         [LLAMA, FOUR], "tensorrt-llm", 1,
-        ["tensorrt-llm main 2026 loads FP8 or MXFP4 in compressed-tensors, not integers"],
+        ["tensorrt-llm main 2026 loads FP8 in compressed-tensors, not integers"],
     ),
     "int8 inputs in tensorrt-llm": (
         [LLAMA, "recipe=w8a8-int8"], "tensorrt-llm", 1,
@@ -227,28 +227,28 @@ EXPECTED = """
                     vllm vllm-cpu sglang tensorrt-llm transformers llama.cpp
 awq-int3            y    .        .      .            y            .
 awq-int4            y    +        .      .            +            .
-awq-int4-kv-fp8     y    +        .      .            +            .
-awq-int4-kv-int4    y    +        .      .            +            .
+awq-int4-kv-fp8     y    +        .      .            y            .
+awq-int4-kv-int4    y    y        .      .            y            .
 best-int2           y    .        .      .            y            .
 best-int3           y    .        .      .            y            .
 best-int4           y    +        .      .            +            .
-fp8                 y    +        y      y            +            .
+fp8                 y    y        y      y            +            .
 fp8-block           y    .        y      y            y            .
 fp8-static          y    .        y      .            +            .
 gptaq-int4          y    +        .      .            +            .
 gptq-int3           y    .        .      .            y            .
 gptq-int4           y    +        .      .            +            .
 kv-fp8              y    +        y      y            +            .
-kv-int2             y    +        y      y            +            .
-kv-int4             y    +        y      y            +            .
-kv-int8             y    +        y      y            +            .
+kv-int2             y    y        y      y            y            .
+kv-int4             y    y        y      y            y            .
+kv-int8             y    y        y      y            y            .
 learned-int3        y    .        .      .            y            .
 learned-int4        y    +        .      .            +            .
 llm-int8            .    .        y      .            +            .
-llm-int8-static     .    .        y      .            +            .
+llm-int8-static     .    .        y      .            y            .
 minitron-awq        y    +        .      .            +            .
 mixed-3.5           y    .        .      .            .            .
-mxfp4               y    .        .      y            +            .
+mxfp4               y    .        .      .            +            .
 nvfp4               y    .        y      .            +            .
 prune-depth         y    +        y      y            +            .
 prune-depth-distill y    +        y      y            +            .
@@ -256,7 +256,7 @@ prune-heads         y    +        y      y            +            .
 prune-kv-heads      y    +        y      y            +            .
 prune-width         y    +        y      y            +            .
 prune-width-distill y    +        y      y            +            .
-rotate-int4-channel y    y        .      .            +            .
+rotate-int4-channel y    y        .      .            y            .
 rtn-int3            y    .        .      .            y            .
 rtn-int4            y    +        .      .            +            .
 w8a16-int8          y    .        .      .            +            .
@@ -293,6 +293,6 @@ def test_rows_say_only_known_things() -> None:
         assert row.engine in ENGINES
         assert row.numbers in ("", *engines.KINDS)
         assert row.source
-        assert not (row.refused and (row.proved or row.note))
-        if row.proved is not None:
-            assert row.proved.version == ENGINES[row.engine].version
+        assert not (row.refused and row.note)
+    for proof in PROOFS:
+        assert proof.version == ENGINES[proof.engine].version

@@ -35,7 +35,7 @@ TABLE = [
     (["recipe=fp8-static", "scheme.group_size=channel"], 1, (True, True, False, True)),
     # TensorRT-LLM takes it with rounded inputs alone, SGLang MXFP4 for experts alone.
     (["recipe=nvfp4"], 1, (True, True, False, True)),
-    (["recipe=mxfp4"], 1, (True, False, True, True)),
+    (["recipe=mxfp4"], 1, (True, False, False, True)),
     (["recipe=llm-int8"], 1, (False, True, False, True)),
     (["recipe=rtn-int4", "head=int8", "scheme.symmetric=true"], 1, (False, False, False, True)),
     (["recipe=rtn-int4", "head=int4"], 1, (False, False, False, True)),

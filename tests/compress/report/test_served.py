@@ -49,20 +49,26 @@ def entry(
         "device": "2 x CPU",
         "date": "2026-11-27T04:00:00+00:00",
         "agreement": found,
-        "load": {"client": "vllm bench serve 0.32.0", "rounds": 3},
+        "conditions": "eager",
+        "client": "vllm bench serve 0.32.0",
         "points": points,
     }
 
 
-def served_run() -> dict[str, Any]:
-    found = run_of("awq-int4")
-    found["base"]["served"] = [
-        entry("vllm-cpu", "16 bits", [served_point(1, [10, 20, 40]), served_point(4, [30, 30, 30])])
-    ]
-    found["candidate"]["served"] = [
-        entry("vllm-cpu", "awq", [served_point(1, [20, 50, 60]), served_point(4, [60, 60, 66], 1)]),
+def keyed(*entries: dict[str, Any]) -> dict[str, Any]:
+    return {f"{e['engine']}/{e['export']}": e for e in entries}
+
+
+def served_run(name: str = "awq-int4") -> dict[str, Any]:
+    found = run_of(name)
+    ours = [served_point(1, [20, 50, 60]), served_point(4, [60, 60, 66], 1)]
+    ours[0]["over_original"] = 2.0
+    theirs = [served_point(1, [10, 20, 40]), served_point(4, [30, 30, 30])]
+    found["base"]["served"] = keyed(entry("vllm-cpu", "plain", theirs))
+    found["candidate"]["served"] = keyed(
+        entry("vllm-cpu", "awq", ours),
         entry("llama.cpp", "gguf", [], agrees=False, error="no such type"),
-    ]
+    )
     return found
 
 
@@ -79,19 +85,23 @@ def test_the_tables_by_hand() -> None:
     agreed, failed, first, second = lines(text, "awq-int4")
     assert agreed[1:7] == ["awq", "vllm-cpu 0.32.0", "yes", "0.0512", "0.4300", "0.4400"]
     assert failed[1:] == ["gguf", "llama.cpp 0.32.0", "NO", "-", "-", "-", "no such type"]
-    # The ratio is that of the rounds, 2, 2.5 and 1.5: not 50 / 20.
     assert first[3:9] == ["16/128", "1", "3", "0", "0.39", "50.0 (2.00x)"]
     assert first[9:] == ["100", "300", "12", "-"]
-    assert second[3:9] == ["16/128", "4", "12", "1", "0.47", "60.0 (2.00x)"]
+    assert second[3:9] == ["16/128", "4", "12", "1", "0.47", "60.0"]
     original = lines(text, "smollm2 (original)")
     assert original[-1][8] == "30.0"
 
 
-def test_a_ratio_is_of_the_same_engine_and_load() -> None:
-    found = served_run()
-    found["candidate"]["served"][0]["engine"] = "sglang"
-    text = served_report([row for row in rows_of([found]) if row.values.get("served")])
-    assert lines(text, "awq-int4")[2][8] == "50.0"
+def test_the_original_has_what_every_run_served_of_it() -> None:
+    other = run_of("mxfp4")
+    other["base"]["served"] = keyed(entry("llama.cpp", "gguf", [served_point(1, [7, 7, 7])]))
+    other["candidate"]["served"] = keyed(entry("llama.cpp", "gguf", [served_point(1, [9, 9, 9])]))
+    text = served_report([r for r in rows_of([served_run(), other]) if r.values.get("served")])
+    engines = [row[2] for row in lines(text, "smollm2 (original)")]
+    assert engines == ["vllm-cpu 0.32.0", "llama.cpp 0.32.0"] + ["vllm-cpu 0.32.0"] * 2 + [
+        "llama.cpp 0.32.0"
+    ]
+    assert "On 2 x CPU; vllm-cpu: eager; llama.cpp: eager." in text
 
 
 def test_the_figure_has_a_line_for_each_engine_that_was_under_load() -> None:
@@ -108,7 +118,7 @@ def test_runs_that_were_not_served_have_no_section() -> None:
     assert served_sections([run_of("awq-int4")]) == []
     quiet = copy.deepcopy(served_run())
     for row in ("base", "candidate"):
-        for found in quiet[row]["served"]:
+        for found in quiet[row]["served"].values():
             found["points"] = []
     (section,) = served_sections([quiet])
     assert section.figure is None

@@ -102,8 +102,8 @@ def test_missing_tensors_are_named(tiny: ModelFolder, tmp_path: Path) -> None:
 def test_other_formats_are_refused(tiny: ModelFolder, tmp_path: Path) -> None:
     import json
 
-    config = {**tiny.config, "quantization_config": {"quant_method": "gptq"}}
+    config = {**tiny.config, "quantization_config": {"quant_method": "hqq"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes((tiny.path / "model.safetensors").read_bytes())
-    with pytest.raises(UserError, match="'gptq' is not read here, only compressed-tensors"):
+    with pytest.raises(UserError, match="'hqq' is not read here, only compressed-tensors"):
         load_dense(ModelFolder(tmp_path), CPU, torch.bfloat16)

