@@ -221,7 +221,7 @@ class Run:
     device: torch.device
 
     @property
-    def export(self) -> str:
+    def first_format(self) -> str:
         """The format of the checkpoint that is measured, the first of those named."""
         return next(iter(self.settings.export))
 
@@ -258,14 +258,17 @@ def parse(settings: RecipeConfig) -> Run:
         _check_rounding(settings, schemes.linears)
     cache = cache_scheme_of(settings)
     quantized = schemes if "quantize" in settings.stages else None
-    check_formats(list(settings.export), quantized, cache, mixed=search is not None)
+    searched = None if search is None else _build("search", Search, search)
+    if quantized is not None and searched is not None:
+        quantized = replace(quantized, exceptions=_choices(searched, schemes.linears))
+    check_formats(list(settings.export), quantized, cache)
     repairs = _plugins("repair", settings.repair, REPAIRS)
     return Run(
         settings=settings,
         schemes=schemes,
         transforms=tuple(_plugins("transforms", settings.transforms, TRANSFORMS)),
         roundings=_roundings(settings),
-        search=None if search is None else _build("search", Search, search),
+        search=searched,
         repair=repairs[0] if repairs else None,
         cache=cache,
         prune=None if settings.prune is None else _build("prune", Prune, settings.prune),
@@ -281,6 +284,12 @@ def schemes_of(settings: RecipeConfig) -> Schemes:
         _scheme("scheme", settings.scheme),
         head=None if head is None else _scheme("head", head),
     )
+
+
+def _choices(search: Search, scheme: Scheme) -> dict[str, Scheme]:
+    """The schemes that a search may give linears beside their own: a format must hold them all."""
+    others = [bits for bits in search.bits if bits != scheme.bits]
+    return {f"search.choices={bits}": replace(scheme, bits=bits) for bits in others}
 
 
 def _check_numbers(settings: RecipeConfig, schemes: Schemes) -> None:
@@ -327,14 +336,12 @@ def check_exports(settings: RecipeConfig) -> None:
             raise UserError(f"export.{name}.{next(iter(knobs))} is not known: it has no knobs")
 
 
-def check_formats(
-    names: list[str], schemes: Schemes | None, cache: CacheScheme | None, *, mixed: bool
-) -> None:
+def check_formats(names: list[str], schemes: Schemes | None, cache: CacheScheme | None) -> None:
     """Raises UserError for a format that does not hold weights of these schemes (None: of 16 bits) and this
-    cache. mixed: the linears will differ from each other"""
+    cache."""
     for name in names:
         if schemes is not None:
-            FORMATS[name].check(schemes, mixed)
+            FORMATS[name].check(schemes)
         elif not FORMATS[name].plain:
             raise UserError(
                 f"export={name} holds quantized weights, and these stay in 16 bits: leave it out"

@@ -24,7 +24,7 @@ from compress.distill.stage import check_launch, open_accelerator
 from compress.environment import environment, version_of
 from compress.errors import UserError
 from compress.export.audit import audit, write_manifest
-from compress.export.formats import FORMATS, check_sizes
+from compress.export.formats import FORMATS, check_fits
 from compress.kv_cache.stage import check as check_cache
 from compress.measure.accuracy import (
     check_texts,
@@ -37,7 +37,7 @@ from compress.measure.size import measure_size
 from compress.measure.speed import check_engines, check_lengths, measure_decode, points_of
 from compress.measure.tasks import check_tasks
 from compress.model.families import family_of
-from compress.model.folder import ModelFolder, Shapes, save_tensors, write_json
+from compress.model.folder import ModelFolder, Shapes, read_json, save_tensors, write_json
 from compress.model.sources import open_tokenizer, resolve_model
 from compress.pictures import draw
 from compress.plan.hardware import hardware_here
@@ -90,8 +90,21 @@ def check(run: Run, out: Path | None = None) -> None:
         check_lengths({"the model": model}, settings.speed)
     if out is not None and (out / RUN).exists():
         check_same(out, _decisive(run, model))
+        _check_taken(run, out)
     for line in unserved:
         log.warning("would not be served: %s", line)
+
+
+def _check_taken(run: Run, out: Path) -> None:
+    """Raises UserError if an earlier start made checkpoint/ in another format than the first one of now."""
+    if not (out / CHECKPOINT).exists():
+        return
+    found = read_json(out / f"{CHECKPOINT}.json")["report"]["format"]
+    if found != run.first_format:
+        raise UserError(
+            f"{out / CHECKPOINT} is there in {found} already: name that first, as in "
+            f"export=[{found},{run.first_format}], or choose another hydra.run.dir"
+        )
 
 
 def _check_processes(run: Run) -> None:
@@ -143,20 +156,16 @@ def _check_engines(run: Run, shapes: list[Shapes]) -> list[str]:
 def check_shape(run: Run, model: Shapes) -> None:
     """Raises UserError if the stages do not fit a model of this shape."""
     stages, family = run.settings.stages, family_of(model.config)
-    settled = None
+    settled, linears = None, dict[str, tuple[int, ...]]()
     if "quantize" in stages:
         linears = {name: model.shape(f"{name}.weight") for name in linear_names(model, family)}
-        for name in run.settings.export:
-            check_sizes(name, model, linears)
         settled = settle(model, family, run.schemes)
         if run.search is not None:
             budget(model, run.search, run.schemes)
         if run.distill is not None and "distill" in stages[stages.index("quantize") :]:
             check_schemes(run.schemes)
     for name in run.settings.export:
-        fits = FORMATS[name].fits
-        if fits is not None:
-            fits(model, settled)
+        check_fits(name, model, settled, linears)
     if "rotate" in stages:
         rotated_sizes(model, family)
     if run.cache is not None:
@@ -178,6 +187,7 @@ def run_recipe(run: Run, name: str, out: Path, *, last: bool = True) -> dict[str
     if settings.eval is not None:
         windows = open_windows(settings.eval, tokenizer)
     with opened(out, _decisive(run, model)):
+        _check_taken(run, out)
         compression, exports = _compress(run, model, tokenizer, out)
         if last:
             processes.release(0)
@@ -324,7 +334,7 @@ def _compress(
         "origin": origin,
         "calibration_tokens": None if tokens is None else list(tokens.shape),
         "generated_tokens": None if written is None else list(written.shape),
-        **steps[CHECKPOINT].report,
+        "audit": steps[CHECKPOINT].report["audit"],
         **reports,
     }
     return compression, exports
@@ -360,7 +370,7 @@ def _export(name: str, record: ModelFolder, target: Path, origin: dict[str, Any]
     FORMATS[name].write(record, target)
     checked = audit(record, ModelFolder(target), FORMATS[name].quantized)
     write_manifest(target, origin)
-    return {"audit": checked}
+    return {"format": name, "audit": checked}
 
 
 def _calibration(run: Run, model: ModelFolder) -> TokenBlocks | None:
@@ -411,7 +421,7 @@ def _generate(run: Run, model: ModelFolder, tokenizer: Any, target: Path) -> dic
 
 
 def _decisive_settings(run: Run) -> dict[str, Any]:
-    """What of a recipe decides the checkpoints: stages, methods with their knobs, data, formats."""
+    """What of a recipe decides the numbers: stages, methods with their knobs, data. Formats hold them all."""
     settings = asdict(run.settings)
     if run.distill is not None:
         knobs = run.distill
@@ -428,7 +438,6 @@ def _decisive_settings(run: Run) -> dict[str, Any]:
         "distill",
         "kv_cache",
         "data",
-        "export",
     )
     return {key: settings[key] for key in keys}
 

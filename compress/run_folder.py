@@ -88,7 +88,12 @@ def opened(out: Path, decisive: dict[str, Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held(out: Path) -> Iterator[None]:
-    """Hold the folder of a finished run for this process; what killed ones left half-written is cleared."""
+    """Hold the folder of a finished run for this process; what killed ones left half-written is cleared.
+
+    Raises UserError if there is none, or another process holds it.
+    """
+    if not (out / RUN).exists():
+        raise UserError(f"{out} is not the folder of a run: there is no {RUN}")
     with (out / RUN).open("r+", encoding="utf-8") as file:
         _lock(file, out)
         _clear(out)

@@ -107,7 +107,7 @@ def test_recipes_of_eight_bits_and_floats(name: str) -> None:
     assert run.schemes.name == scheme
     assert [type(t).__name__ for t in run.transforms] == transforms
     assert [type(r).__name__ for r in run.roundings] == ["Nearest"]
-    assert run.export == export
+    assert run.first_format == export
     assert run.needs_data == needs_data
     inputs = run.schemes.linears.inputs
     if inputs is not None:

@@ -9,12 +9,11 @@ from typing import Any
 from compress.compose import compose_settings
 from compress.config import check_exports, check_formats
 from compress.errors import UserError
-from compress.export.formats import FORMATS, check_sizes
+from compress.export.formats import FORMATS, check_fits
 from compress.kv_cache.folder import scheme_of
-from compress.model.folder import ModelFolder, read_json, write_json
+from compress.model.folder import ModelFolder, Shapes, read_json, write_json
 from compress.model.shapes import ShapeFolder
-from compress.model.sources import resolve_model
-from compress.pipeline import beside, export
+from compress.pipeline import CHECKPOINT, beside, export
 from compress.quantize import record
 from compress.report.table import METRICS
 from compress.run_folder import held, whole
@@ -38,8 +37,6 @@ def main(words: list[str]) -> int:
     with held(asked.run):
         metrics = read_json(asked.run / METRICS)
         source = ModelFolder(asked.run / metrics["recipe"]["stages"][-1])
-        origin_of = metrics["recipe"]["model"]
-        model = ModelFolder(resolve_model(origin_of["source"], origin_of["revision"]))
         check(source, names)
         for name in names:
             _check_free(asked.run, name, metrics)
@@ -49,7 +46,8 @@ def main(words: list[str]) -> int:
             metrics["exports"] = {**metrics.get("exports", {}), name: made}
             with whole(asked.run / METRICS) as partial:
                 write_json(partial, metrics)
-            write_cards(metrics, model, asked.run)
+                # The card of checkpoint/ has the original's licence. Before the format counts as there.
+                write_cards(metrics, ModelFolder(asked.run / CHECKPOINT), asked.run)
             bits, size = made["size"]["bits_linears"], made["size"]["bytes"] / 1e6
             print(
                 f"{asked.run / made['folder']}: {size:.1f} MB, {bits:.2f} bits a weight in linears, compared "
@@ -65,14 +63,13 @@ def check(source: ModelFolder, names: list[str]) -> None:
     if record.KEY in source.config:
         schemes = record.schemes_of(source)
         linears = {name: source.shape(f"{name}.codes") for name in record.linears(source)}
-    check_formats(names, schemes, cache, mixed=bool(schemes and schemes.exceptions))
+    check_formats(names, schemes, cache)
+    shapes: Shapes = source
+    if schemes is not None:
+        # With the names and widths that a record stores otherwise.
+        shapes = ShapeFolder(str(source.path), source.config)
     for name in names:
-        check_sizes(name, source, linears)
-        fits = FORMATS[name].fits
-        if fits is not None:
-            # The folder has the tokenizer, its config the names and widths that a record stores otherwise.
-            fits(source, schemes)
-            fits(ShapeFolder(str(source.path), source.config), schemes)
+        check_fits(name, shapes, schemes, linears)
 
 
 def _check_free(run: Path, name: str, metrics: dict[str, Any]) -> None:

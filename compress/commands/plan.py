@@ -124,7 +124,7 @@ def _candidate(
     if "rotate" in settings.stages:
         shapes = ShapeFolder(str(shapes.path), {**shapes.config, "tie_word_embeddings": False})
     schemes = settle(shapes, family_of(shapes.config), run.schemes) if quantizes else None
-    model = as_planned(shapes, schemes, run.cache, run.export, _searched(run, shapes), device)
+    model = as_planned(shapes, schemes, run.cache, run.first_format, _searched(run, shapes), device)
     if schemes is not None:
         found["linears"] = matches(shapes, schemes)
     engines = engines_of(run, shapes, hardware.capability)

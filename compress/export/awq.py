@@ -18,9 +18,16 @@ import torch
 from torch import Tensor
 
 from compress.errors import UserError
-from compress.export.by_columns import expect, read_scale, scale_dtype
+from compress.export.by_columns import (
+    WHOLE_ROW,
+    check_groups,
+    expect,
+    read_scale,
+    scale_dtype,
+    stated_size,
+    write_tensors,
+)
 from compress.export.packing import pack_rows, unpack_rows
-from compress.export.shards import ShardWriter
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder, write_json
 from compress.quantize import record
@@ -28,37 +35,28 @@ from compress.quantize.qtensor import QTensor
 from compress.quantize.scheme import Scheme, Schemes
 
 NAME = "awq"
-CODES = ".qweight"
 BITS, MIDDLE = 4, 8
+# What GPTQModel (7.7) takes.
+GROUPS = (16, 32, 64, 128)
 # Outputs in a word, and where each of its four bits comes from.
 IN_WORD = 8
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 BACK = (0, 4, 1, 5, 2, 6, 3, 7)
-WHOLE_ROW = -1
+# A word of zero points in the middle.
+MIDDLES = 0x88888888 - 2**32
 
 
 def write(source: ModelFolder, target: Path) -> None:
     """Write a record as an AWQ folder. Raises UserError for schemes that ``check`` refuses."""
     schemes, family = record.schemes_of(source), family_of(source.config)
     check(schemes)
-    target.mkdir(parents=True)
-    source.copy_companions(target)
-    dtype, shards = scale_dtype(source, NAME), ShardWriter(target)
-    for name, value in record.contents(source):
-        if isinstance(value, Tensor):
-            shards.add(name, value)
-            continue
-        base = name.removesuffix(".weight")
-        for suffix, tensor in compress_linear(value, dtype):
-            shards.add(f"{base}.{suffix}", tensor)
-    shards.close()
-    config = {k: v for k, v in source.config.items() if k != record.KEY}
-    size = schemes.linears.group_size
+    dtype = scale_dtype(source, NAME)
+    config = write_tensors(source, target, lambda q: compress_linear(q, dtype))
     quantization = {
         "quant_method": NAME,
         "version": "gemm",
         "bits": BITS,
-        "group_size": WHOLE_ROW if size == "channel" else size,
+        "group_size": stated_size(schemes.linears),
         "zero_point": True,
         # Names that hold one of these are left out.
         "modules_to_not_convert": [family.head],
@@ -66,16 +64,17 @@ def write(source: ModelFolder, target: Path) -> None:
     write_json(target / "config.json", {**config, "quantization_config": quantization})
 
 
-def check(schemes: Schemes, mixed: bool = False) -> None:
+def check(schemes: Schemes) -> None:
     """Raises UserError for anything but one scheme of 4-bit integers in groups or rows with 16-bit inputs."""
     scheme = schemes.linears
     fits = scheme.grouped_integers and scheme.inputs is None and scheme.bits == BITS
-    if not fits or schemes.exceptions or mixed:
+    if not fits or schemes.exceptions:
         raise UserError(
             f"export={NAME} holds integers of 4 bits in groups or rows with 16-bit inputs, the same in all "
-            f"linears, not {'mixed bits' if mixed else schemes.name}: choose another scheme, or "
+            f"linears, not {schemes.name}: choose another scheme, or "
             "export=compressed-tensors"
         )
+    check_groups(NAME, scheme, GROUPS)
     if schemes.head is not None:
         raise UserError(f"export={NAME} keeps the head in 16 bits: leave head out")
 
@@ -103,11 +102,6 @@ def _ordered(values: Tensor, order: tuple[int, ...]) -> Tensor:
     return values.unflatten(1, (-1, IN_WORD))[:, :, list(order)].flatten(1)
 
 
-def linears(folder: ModelFolder) -> list[str]:
-    """Names of the quantized linears, without suffix, in file order."""
-    return [name.removesuffix(CODES) for name in folder.names if name.endswith(CODES)]
-
-
 def scheme_of(folder: ModelFolder, name: str) -> Scheme:
     """The scheme of a linear, by the config and whether its zero points are all in the middle.
 
@@ -122,8 +116,8 @@ def scheme_of(folder: ModelFolder, name: str) -> Scheme:
             f"{folder.path}: of AWQ, version gemm with 4 bits is read here, this is {version!r} with {bits} "
             f"bits, group_size {size}"
         )
-    zeros = _unpack(folder.tensor(f"{name}.qzeros"))
-    return Scheme(BITS, "channel" if size == WHOLE_ROW else size, bool((zeros == MIDDLE).all()))
+    symmetric = bool((folder.tensor(f"{name}.qzeros") == MIDDLES).all())
+    return Scheme(BITS, "channel" if size == WHOLE_ROW else size, symmetric)
 
 
 def read_linear(folder: ModelFolder, name: str) -> QTensor:

@@ -81,12 +81,12 @@ def compress_linear(q: QTensor) -> Iterator[tuple[str, Tensor]]:
     yield "weight_format", torch.zeros((), dtype=torch.uint8)
 
 
-def check(schemes: Schemes, mixed: bool = False) -> None:
+def check(schemes: Schemes) -> None:
     """Raises UserError for anything but 8-bit rows with outlier columns in every linear."""
     own = schemes.linears
     fits = (own.type, own.bits, own.group_size, own.symmetric) == ("int", 8, "channel", True)
     outliers = own.inputs is not None and own.inputs.outliers != "none"
-    if mixed or schemes.exceptions or not fits or not outliers:
+    if schemes.exceptions or not fits or not outliers:
         raise UserError(
             f"export={NAME} holds scheme=llm-int8 alone, not {schemes.name}: choose it, or "
             "export=compressed-tensors"

@@ -96,13 +96,13 @@ def write(source: ModelFolder, target: Path) -> None:
     write_json(target / "config.json", config)
 
 
-def check(schemes: Schemes, mixed: bool = False) -> None:
+def check(schemes: Schemes) -> None:
     """Raises UserError for a head that transformers could not load beside these linears.
 
     transformers (5.23) loads a quantized embedding in two ways: packed, if it unpacks the whole file
     while loading, which it does by the first scheme of the file alone; or as int8 in a file whose
-    schemes are all symmetric. mixed: the linears will differ from each other. With zero points such a
-    file is written, with a warning: vLLM reads it, transformers refuses it.
+    schemes are all symmetric. Mixed bits with zero points are written, with a warning: vLLM reads them,
+    transformers does not.
     """
     head, inputs = schemes.head, schemes.linears.inputs
     if inputs is not None and inputs.outliers != "none":
@@ -115,7 +115,7 @@ def check(schemes: Schemes, mixed: bool = False) -> None:
                 f"no engine runs {scheme.name} from export={NAME}: choose weights and inputs as in "
                 "scheme=int8, int8-channel, w8a8-int8, fp8, fp8-static, fp8-block, nvfp4, or mxfp4"
             )
-    if mixed and not schemes.linears.symmetric:
+    if schemes.exceptions and not schemes.linears.symmetric:
         log.warning(
             "mixed bits with zero points: transformers cannot load the checkpoint (scheme.symmetric=true "
             "would do), only engines that unpack each linear by its own scheme"
@@ -125,7 +125,7 @@ def check(schemes: Schemes, mixed: bool = False) -> None:
     if head.bits not in HEAD_BITS:
         raise UserError(f"head.bits={head.bits} is not allowed: choose 4 or 8")
     linears = [schemes.linears, *schemes.exceptions.values()]
-    alike = not mixed and all(scheme == head for scheme in linears)
+    alike = all(scheme == head for scheme in linears)
     apart = head.bits == 8 and head.symmetric and all(scheme.symmetric for scheme in linears)
     if not alike and not apart:
         raise UserError(

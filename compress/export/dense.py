@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor
-
 from compress.errors import UserError
-from compress.export.shards import ShardWriter
+from compress.export.by_columns import write_tensors
 from compress.kv_cache.folder import scheme_of
 from compress.model.folder import ModelFolder, write_json
 from compress.quantize import record
@@ -28,17 +26,11 @@ def write(source: ModelFolder, target: Path) -> None:
     cache = scheme_of(source)
     if cache is not None and cache.static:
         raise UserError(f"export={NAME} has no place for the scales of the cache")
-    target.mkdir(parents=True)
-    source.copy_companions(target)
-    shards = ShardWriter(target)
-    for name, value in record.contents(source):
-        shards.add(name, value if isinstance(value, Tensor) else value.dequantize(source.dtype))
-    shards.close()
-    config = {k: v for k, v in source.config.items() if k != record.KEY}
+    config = write_tensors(source, target, lambda q: [("weight", q.dequantize(source.dtype))])
     write_json(target / "config.json", config)
 
 
-def check(schemes: Schemes, mixed: bool = False) -> None:
+def check(schemes: Schemes) -> None:
     """Raises UserError for rounded inputs: who loads the folder would not round them."""
     for scheme in (schemes.linears, *schemes.exceptions.values()):
         if scheme.inputs is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from compress.errors import UserError
-from compress.export import awq, bitsandbytes, compressed_tensors, dense, gguf, gptq
+from compress.export import awq, bitsandbytes, by_columns, compressed_tensors, dense, gguf, gptq
 from compress.kv_cache.folder import is_scale
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder, Shapes
@@ -23,9 +23,10 @@ class Format:
     """write(record, target) makes a folder; linears(folder), read_linear(folder, name) and scheme_of(folder,
     name) read it back, None: a plain folder, in which nothing is quantized.
 
-    check(schemes, mixed) raises UserError for schemes that no engine could load from it
+    check(schemes) raises UserError for schemes that no engine could load from it
     stored(q, scheme, apart): the tensors of a linear, by local name, also without data
-    sidecar: a file of weights beside the others; half: its scales fit models of 16 bits alone
+    sidecar: a file of weights beside the others; half: its scales are those of
+        models in 16 bits, so it has no quantized weights of others
     steps: what rows and columns of each linear must be multiples of
     plain: holds a model without quantized weights too; cache_scales: and the fixed scales of a cache
     fits(model, schemes) raises UserError for a model that it has no place for (schemes None: a plain one)
@@ -34,7 +35,7 @@ class Format:
 
     name: str
     write: Callable[[ModelFolder, Path], None]
-    check: Callable[[Schemes, bool], None]
+    check: Callable[[Schemes], None]
     stored: Callable[[QTensor, Scheme, bool], Iterator[tuple[str, Tensor]]] | None = None
     linears: Callable[[ModelFolder], list[str]] | None = None
     read_linear: Callable[[ModelFolder, str], QTensor] | None = None
@@ -81,7 +82,7 @@ FORMATS = {
         gptq.write,
         gptq.check,
         lambda q, scheme, apart: gptq.compress_linear(q),
-        gptq.linears,
+        by_columns.linears,
         gptq.read_linear,
         gptq.scheme_of,
         half=True,
@@ -92,7 +93,7 @@ FORMATS = {
         awq.write,
         awq.check,
         lambda q, scheme, apart: awq.compress_linear(q),
-        awq.linears,
+        by_columns.linears,
         awq.read_linear,
         awq.scheme_of,
         half=True,
@@ -115,13 +116,15 @@ FORMATS = {
 }
 
 
-def check_sizes(export: str, model: Shapes, linears: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises UserError for a model whose numbers or sizes the format ``export`` has no place for.
+def check_fits(
+    export: str, model: Shapes, schemes: Schemes | None, linears: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raises UserError for a model that the format ``export`` has no place for.
 
-    linears: (out, in) of those that are quantized
+    schemes: settled on the model; linears: (out, in) of those that are quantized; none for a plain model
     """
     form = FORMATS[export]
-    if form.half and model.dtype.itemsize != 2:
+    if form.half and linears and model.dtype.itemsize != 2:
         raise UserError(
             f"export={export} holds models of bfloat16 or float16 exactly, {model.path} is "
             f"{str(model.dtype).removeprefix('torch.')}: choose export=compressed-tensors"
@@ -132,6 +135,8 @@ def check_sizes(export: str, model: Shapes, linears: Mapping[str, tuple[int, ...
                 f"export={export} packs outputs in steps of {form.steps[0]} and inputs in steps of "
                 f"{form.steps[1]}, {name} is {rows} x {columns}: choose export=compressed-tensors"
             )
+    if form.fits is not None:
+        form.fits(model, schemes)
 
 
 class Weights:

@@ -23,7 +23,7 @@ from torch import Tensor
 from compress.errors import UserError
 from compress.export.gguf_blocks import BLOCKS, LONG, MINIMUM, SHORT
 from compress.export.gguf_metadata import add_metadata, check_model, extra_tensors
-from compress.export.gguf_tokenizer import add_tokenizer
+from compress.export.gguf_tokenizer import add_tokenizer, check_tokenizer
 from compress.kv_cache.folder import is_scale
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder, Shapes, write_json
@@ -76,8 +76,8 @@ def type_of(scheme: Scheme, columns: int) -> str:
     return narrow[scheme.bits]
 
 
-def check(schemes: Schemes, mixed: bool = False) -> None:
-    """Raises UserError for numbers that no type of block holds. mixed: any widths may come"""
+def check(schemes: Schemes) -> None:
+    """Raises UserError for numbers that no type of block holds."""
     found = [schemes.linears, *schemes.exceptions.values()]
     found += [] if schemes.head is None else [schemes.head]
     for scheme in found:
@@ -102,24 +102,22 @@ def check(schemes: Schemes, mixed: bool = False) -> None:
             )
         if isinstance(scheme.group_size, int):
             type_of(scheme, scheme.group_size)
-    if mixed and not schemes.linears.symmetric:
-        raise UserError(
-            f"export={NAME} holds zero points up to 5 bits, and a search may choose more: set "
-            "scheme.symmetric=true"
-        )
 
 
 def fits(model: Shapes, schemes: Schemes | None) -> None:
     """Raises UserError for a model that llama.cpp does not run, or whose tokenizer or widths it does not
-    have.
+    have; of a folder on disk, whose weights have different types, or scales that float16 does not hold.
 
-    schemes: settled on the model; None: nothing is quantized. A tokenizer is looked at where there is a
-    folder.
+    schemes: settled on the model; None: nothing is quantized. Of a record, scales are read; of other folders
+    no weight is.
     """
     check_model(model.config, model.path)
     if (model.path / "config.json").exists():
         folder = ModelFolder(model.path)
-        add_tokenizer(None, folder, open_tokenizer(folder))
+        check_tokenizer(folder, open_tokenizer(folder))
+        # What stages leave of a plain folder is not known before.
+        if record.KEY in folder.config or (isinstance(model, ModelFolder) and schemes is None):
+            _check_stored(folder)
     if schemes is None:
         return
     family = family_of(model.config)
@@ -166,8 +164,7 @@ def write(source: ModelFolder, target: Path) -> None:
     """Write a record, or a plain folder, as a folder with one GGUF file.
 
     The file is named after the type of most of its weights, as in ``model-Q4_0.gguf``. One tensor is in
-    memory at a time. Raises UserError, before it writes, for what ``check`` and ``fits`` refuse and for a
-    scale that float16 does not hold.
+    memory at a time. Raises UserError, before it writes, for what ``check`` and ``fits`` refuse.
     """
     from gguf import GGUFWriter
     from gguf.constants import GGMLQuantizationType
@@ -177,11 +174,12 @@ def write(source: ModelFolder, target: Path) -> None:
     schemes = record.schemes_of(source) if record.KEY in source.config else None
     if schemes is not None:
         check(schemes)
-    check_model(source.config, source.path)
+    settings = check_model(source.config, source.path)
+    _check_stored(source)
     planned = list(_planned(source))
     most = _most(planned)
     writer = GGUFWriter(None, ARCHITECTURES[source.config["model_type"]])
-    extra = extra_tensors(source.config)
+    extra = extra_tensors(settings)
     for tensor in planned:
         shape, dtype, nbytes = tensor.rows
         writer.add_tensor_info(
@@ -189,7 +187,7 @@ def write(source: ModelFolder, target: Path) -> None:
         )
     for name, values in extra.items():
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
-    add_metadata(writer, source.config, most, quantized=schemes is not None)
+    add_metadata(writer, source.config, settings, most, quantized=schemes is not None)
     add_tokenizer(writer, source, open_tokenizer(source))
     target.mkdir(parents=True)
     source.copy_companions(target)
@@ -209,34 +207,48 @@ def write(source: ModelFolder, target: Path) -> None:
 
 
 def _planned(source: ModelFolder) -> Iterator[_Planned]:
-    """In the order of ``record.contents``; of a quantized linear only the scale is read."""
+    """In the order of ``record.contents``, without its tensors."""
     quantized = set(record.linears(source)) if record.KEY in source.config else set()
     for name in source.names:
         base, _, part = name.rpartition(".")
-        if is_scale(name):
-            raise UserError(f"export={NAME} has no place for the scales of the cache, {name}")
         if base not in quantized or part == "bias":
             shape = source.shape(name)
             kind = "F32" if len(shape) == 1 else _TYPES[source.dtype]
             yield _Planned(name, gguf_name(name), kind, shape)
         elif part == "codes":
             shape, scheme = source.shape(name), record.scheme_of(source, base)
-            _check_scale(source, base, scheme)
             weight = f"{base}.weight"
             yield _Planned(weight, gguf_name(weight), _type_of(base, scheme, shape[1]), shape)
 
 
-def _check_scale(source: ModelFolder, base: str, scheme: Scheme) -> None:
-    """Raises UserError for a scale that float16 does not hold, or a minimum beyond its range."""
-    scale = source.tensor(f"{base}.scale")
-    if scheme.type == "float":
+def _check_stored(folder: ModelFolder) -> None:
+    """Raises UserError for scales of a record that float16 does not hold, or a minimum beyond its range; of a
+    plain folder for a weight in another type than the model's; of both for scales of the cache."""
+    for name in filter(is_scale, folder.names):
+        raise UserError(f"export={NAME} has no place for the scales of the cache, {name}")
+    if record.KEY not in folder.config:
+        for name in folder.names:
+            # In a GGUF file norms and biases are in 32 bits, and come out in the type of the model.
+            widened = folder.file_of(name).suffix == SUFFIX and len(folder.shape(name)) == 1
+            if not widened and folder.stored_type(name) != _TYPES[folder.dtype]:
+                raise UserError(
+                    f"export={NAME} holds models of one type, and {name} is in {folder.stored_type(name)}, "
+                    f"the model in {_TYPES[folder.dtype]}: choose export=compressed-tensors"
+                )
         return
-    exact = torch.equal(scale.half().to(scale.dtype), scale)
-    if not exact or float(scale.max()) * scheme.max_code > torch.finfo(torch.float16).max:
-        raise UserError(
-            f"export={NAME} keeps scales in float16, which holds those of {base} not exactly (from "
-            f"{float(scale.min()):.1e} to {float(scale.max()):.1e}): choose export=compressed-tensors"
-        )
+    for base in record.linears(folder):
+        scale, scheme = folder.tensor(f"{base}.scale"), record.scheme_of(folder, base)
+        if scheme.type == "float":
+            continue
+        kind = _type_of(base, scheme, folder.shape(f"{base}.codes")[1])
+        largest = float(scale.max()) * (scheme.max_code if kind in MINIMUM else 1)
+        exact = torch.equal(scale.half().to(scale.dtype), scale)
+        if not exact or largest > torch.finfo(torch.float16).max:
+            raise UserError(
+                f"export={NAME} keeps scales in float16, which holds those of {base} not exactly (from "
+                f"{float(scale.min()):.1e} to {float(scale.max()):.1e}): choose export=compressed-tensors, "
+                "which in the same folder needs no second compression"
+            )
 
 
 def _most(planned: list[_Planned]) -> str:
@@ -278,12 +290,9 @@ def heads_by_key(config: dict[str, Any]) -> dict[str, Any]:
 def compress_linear(q: QTensor, scheme: Scheme) -> Iterator[tuple[str, Tensor]]:
     """The one stored tensor of a linear: its type, and the bytes of its rows, uint8 (out, bytes)."""
     kind = type_of(scheme, q.shape[1])
-    parts = zip(
-        q.codes.split(ROWS),
-        q.scale.split(ROWS),
-        [None] * len(q.codes) if q.zero is None else q.zero.split(ROWS),
-        strict=False,
-    )
+    codes, scales = q.codes.split(ROWS), q.scale.split(ROWS)
+    zeros = [None] * len(codes) if q.zero is None else q.zero.split(ROWS)
+    parts = zip(codes, scales, zeros, strict=True)
     yield kind, torch.cat([_packed(kind, scheme.bits, *part) for part in parts])
 
 

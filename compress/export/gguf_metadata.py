@@ -29,30 +29,29 @@ FILE_TYPES = {
 NAMES = ("_name_or_path", "_model_name_or_path")
 
 
-def _config_of(config: dict[str, Any]) -> Any:
-    """The transformers config, with all that a config.json leaves to defaults."""
-    return model_of(config, torch.float32).config
-
-
 def _rope(config: Any) -> dict[str, Any]:
     """Kind and numbers of the rotary embedding: ``rope_type``, ``rope_theta``, what goes with the kind."""
     found: dict[str, Any] = dict(config.rope_parameters)
     return found
 
 
-def check_model(settings: dict[str, Any], path: Path) -> None:
-    """Raises UserError for a model that llama.cpp's graph would not compute. settings: its config.json"""
+def check_model(settings: dict[str, Any], path: Path) -> Any:
+    """The transformers config of a model, with all that its config.json, settings, leaves to defaults.
+
+    Raises UserError for a model that llama.cpp's graph would not compute.
+    """
     if settings.get("model_type") not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise UserError(
             f"{path}: export=gguf knows the model types {known}, not {settings.get('model_type')}"
         )
-    config = _config_of(settings)
+    config = model_of(settings, torch.float32).config
     reason = _unknown(config, ARCHITECTURES[settings["model_type"]])
     if reason is not None:
         raise UserError(
             f"{path}: llama.cpp does not run {reason}: choose export=compressed-tensors"
         )
+    return config
 
 
 def _unknown(config: Any, architecture: str) -> str | None:
@@ -73,15 +72,17 @@ def _unknown(config: Any, architecture: str) -> str | None:
     return None
 
 
-def add_metadata(writer: Any, settings: dict[str, Any], most: str, quantized: bool) -> None:
+def add_metadata(
+    writer: Any, settings: dict[str, Any], config: Any, most: str, quantized: bool
+) -> None:
     """Say all of a model but its tokenizer.
 
-    writer: gguf's, which knows all tensors; settings: config.json; most: the type of most weights
+    writer: gguf's, which knows all tensors; settings: config.json; config: of ``check_model``; most: the
+    type of most weights
     """
     from gguf import size_label
     from gguf.constants import GGML_QUANT_VERSION, GGUFType
 
-    config = _config_of(settings)
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     label = size_label(*writer.get_total_parameter_count())
@@ -129,11 +130,11 @@ def _add_rope(writer: Any, rope: dict[str, Any], positions: int) -> None:
         writer.add_rope_scaling_yarn_beta_slow(float(rope.get("beta_slow") or 1))
 
 
-def extra_tensors(settings: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
-    """Tensors that follow from config.json: what llama3 divides rotary frequencies by, float32 (pairs,)."""
+def extra_tensors(config: Any) -> dict[str, np.ndarray[Any, Any]]:
+    """Tensors that follow from the config of ``check_model``: what llama3 divides rotary frequencies by,
+    float32 (pairs,)."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    config = _config_of(settings)
     rope = _rope(config)
     if rope.get("rope_type") != "llama3":
         return {}

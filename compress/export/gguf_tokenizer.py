@@ -12,6 +12,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from compress.errors import UserError
@@ -48,11 +49,31 @@ NO_MERGE = "<none> <none>"
 UNMERGED = -1e6
 
 
-def add_tokenizer(writer: Any, folder: ModelFolder, tokenizer: Any) -> None:
-    """Say all of a tokenizer. writer: gguf's, or None to check only.
+def check_tokenizer(folder: ModelFolder, tokenizer: Any) -> None:
+    """Raises UserError for a tokenizer that llama.cpp would not have, with what is known."""
+    _described(folder, tokenizer)
 
-    Raises UserError for one that llama.cpp would not have, with what is known.
+
+@dataclass(frozen=True)
+class _Described:
+    """A tokenizer in llama.cpp's words.
+
+    settings: its tokenizer.json; pieces: bytes are tokens of their own; split: the name of how text is
+    split; prefix: texts begin with a space that they have not; tokens, types: for each row of the
+    embedding; begins, ends: with BOS, with EOS
     """
+
+    settings: dict[str, Any]
+    pieces: bool
+    split: str
+    prefix: bool
+    tokens: list[str]
+    types: list[int]
+    begins: bool
+    ends: bool
+
+
+def _described(folder: ModelFolder, tokenizer: Any) -> _Described:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UserError(
@@ -70,24 +91,34 @@ def add_tokenizer(writer: Any, folder: ModelFolder, tokenizer: Any) -> None:
     )
     tokens, types = _tokens(folder, settings, int(folder.config["vocab_size"]), pieces)
     begins, ends = _surrounds(folder, tokenizer)
-    if writer is None:
-        return
-    if prefix and settings.get("pre_tokenizer"):
+    return _Described(settings, pieces, split, prefix, tokens, types, begins, ends)
+
+
+def add_tokenizer(writer: Any, folder: ModelFolder, tokenizer: Any) -> None:
+    """Say all of a tokenizer. writer: gguf's. Raises UserError as ``check_tokenizer`` does."""
+    found = _described(folder, tokenizer)
+    model = found.settings["model"]
+    if found.prefix and found.settings.get("pre_tokenizer"):
         log.warning(
             "llama.cpp puts a space before every text, this tokenizer only before one that has none: texts "
             "that begin with a space, and what follows a special token, are split otherwise there"
         )
-    writer.add_tokenizer_model("llama" if pieces else "gpt2")
-    writer.add_tokenizer_pre(split)
-    writer.add_token_list(tokens)
-    if pieces:
-        writer.add_token_scores(_scores(model, tokens))
-    writer.add_token_types(types)
-    if not pieces:
+    if not found.pieces and found.settings.get("normalizer"):
+        log.warning(
+            "llama.cpp composes no characters, this tokenizer does (NFC): texts with characters in parts "
+            "are split otherwise there"
+        )
+    writer.add_tokenizer_model("llama" if found.pieces else "gpt2")
+    writer.add_tokenizer_pre(found.split)
+    writer.add_token_list(found.tokens)
+    if found.pieces:
+        writer.add_token_scores(_scores(model, found.tokens))
+    writer.add_token_types(found.types)
+    if not found.pieces:
         writer.add_token_merges([_merge(merge) for merge in model["merges"]] or [NO_MERGE])
-    writer.add_add_space_prefix(prefix)
-    writer.add_add_bos_token(begins)
-    writer.add_add_eos_token(ends)
+    writer.add_add_space_prefix(found.prefix)
+    writer.add_add_bos_token(found.begins)
+    writer.add_add_eos_token(found.ends)
     for kind, token in _special(folder, tokenizer):
         getattr(writer, f"add_{kind}_token_id")(token)
     template = tokenizer.chat_template
@@ -120,7 +151,7 @@ def _split(folder: ModelFolder, settings: dict[str, Any]) -> str:
     steps = tuple(_steps(settings.get("pre_tokenizer")))
     normalizer = (settings.get("normalizer") or {}).get("type")
     name = SPLITS.get(steps)
-    # Composing characters is left to whoever writes the text: llama.cpp has no normalizer.
+    # llama.cpp has no normalizer: that one is left out with a warning.
     if name is None or normalizer not in (None, "NFC"):
         raise UserError(
             f"{folder.path}: export=gguf knows tokenizers that split text as {', '.join(SPLITS.values())} "

@@ -29,9 +29,16 @@ import torch
 from torch import Tensor
 
 from compress.errors import UserError
-from compress.export.by_columns import expect, read_scale, scale_dtype
+from compress.export.by_columns import (
+    WHOLE_ROW,
+    check_groups,
+    expect,
+    read_scale,
+    scale_dtype,
+    stated_size,
+    write_tensors,
+)
 from compress.export.packing import pack_rows, packed_width, unpack_rows
-from compress.export.shards import ShardWriter
 from compress.model.folder import ModelFolder, write_json
 from compress.quantize import record
 from compress.quantize.qtensor import QTensor
@@ -40,13 +47,13 @@ from compress.quantize.scheme import Scheme, Schemes
 log = logging.getLogger(__name__)
 
 NAME = "gptq"
-CODES = ".qweight"
 CONFIG = "quantize_config.json"
 BITS = (2, 3, 4, 8)
+# What GPTQModel (7.7) takes.
+GROUPS = (16, 32, 64, 128, 256, 512, 1024)
 # Rows and columns of a weight come in steps of so many: whole words of any of these bits.
 STEP = 32
 V1, V2 = "gptq", "gptq_v2"
-WHOLE_ROW = -1
 OVERRIDES = ("bits", "group_size", "sym")
 
 
@@ -54,41 +61,27 @@ def write(source: ModelFolder, target: Path) -> None:
     """Write a record as a GPTQ folder. Raises UserError for schemes that ``check`` refuses."""
     schemes = record.schemes_of(source)
     check(schemes)
-    target.mkdir(parents=True)
-    source.copy_companions(target)
-    dtype, shards = scale_dtype(source, NAME), ShardWriter(target)
-    for name, value in record.contents(source):
-        if isinstance(value, Tensor):
-            shards.add(name, value)
-            continue
-        base = name.removesuffix(".weight")
-        for suffix, tensor in compress_linear(value, dtype, stored_as(schemes)):
-            shards.add(f"{base}.{suffix}", tensor)
-    shards.close()
-    config = {k: v for k, v in source.config.items() if k != record.KEY}
+    dtype, stored = scale_dtype(source, NAME), stored_as(schemes)
+    config = write_tensors(source, target, lambda q: compress_linear(q, dtype, stored))
     quantization = quantization_config(schemes)
     write_json(target / CONFIG, quantization)
     write_json(target / "config.json", {**config, "quantization_config": quantization})
 
 
-def check(schemes: Schemes, mixed: bool = False) -> None:
-    """Raises UserError for anything but integers of 2, 3, 4 or 8 bits in groups or rows with 16-bit inputs.
-
-    mixed: the linears will differ from each other, in bits
-    """
+def check(schemes: Schemes) -> None:
+    """Raises UserError for anything but integers of 2, 3, 4 or 8 bits in groups or rows with 16-bit
+    inputs."""
     for scheme in (schemes.linears, *schemes.exceptions.values()):
         if not scheme.grouped_integers or scheme.inputs is not None or scheme.bits not in BITS:
             raise UserError(
                 f"export={NAME} holds integers of {', '.join(map(str, BITS))} bits in groups or rows with "
-                f"16-bit inputs, not {scheme.name}: choose another scheme, or export=compressed-tensors"
+                f"16-bit inputs, not {scheme.name}: choose another scheme or search.choices, or "
+                "export=compressed-tensors"
             )
-        if scheme.symmetric != schemes.linears.symmetric:
-            raise UserError(
-                f"export={NAME} stores all zero points in one way: choose scheme.symmetric for all linears"
-            )
+        check_groups(NAME, scheme, GROUPS)
     if schemes.head is not None:
         raise UserError(f"export={NAME} keeps the head in 16 bits: leave head out")
-    if mixed:
+    if schemes.exceptions:
         log.warning(
             "mixed bits in export=%s: GPTQModel reads them, transformers and vLLM do not", NAME
         )
@@ -129,13 +122,7 @@ def quantization_config(schemes: Schemes) -> dict[str, Any]:
 
 
 def _numbers(scheme: Scheme) -> dict[str, Any]:
-    size = WHOLE_ROW if scheme.group_size == "channel" else scheme.group_size
-    return {"bits": scheme.bits, "group_size": size, "sym": scheme.symmetric}
-
-
-def linears(folder: ModelFolder) -> list[str]:
-    """Names of the quantized linears, without suffix, in file order."""
-    return [name.removesuffix(CODES) for name in folder.names if name.endswith(CODES)]
+    return {"bits": scheme.bits, "group_size": stated_size(scheme), "sym": scheme.symmetric}
 
 
 def scheme_of(folder: ModelFolder, name: str) -> Scheme:

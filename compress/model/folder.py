@@ -135,6 +135,11 @@ class ModelFolder:
             part = self._checked(name, lambda: f.get_slice(name))
             return math.prod(part.get_shape()) * BYTES[part.get_dtype()]
 
+    def stored_type(self, name: str) -> str:
+        """What safetensors calls the type of a tensor, from the header alone."""
+        with self._open(self.file_of(name)) as f:
+            return str(self._checked(name, lambda: f.get_slice(name).get_dtype()))
+
     def file_of(self, name: str) -> Path:
         """The file that holds a tensor. Raises UserError if none does."""
         if name not in self._file_of:
@@ -144,7 +149,7 @@ class ModelFolder:
     def _open(self, file: Path) -> Any:
         if file.suffix != SUFFIX:
             return _open(file)
-        return GGUFFile(file, DTYPES.get(self.config.get("dtype", "")))
+        return GGUFFile(file, DTYPES.get(self._stated_dtype or ""))
 
     def _checked(self, name: str, read: Any) -> Any:
         try:
@@ -159,10 +164,15 @@ class ModelFolder:
     @property
     def dtype(self) -> torch.dtype:
         """The 16- or 32-bit type of the weights: as config.json states, else of the first tensor."""
-        name = self.config.get("dtype") or self.config.get("torch_dtype")
+        name = self._stated_dtype
         if name is None:
             name = str(self.tensor(self.names[0]).dtype).removeprefix("torch.")
         return dtype_named(name, self.path)
+
+    @property
+    def _stated_dtype(self) -> str | None:
+        """As config.json names it, in the key of today or the one of transformers 4."""
+        return self.config.get("dtype") or self.config.get("torch_dtype")
 
     @property
     def tied_head(self) -> bool:

@@ -48,7 +48,6 @@ TURNED = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}
 # A table that follows from config.json.
 DERIVED = "rope_freqs.weight"
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SAFETENSORS = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 
 
 def gguf_name(name: str) -> str:
@@ -180,19 +179,25 @@ def _header(path: Path, changed: int) -> dict[str, Entry]:
         known = ", ".join(sorted(set(ARCHITECTURES.values())))
         raise UserError(f"{path} is of architecture {architecture!r}, read here are {known}")
     shared = config.get(f"{architecture}.{TURNED['attn_k']}", count)
+    if not (isinstance(count, int) and isinstance(shared, int)):
+        raise UserError(f"{path} has a number of heads for each layer, read here is one for all")
     numbers = {
         "general.architecture": architecture,
         TURNED["attn_q"]: count,
         TURNED["attn_k"]: shared,
     }
     entries: dict[str, Entry] = {}
+    kinds = {kind.value: kind for kind in GGMLQuantizationType}
     size = path.stat().st_size
     for theirs, (shape, number, offset) in tensors.items():
         if theirs == DERIVED:
             continue
-        name, kind = our_name(theirs), GGMLQuantizationType(number)
-        if name is None:
-            raise UserError(f"{path} has a tensor {theirs}, which is not known here")
+        name = our_name(theirs)
+        if name is None or number not in kinds:
+            raise UserError(
+                f"{path} has a tensor {theirs} of type {number}, which is not known here"
+            )
+        kind = kinds[number]
         if kind.name not in PLAIN:
             name = f"{name.removesuffix('.weight')}.{kind.name}"
         per, bytes_of = GGML_QUANT_SIZES[kind]

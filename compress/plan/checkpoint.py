@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from compress.export import compressed_tensors
+from compress.export import compressed_tensors, gguf
 from compress.export.formats import FORMATS, Weights
 from compress.kv_cache.cache import sliding_windows
 from compress.kv_cache.folder import scheme_of
@@ -131,7 +131,8 @@ class _Tensor:
 
 
 def on_disk(folder: ModelFolder, device: torch.device | None = None) -> Checkpoint:
-    """The checkpoint that a folder is, plain, record or exported, from its headers.
+    """The checkpoint that a folder is, plain, record or exported, from its headers, and the zero points of
+    AWQ.
 
     device: where this project's runtime would hold it: linears without a kernel there count in 16 bits
     """
@@ -165,7 +166,8 @@ def as_planned(
     """The checkpoint that quantizing a model of these shapes would leave.
 
     schemes: settled on these shapes; None leaves 16 bits. linears: bytes of the linears where a search
-    chooses their bits, None: what the schemes say. device: as for ``on_disk``
+    chooses their bits, None: what the schemes say. device: as for ``on_disk``. A GGUF file has its tokenizer
+    too, which is not counted.
     """
     if not FORMATS[export].quantized:
         schemes = linears = None
@@ -178,7 +180,10 @@ def as_planned(
         scheme = quantized.get(base)
         if scheme is None:
             if not (shapes.tied_head and base == family.head):
-                stored[name] = _plain(shapes.shape(name), shapes.dtype)
+                shape = shapes.shape(name)
+                # Norms and biases.
+                wide = export == gguf.NAME and len(shape) == 1
+                stored[name] = _plain(shape, torch.float32 if wide else shapes.dtype)
             continue
         apart = schemes is not None and _apart(base, scheme, schemes, family)
         for local, tensor in _linear(shapes.shape(name), shapes.dtype, scheme, export, apart):

@@ -118,4 +118,4 @@ def test_plain_folders_and_caches(
 
 def test_rounded_inputs_are_refused() -> None:
     with pytest.raises(UserError, match=r"int8-channel-sym\+int8-token rounds inputs too"):
-        DENSE.check(Schemes(Scheme(8, "channel", True, inputs=InputScheme())), False)
+        DENSE.check(Schemes(Scheme(8, "channel", True, inputs=InputScheme())))

@@ -277,4 +277,4 @@ def test_what_others_wrote_is_read_as_it_is(
 )
 def test_what_no_engine_runs_is_refused(scheme: Scheme) -> None:
     with pytest.raises(UserError, match="no engine runs"):
-        FORMATS["compressed-tensors"].check(Schemes(scheme), False)
+        FORMATS["compressed-tensors"].check(Schemes(scheme))

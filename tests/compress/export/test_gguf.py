@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,8 +28,10 @@ from compress.export import gguf as format_gguf
 from compress.export.audit import AuditError, audit, verify
 from compress.export.formats import FORMATS, Weights
 from compress.export.gguf_blocks import BLOCKS, MINIMUM
-from compress.export.gguf_metadata import FILE_TYPES, extra_tensors
+from compress.export.gguf_metadata import FILE_TYPES, check_model, extra_tensors
 from compress.export.gguf_tokenizer import SPLITS
+from compress.kv_cache.scheme import CacheScheme, StateScheme
+from compress.kv_cache.stage import quantize_cache
 from compress.measure.size import measure_size
 from compress.model.folder import ModelFolder, save_tensors, write_json
 from compress.model.gguf_file import GGUFFile, gguf_name, heads_of, our_name, rotary_order
@@ -37,7 +42,7 @@ from compress.plan.checkpoint import as_planned, on_disk
 from compress.quantize.inputs import InputScheme
 from compress.quantize.qtensor import QTensor
 from compress.quantize.rounding import Nearest
-from compress.quantize.scheme import Scheme, Schemes
+from compress.quantize.scheme import Scheme, Schemes, make_grid, to_codes
 from compress.quantize.stage import quantize
 from compress.runtime.load import load_dense
 from tests.conftest import byte_tokenizer
@@ -345,7 +350,9 @@ def test_a_recipe_ends_in_a_folder_that_everything_here_reads(
     # 4 bits, and a scale and a minimum in 16 for each 32 columns.
     assert measure_size(checkpoint)["bits_linears"] == 5.0
     disk, planned = on_disk(checkpoint), as_planned(tiny, Schemes(Scheme(4, 64)), export="gguf")
-    assert (disk.attention, disk.mlp) == (planned.attention, planned.mlp)
+    assert (disk.attention, disk.mlp, disk.rest) == (planned.attention, planned.mlp, planned.rest)
+    # The tokenizer is not planned.
+    assert 0.98 * disk.files < planned.files < disk.files
     assert sorted(p.name for p in checkpoint.path.iterdir()) == [
         "README.md",
         "config.json",
@@ -398,13 +405,15 @@ REFUSED = [
 )
 def test_what_no_type_holds_is_refused(schemes: Schemes, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
-        FORMATS["gguf"].check(schemes, False)
+        FORMATS["gguf"].check(schemes)
 
 
 MODELS: list[tuple[str, dict[str, Any], str]] = [
     ("mistral", {"sliding_window": 64}, "a sliding window of 64 tokens"),
     ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
     ("llama", {"hidden_act": "gelu"}, "the activation gelu"),
+    ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+     "a part of each head"),
     ("qwen2", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0,
       "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}, "llama3"),
 ]  # fmt: skip
@@ -446,15 +455,109 @@ def test_scales_beyond_float16_are_refused_before_anything_is_written(
     assert not (tmp_path / "again").exists()
 
 
+def test_a_plain_model_of_several_types(tiny: ModelFolder, tmp_path: Path) -> None:
+    for name in ("model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"):
+        source = tmp_path / name
+        shutil.copytree(tiny.path, source)
+        tensors = load_file(source / "model.safetensors")
+        tensors[name] = tensors[name].float()
+        save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+        for refused in (
+            lambda folder: format_gguf.fits(folder, None),
+            lambda folder: format_gguf.write(folder, tmp_path / "out"),
+        ):
+            with pytest.raises(UserError, match=f"{name} is in F32, the model in BF16"):
+                refused(ModelFolder(source))
+        format_gguf.fits(ModelFolder(source), Schemes(Scheme(4, 32)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plain_gguf_folder_is_written_again(tiny: ModelFolder, tmp_path: Path) -> None:
+    """Its norms are in 32 bits and come out in 16."""
+    format_gguf.write(tiny, tmp_path / "a")
+    format_gguf.write(ModelFolder(tmp_path / "a"), tmp_path / "b")
+    audit(tiny, ModelFolder(tmp_path / "b"))
+
+
+def test_large_scales_with_and_without_a_minimum(
+    tiny: ModelFolder, tmp_path: Path, export: Callable[..., Exported]
+) -> None:
+    """A minimum is a zero point times a scale, and is stored where the type has one."""
+    for index, symmetric in enumerate((True, False)):
+        record, _ = export(Scheme(4, 32, symmetric))
+        name = "model.layers.1.mlp.up_proj.scale"
+        tensors = load_file(record.file_of(name))
+        tensors[name][3, 1] = 2.0**13
+        save_file(tensors, record.file_of(name), metadata={"format": "pt"})
+        if symmetric:
+            format_gguf.write(record, tmp_path / str(index))
+            audit(record, ModelFolder(tmp_path / str(index)))
+        else:
+            with pytest.raises(UserError, match=r"up_proj not exactly .* to 8\.2e\+03"):
+                format_gguf.write(record, tmp_path / str(index))
+        shutil.rmtree(tmp_path / "record")
+        shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rows_are_packed_in_parts(
+    monkeypatch: pytest.MonkeyPatch, tiny: ModelFolder, symmetric: bool
+) -> None:
+    scheme = Scheme(4, 32, symmetric)
+    W = tiny.tensor("model.layers.0.mlp.up_proj.weight").float()
+    q = to_codes(W, make_grid(W, scheme, tiny.dtype), scheme)
+    ((_, whole),) = format_gguf.compress_linear(q, scheme)
+    monkeypatch.setattr(format_gguf, "ROWS", 96)
+    ((_, parts),) = format_gguf.compress_linear(q, scheme)
+    assert torch.equal(parts, whole)
+
+
+def test_biases_are_in_the_order_of_their_rows(export: Callable[..., Exported]) -> None:
+    record, exported = export(Scheme(4, 32, True), attention_bias=True)
+    theirs = {tensor.name: tensor.data for tensor in opened(exported).tensors}
+    for theirs_name, name, heads in (("attn_q", "q_proj", 4), ("attn_k", "k_proj", 2)):
+        bias = record.tensor(f"model.layers.1.self_attn.{name}.bias").float()
+        stored = torch.from_numpy(np.array(theirs[f"blk.1.{theirs_name}.bias"]))
+        assert torch.equal(stored, bias[rotary_order(len(bias), heads)])
+        assert not torch.equal(stored, bias)
+    v = record.tensor("model.layers.1.self_attn.v_proj.bias").float()
+    assert np.array_equal(theirs["blk.1.attn_v.bias"], v.numpy())
+
+
+def test_the_audit_knows_how_much_a_linear_may_take(
+    export: Callable[..., Exported], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, exported = export(Scheme(4, 32))
+    fewer = replace(FORMATS["gguf"], nbytes=lambda q, s: format_gguf.nbytes(q, s) - 1)
+    audit(record, exported)
+    monkeypatch.setitem(FORMATS, "gguf", fewer)
+    with pytest.raises(AuditError, match=r"takes (\d+) bytes, its scheme says \d+"):
+        audit(record, exported)
+
+
+def test_the_scales_of_a_cache_have_no_place(
+    tiny: ModelFolder, tokens: Tensor, tmp_path: Path
+) -> None:
+    scales = CacheScheme(StateScheme("float", 8, "tensor"), StateScheme("float", 8, "tensor"))
+    quantize_cache(tiny, tmp_path / "cache", scales, tokens=tokens, device=CPU)
+    with pytest.raises(UserError, match=r"no place for the scales of the cache, model\.layers\.0"):
+        format_gguf.write(ModelFolder(tmp_path / "cache"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def foreign(
-    folder: ModelFolder, target: Path, kind: str, rows: np.ndarray[Any, Any]
+    folder: ModelFolder,
+    target: Path,
+    kind: str,
+    rows: np.ndarray[Any, Any],
+    heads: int | list[int] = 4,
 ) -> ModelFolder:
     """A folder as others make one: a file, and a config that says nothing of it."""
     target.mkdir()
     config = {k: v for k, v in folder.config.items() if k != "quantization_config"}
     write_json(target / "config.json", config)
     writer = gguf.GGUFWriter(target / "their.gguf", "llama")
-    writer.add_head_count(4)
+    writer.add_head_count(heads)
     writer.add_head_count_kv(2)
     writer.add_tensor("blk.0.ffn_up.weight", rows, raw_dtype=GGMLQuantizationType[kind])
     writer.write_header_to_file()
@@ -495,6 +598,20 @@ def test_numbers_that_a_qtensor_does_not_hold(tiny: ModelFolder, tmp_path: Path)
         )
 
 
+def test_headers_that_are_not_read(tiny: ModelFolder, tmp_path: Path) -> None:
+    rows = np.zeros((256, 128), np.float32)
+    with pytest.raises(UserError, match=r"their\.gguf has a number of heads for each layer"):
+        _ = foreign(tiny, tmp_path / "heads", "F32", rows, heads=[4, 4, 4]).names
+    file = foreign(tiny, tmp_path / "type", "F32", rows).path / "their.gguf"
+    stored = bytearray(file.read_bytes())
+    # Behind the name are the number of dimensions and both of them.
+    place = stored.index(b"blk.0.ffn_up.weight") + len("blk.0.ffn_up.weight") + 4 + 2 * 8
+    stored[place] = 99
+    file.write_bytes(stored)
+    with pytest.raises(UserError, match=r"blk\.0\.ffn_up\.weight of type 99, which is not known"):
+        _ = ModelFolder(file.parent).names
+
+
 def test_files_that_are_none(export: Callable[..., Exported], tmp_path: Path) -> None:
     _, exported = export(Scheme(4, 32))
     (file,) = exported.weight_files
@@ -510,21 +627,29 @@ def test_files_that_are_none(export: Callable[..., Exported], tmp_path: Path) ->
 
 
 def test_rotary_embeddings(make_model: Callable[..., ModelFolder], tmp_path: Path) -> None:
+    linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}
+    format_gguf.write(make_model("llama", rope_parameters=linear), tmp_path / "linear")
+    found = said(ModelFolder(tmp_path / "linear"))
+    assert found["llama.rope.scaling.type"] == "linear"
+    assert found["llama.rope.scaling.factor"] == 2.5
+
     rope = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
-    yarn = make_model(
-        "llama", rope_parameters={**rope, "rope_type": "yarn", "attention_factor": 1.3}
-    )
+    own = {"rope_type": "yarn", "attention_factor": 1.3, "beta_fast": 24.0, "rope_theta": 5e5}
+    yarn = make_model("llama", rope_parameters={**rope, **own})
     format_gguf.write(yarn, tmp_path / "yarn")
     found = said(ModelFolder(tmp_path / "yarn"))
     assert found["llama.rope.scaling.type"] == "yarn"
     assert found["llama.rope.scaling.factor"] == 4.0
     assert found["llama.rope.scaling.original_context_length"] == 64
+    assert found["llama.rope.scaling.yarn_beta_fast"] == 24
+    assert found["llama.rope.scaling.yarn_beta_slow"] == 1
+    assert found["llama.rope.freq_base"] == 5e5
     usual = 0.1 * math.log(4) + 1
     assert found["llama.rope.scaling.attn_factor"] == pytest.approx(1.3 / usual)
 
     bands = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     llama3 = make_model("llama", rope_parameters={**rope, **bands, "rope_type": "llama3"})
-    (factors,) = extra_tensors(llama3.config).values()
+    (factors,) = extra_tensors(check_model(llama3.config, llama3.path)).values()
     frequencies = 1e4 ** -(np.arange(16) / 16)
     wavelengths = 2 * np.pi / frequencies
     # By hand: as they are up to 64 / 4 tokens a turn, four times slower from 64 / 1 on, blended between.
@@ -608,6 +733,15 @@ def test_tokenizers_that_llama_cpp_would_not_have(tiny: ModelFolder, tmp_path: P
     words = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     lower = byte_tokenizer().backend_tokenizer
     lower.normalizer = normalizers.Lowercase()
+    compatible = byte_tokenizer().backend_tokenizer
+    compatible.normalizer = normalizers.NFKC()
+    whole = byte_tokenizer().backend_tokenizer
+    alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    whole.model = models.BPE(alphabet, [], ignore_merges=True)
+    many = byte_tokenizer().backend_tokenizer
+    many.add_tokens([f"<{index}>" for index in range(70)])
+    piece = Tokenizer(models.BPE({"<unk>": 0, "a": 1}, [], unk_token="<unk>", byte_fallback=True))
+    piece.normalizer = normalizers.Lowercase()
     odd = byte_tokenizer().backend_tokenizer
     odd.add_special_tokens(["<odd>"])
     odd.post_processor = processors.TemplateProcessing("<odd> $A", special_tokens=[("<odd>", 257)])
@@ -615,6 +749,10 @@ def test_tokenizers_that_llama_cpp_would_not_have(tiny: ModelFolder, tmp_path: P
         (whitespace, "split text as gpt-2, smollm, llama-bpe, qwen2, tekken do, this one does not"),
         (words, "knows BPE, not WordLevel"),
         (lower, "after Lowercase"),
+        (compatible, "after NFKC"),
+        (whole, "takes whole words before merges, .* llama-bpe, tekken and not with gpt-2"),
+        (many, "its tokenizer has token 326, its embedding 320 rows"),
+        (piece, "only put \u2581 for spaces, this one has .*Lowercase"),
         (odd, "BOS before a text and EOS behind it or nothing"),
     ]
     for index, (tokenizer, reason) in enumerate(refused):
@@ -669,3 +807,48 @@ def test_pieces_and_their_scores(tiny: ModelFolder, tmp_path: Path) -> None:
     ids = {name: found[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "unknown")}
     assert ids == {"bos": 1, "eos": 2, "unknown": 0}
     assert "tokenizer.ggml.merges" not in found
+
+
+@pytest.mark.parametrize(
+    ("scheme", "prefix"), [("always", True), ("first", True), ("never", False)]
+)
+def test_spaces_before_pieces(
+    tiny: ModelFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture, scheme: str, prefix: bool
+) -> None:
+    tokenizer = Tokenizer(
+        models.BPE({"<unk>": 0, "a": 1}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    with caplog.at_level(logging.WARNING):
+        format_gguf.write(saved(tokenizer, tiny, tmp_path / "m"), tmp_path / "out")
+    assert said(ModelFolder(tmp_path / "out"))["tokenizer.ggml.add_space_prefix"] == prefix
+    assert ("puts a space before every text" in caplog.text) == prefix
+
+
+def test_composing_characters_is_left_out_with_a_warning(
+    tiny: ModelFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = byte_tokenizer().backend_tokenizer
+    for index, normalizer in enumerate((None, normalizers.NFC())):
+        if normalizer is not None:
+            tokenizer.normalizer = normalizer
+        with caplog.at_level(logging.WARNING):
+            model = saved(tokenizer, tiny, tmp_path / f"m{index}")
+            format_gguf.write(model, tmp_path / f"out{index}")
+        assert ("llama.cpp composes no characters" in caplog.text) == (normalizer is not None)
+
+
+def test_tokens_with_a_meaning(tiny: ModelFolder, tmp_path: Path) -> None:
+    """Those of config.json where the tokenizer has none; two more ends; the template of a chat."""
+    model = saved(byte_tokenizer().backend_tokenizer, tiny, tmp_path / "m", eos_token="<|end|>")
+    config = {**model.config, "bos_token_id": 7, "pad_token_id": 9, "eos_token_id": 8}
+    (model.path / "config.json").unlink()
+    write_json(model.path / "config.json", config)
+    write_json(model.path / "generation_config.json", {"eos_token_id": [256, 11, 12, 13]})
+    (model.path / "chat_template.jinja").write_text("{{ messages }}")
+    format_gguf.write(ModelFolder(model.path), tmp_path / "out")
+    found = said(ModelFolder(tmp_path / "out"))
+    kinds = ("bos", "eos", "padding", "eot", "eom")
+    ids = {name: found[f"tokenizer.ggml.{name}_token_id"] for name in kinds}
+    assert ids == {"bos": 7, "eos": 256, "padding": 9, "eot": 11, "eom": 12}
+    assert found["tokenizer.chat_template"] == "{{ messages }}"

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress.compose import compose_settings
-from compress.config import parse
+from compress.config import check_exports, parse
 from compress.errors import UserError
 from compress.export.audit import AuditError, audit, verify, write_manifest
-from compress.export.formats import FORMATS, Weights, check_sizes
+from compress.export.formats import FORMATS, Weights, check_fits
 from compress.measure.size import measure_size
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder, read_json, write_json
@@ -347,6 +347,9 @@ def test_scales_too_small_for_float16_keep_their_type(
         assert ("do not fit float16" in caplog.text) == (kept == torch.bfloat16)
 
 
+CACHE = ["stages=[quantize,kv_cache]", "kv_cache=fp8"]
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -354,10 +357,18 @@ def test_scales_too_small_for_float16_keep_their_type(
         (["export=gptq", "scheme=fp8"], "export=gptq holds integers"),
         (["export=gptq", "scheme=w8a8-int8"], r"not int8-channel-sym\+int8-token"),
         (["export=gptq", "head=int8"], "export=gptq keeps the head in 16 bits"),
-        (["export=gptq", "search=average"], None),
+        (["export=gptq", "search=average"], "not int5-gauto-asym: choose another scheme or search"),
+        (["export=gptq", "search=average", "search.choices=[3,4,8]"], None),
+        (["export=gguf", "search=average"], "zero points up to 5 bits, not int6-gauto-asym"),
+        (["export=gguf", "search=average", "search.choices=[3,4,5]"], None),
+        (["export=gptq", "scheme.group_size=96"], "export=gptq has groups of 16, 32, 64, 128, 256"),
+        (["export=awq", "scheme.group_size=256"], "export=awq has groups of 16, 32, 64, 128 col"),
+        (["export=awq", *CACHE], "export=awq has no place for the scales of the cache"),
+        (["export=gptq", *CACHE], "export=gptq has no place for the scales of the cache"),
+        (["export=gguf", *CACHE], "export=gguf has no place for the scales of the cache"),
         (["export=awq", "scheme.bits=3"], "export=awq holds integers of 4 bits"),
         (["export=awq", "head=int4"], "export=awq keeps the head in 16 bits"),
-        (["export=awq", "search=average"], "the same in all linears, not mixed bits"),
+        (["export=awq", "search=average"], "the same in all linears, not mixed-int4-gauto-asym"),
         (["export=[compressed-tensors,awq]", "scheme.bits=3"], "export=awq holds integers of 4"),
         (["export=[gptq,nope]"], "export=nope is not known: known are awq"),
         (["export=[]"], r"export=\[\] is not allowed: choose from compressed-tensors"),
@@ -376,22 +387,47 @@ def test_what_the_formats_do_not_hold(words: list[str], sentence: str | None) ->
 
 
 def test_sizes_that_do_not_fit(tiny: ModelFolder, make_model: Callable[..., ModelFolder]) -> None:
+    schemes = Schemes(Scheme(4, 16))
     with pytest.raises(
         UserError, match=r"outputs in steps of 32 and inputs in steps of 32, a is 48 x"
     ):
-        check_sizes("gptq", tiny, {"a": (48, 64)})
+        check_fits("gptq", tiny, schemes, {"a": (48, 64)})
     with pytest.raises(
         UserError, match=r"outputs in steps of 8 and inputs in steps of 1, a is 12 x"
     ):
-        check_sizes("awq", tiny, {"a": (12, 64)})
-    check_sizes("awq", tiny, {"a": (48, 40)})
+        check_fits("awq", tiny, schemes, {"a": (12, 64)})
+    check_fits("awq", tiny, schemes, {"a": (48, 40)})
     wide = make_model(dtype="float32")
     with pytest.raises(UserError, match="export=awq holds models of bfloat16 or float16"):
-        check_sizes("awq", wide, {})
+        check_fits("awq", wide, schemes, {"a": (48, 40)})
+
+
+def test_formats_have_no_knobs() -> None:
+    settings = compose_settings(["recipe=rtn-int4"])
+    settings.export = {"awq": {"version": "gemv"}}
+    with pytest.raises(UserError, match=r"export\.awq\.version is not known: it has no knobs"):
+        check_exports(settings)
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq"])
+def test_zero_points_that_are_all_in_the_middle(export: Export, tmp_path: Path, name: str) -> None:
+    """Of a scheme with zero points; AWQ stores those of a symmetric one alike."""
+    source, _ = export(name, Scheme(4, 32))
+    key = "model.layers.1.self_attn.k_proj.zero"
+    shutil.copytree(source.path, tmp_path / "record")
+    middle = ModelFolder(tmp_path / "record")
+    file = middle.file_of(key)
+    zeros = torch.full_like(source.tensor(key), 8)
+    save_file({**load_file(file), key: zeros}, file, metadata={"format": "pt"})
+    FORMATS[name].write(middle, tmp_path / "out")
+    written = ModelFolder(tmp_path / "out")
+    assert audit(middle, written)["linears"] == 21
+    with pytest.raises(AuditError, match=r"k_proj\.weight reads back different"):
+        audit(source, written)
 
 
 def test_several_formats_in_their_order() -> None:
     run = parse(compose_settings(["recipe=rtn-int4", "export=[gptq,awq,compressed-tensors]"]))
-    assert run.export == "gptq"
+    assert run.first_format == "gptq"
     assert list(run.settings.export) == ["gptq", "awq", "compressed-tensors"]
     assert json.dumps(run.settings.export) == '{"gptq": {}, "awq": {}, "compressed-tensors": {}}'
