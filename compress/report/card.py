@@ -208,8 +208,8 @@ def _found(metrics: Mapping[str, Any], format_name: str, measured: bool) -> str:
     lines = []
     if not measured:
         lines.append(
-            f"Measured on the run's checkpoint/, whose codes and scales this folder holds as {format_name}: "
-            "compared with the same record, not measured itself."
+            f"Measured on the run's checkpoint/, whose weights this folder holds as {format_name}: compared "
+            "with the same record, not measured itself."
         )
     rows = [row for row in table_rows([dict(metrics)]) if row.base is not None]
     said = verdict_of(rows[0])
