@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM
 from calibration.texts import load_texts
 from calibration.tokens import evaluation_windows
 from compress.compose import compose_settings
-from compress.engines import LLAMA_CPP, TRANSFORMERS, VLLM_CPU
+from compress.engines import GGUF, LLAMA_CPP, TRANSFORMERS, VLLM_CPU
 from compress.environment import environment, version_of
 from compress.export.formats import FORMATS, Weights
 from compress.kv_cache.folder import scheme_of
@@ -50,7 +50,7 @@ from compress.run_folder import whole
 from compress.runtime.load import load_dense
 from compress.serve.card import write_cards
 from compress.serve.command import Command, serve_command
-from compress.serve.loads import checkpoints, gguf_of
+from compress.serve.loads import CHECKPOINT, checkpoints, gguf_of
 from eval.engines.agreement import BF16, CPU, Ours, clip, compare, log_probs, read_ours
 from eval.engines.load import Client, Load, in_turns
 from eval.engines.servers import NAME, Server, free_port, running
@@ -299,8 +299,8 @@ def asked_of(
     """Every engine that can be run here and loads the folder, by the engine matrix."""
     export, case = Weights(ModelFolder(folder)).format, case or Case(())
     found = loadable_folder(ModelFolder(folder))
-    # A second folder of 16 bits says nothing new.
-    load = case.load and not folder.name.endswith("dense")
+    # Other formats of the same weights go through the same kernels, but for GGUF.
+    load = case.load and (run is None or folder.name == CHECKPOINT or export == GGUF)
     return [
         Asked(name, export, engine, folder, run, case.slow and engine == VLLM_CPU, load)
         for engine in (TRANSFORMERS, VLLM_CPU, LLAMA_CPP)
