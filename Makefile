@@ -9,8 +9,9 @@ PEER := .venv-llmcompressor
 KV_PEERS := .venv-kv-peers
 LLAMA_CPP := .node-llama-cpp
 LLAMA_CPP_SERVER := .venv-llama-cpp
+GPTQMODEL := .venv-gptqmodel
 
-.PHONY: help setup demo sweep test check test-gpu golden serve-check bench-peers bench-int8 bench-cpu-kernels bench-kv bench-kv-speed bench-kernels bench-pruning bench-distill bench-cpu-decode bench-plan bench-gpu clean
+.PHONY: help setup demo sweep test check test-gpu golden serve-check unpack-check bench-peers bench-int8 bench-cpu-kernels bench-kv bench-kv-speed bench-kernels bench-pruning bench-distill bench-cpu-decode bench-plan bench-gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -65,6 +66,18 @@ $(LLAMA_CPP_SERVER)/.ready:
 
 serve-check: setup $(VLLM)/.ready $(LLAMA_CPP_SERVER)/.ready  ## vLLM's CPU build and llama.cpp answer with the demo model's checkpoints, under load: an hour
 	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.engines.serve_check --vllm $(VLLM) --llama-cpp $(LLAMA_CPP_SERVER)
+
+$(GPTQMODEL)/.ready:
+	sh eval/engines/install_gptqmodel.sh $(GPTQMODEL)
+	touch $@
+
+unpack-check: setup $(GPTQMODEL)/.ready  ## GPTQModel reads GPTQ and AWQ checkpoints of the demo model to the same numbers
+	for bits in 2 3 4 8; do for symmetric in true false; do \
+		formats=gptq; [ $$bits != 4 ] || formats='[gptq,awq]'; \
+		HF_HUB_OFFLINE=1 $(BIN)/compress recipe=rtn-int4 scheme.bits=$$bits scheme.symmetric=$$symmetric \
+			export=$$formats eval=none speed=none hydra.run.dir=outputs/unpack-check/$$bits-$$symmetric || exit; \
+	done; done
+	HF_HUB_OFFLINE=1 $(GPTQMODEL)/bin/python -m eval.engines.unpack_check outputs/unpack-check/*/checkpoint*/
 
 bench-int8: setup  ## LLM.int8 with fixed columns beside bitsandbytes and 16 bits, on the GPU if there is one
 	$(BIN)/python -m eval.benchmarks.int8_speed
@@ -124,4 +137,4 @@ bench-gpu: setup  ## whole decode steps on the shapes of 8B, 1B and 13B models: 
 	$(GPU_BENCH) $(call CANDIDATES,llama-2-13b) 'speed.batches=[1,16]' --out outputs/decode-13b.json
 
 clean:  ## remove the environments
-	rm -rf .venv $(VLLM) $(PEER) $(KV_PEERS) $(LLAMA_CPP) $(LLAMA_CPP_SERVER)
+	rm -rf .venv $(VLLM) $(PEER) $(KV_PEERS) $(LLAMA_CPP) $(LLAMA_CPP_SERVER) $(GPTQMODEL)
