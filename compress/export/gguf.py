@@ -321,10 +321,15 @@ def nbytes(q: QTensor, scheme: Scheme) -> int:
     return q.codes.numel() // block.columns * block.nbytes
 
 
+def holds(folder: ModelFolder) -> bool:
+    """Whether the weights of a folder, quantized or not, are in GGUF."""
+    return all(file.suffix == SUFFIX for file in folder.weight_files)
+
+
 def linears(folder: ModelFolder) -> list[str]:
     """Names of the quantized linears, embedding and head included, without suffix, in file order; none where
     the weights are in other files."""
-    if any(file.suffix != SUFFIX for file in folder.weight_files):
+    if not holds(folder):
         return []
     return [
         name.rpartition(".")[0] for name in folder.names if not name.endswith((".weight", ".bias"))

@@ -8,6 +8,7 @@ from typing import Any
 from compress.config import Run
 from compress.engines import DENSE
 from compress.errors import UserError
+from compress.export import gguf
 from compress.export.formats import Weights
 from compress.kv_cache.folder import scheme_of
 from compress.kv_cache.scheme import CacheScheme
@@ -157,7 +158,8 @@ def served_folder(folder: Shapes, tp: int = 1, capability: float | None = None) 
     form, schemes = DENSE, None
     if isinstance(folder, ModelFolder):
         weights = Weights(folder)
-        form = DENSE if weights.format == "plain" else weights.format
+        form = gguf.NAME if gguf.holds(folder) else weights.format
+        form = DENSE if form == "plain" else form
         schemes = schemes_on_disk(folder)
     sixteen = ShapeFolder(str(folder.path), folder.config)
     return served(sixteen, schemes, scheme_of(folder), export=form, tp=tp, capability=capability)

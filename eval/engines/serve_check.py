@@ -39,7 +39,7 @@ from calibration.tokens import evaluation_windows
 from compress.compose import compose_settings
 from compress.engines import GGUF, LLAMA_CPP, TRANSFORMERS, VLLM_CPU
 from compress.environment import environment, version_of
-from compress.export.formats import FORMATS, Weights
+from compress.export.formats import FORMATS
 from compress.kv_cache.folder import scheme_of
 from compress.model.folder import ModelFolder, read_json, write_json
 from compress.model.sources import open_tokenizer, resolve_model
@@ -297,7 +297,7 @@ def asked_of(
     name: str, folder: Path, run: Path | None = None, case: Case | None = None
 ) -> list[Asked]:
     """Every engine that can be run here and loads the folder, by the engine matrix."""
-    export, case = Weights(ModelFolder(folder)).format, case or Case(())
+    export, case = served_folder(ModelFolder(folder)).export, case or Case(())
     found = loadable_folder(ModelFolder(folder))
     # Other formats of the same weights go through the same kernels, but for GGUF.
     load = case.load and (run is None or folder.name == CHECKPOINT or export == GGUF)

@@ -13,8 +13,9 @@ from compress import engines
 from compress.commands.plan import main
 from compress.compose import compose_settings, options
 from compress.config import Run, parse
-from compress.engines import ENGINES, PROOFS, ROWS, VLLM_CPU, proof_of
+from compress.engines import ENGINES, GGUF, PROOFS, ROWS, VLLM_CPU, proof_of
 from compress.errors import UserError
+from compress.export import formats
 from compress.model.folder import ModelFolder
 from compress.model.shapes import ShapeFolder
 from compress.pipeline import check
@@ -313,3 +314,12 @@ def test_rows_say_only_known_things() -> None:
         assert not (row.refused and row.note)
     for proof in PROOFS:
         assert proof.version == ENGINES[proof.engine].version
+
+
+def test_a_plain_model_in_gguf_is_for_readers_of_gguf(tiny: ModelFolder, tmp_path: Path) -> None:
+    formats.FORMATS[GGUF].write(tiny, tmp_path / "gguf")
+    found = loadable_folder(ModelFolder(tmp_path / "gguf"))
+    assert found["llama.cpp"]["loads"]
+    assert "does not read gguf" in found["vllm"]["reasons"][0]["text"]
+    assert not found["vllm-cpu"]["loads"]
+    assert not loadable_folder(tiny)["llama.cpp"]["loads"]
