@@ -141,9 +141,7 @@ ROWS = (
     Row(VLLM, GGUF, inputs=(), refused="does not read gguf any more: choose export=compressed-tensors",
         source="RFC #39583; quantization/__init__.py"),
     # vLLM's CPU build.
-    Row(VLLM_CPU, CT, "int", bits=(4,), groups=("channel",), zeros=(4,), shapes=((32, 32),),
-        source="mixed_precision/cpu.py"),
-    Row(VLLM_CPU, CT, "int", bits=(4,), groups=(EVEN,), zeros=(4,), shapes=((32, 32),),
+    Row(VLLM_CPU, CT, "int", bits=(4,), groups=(EVEN, "channel"), zeros=(4,), shapes=((32, 32),),
         source="mixed_precision/cpu.py"),
     Row(VLLM_CPU, CT, "int", ("int8-token",), (8,), WHOLE, source="scaled_mm/cpu.py"),
     Row(VLLM_CPU, CT, "int", ("int8-tensor",), (8,), WHOLE, source="scaled_mm/cpu.py"),
