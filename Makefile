@@ -64,7 +64,7 @@ $(LLAMA_CPP_SERVER)/.ready:
 	$(LLAMA_CPP_SERVER)/bin/pip install -q xllamacpp==2026.10.11549
 	touch $@
 
-serve-check: setup $(VLLM)/.ready $(LLAMA_CPP_SERVER)/.ready  ## vLLM's CPU build and llama.cpp answer with the demo model's checkpoints, under load: an hour
+serve-check: setup $(VLLM)/.ready $(LLAMA_CPP_SERVER)/.ready  ## vLLM's CPU build and llama.cpp answer with the demo model's checkpoints, under load: an hour, best with 20 GB of memory
 	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.engines.serve_check --vllm $(VLLM) --llama-cpp $(LLAMA_CPP_SERVER)
 
 $(GPTQMODEL)/.ready:
@@ -74,7 +74,7 @@ $(GPTQMODEL)/.ready:
 unpack-check: setup $(GPTQMODEL)/.ready  ## GPTQModel reads GPTQ and AWQ checkpoints of the demo model to the same numbers
 	for bits in 2 3 4 8; do for symmetric in true false; do \
 		formats=gptq; [ $$bits != 4 ] || formats='[gptq,awq]'; \
-		HF_HUB_OFFLINE=1 $(BIN)/compress recipe=rtn-int4 scheme.bits=$$bits scheme.symmetric=$$symmetric \
+		[ -e outputs/unpack-check/$$bits-$$symmetric/metrics.json ] || HF_HUB_OFFLINE=1 $(BIN)/compress recipe=rtn-int4 scheme.bits=$$bits scheme.symmetric=$$symmetric \
 			export=$$formats eval=none speed=none hydra.run.dir=outputs/unpack-check/$$bits-$$symmetric || exit; \
 	done; done
 	HF_HUB_OFFLINE=1 $(GPTQMODEL)/bin/python -m eval.engines.unpack_check outputs/unpack-check/*/checkpoint*/

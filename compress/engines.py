@@ -143,8 +143,7 @@ ROWS = (
     # vLLM's CPU build.
     Row(VLLM_CPU, CT, "int", bits=(4,), groups=(EVEN, "channel"), zeros=(4,), shapes=((32, 32),),
         source="mixed_precision/cpu.py"),
-    Row(VLLM_CPU, CT, "int", ("int8-token",), (8,), WHOLE, source="scaled_mm/cpu.py"),
-    Row(VLLM_CPU, CT, "int", ("int8-tensor",), (8,), WHOLE, source="scaled_mm/cpu.py"),
+    Row(VLLM_CPU, CT, "int", ROUNDED, (8,), WHOLE, source="scaled_mm/cpu.py"),
     Row(VLLM_CPU, CT, "fp8", ("fp8-token",), groups=("channel",), source="scaled_mm/pytorch.py",
         note="about one token a second without AMX"),
     Row(VLLM_CPU, CT, "fp8", ("fp8-tensor", "fp8-group"), groups=("tensor", "block"),
@@ -188,11 +187,7 @@ ROWS = (
         source="ModelOpt's W4A16_AWQ"),
     Row(TENSORRT, DENSE, "16 bits", cuda=8.0, source="unquantized"),
     # transformers.
-    Row(TRANSFORMERS, CT, "int", (WIDE, "int8-token"), (4, 8), zeros=(4, 8), head=True, note=UNPACKED,
-        source="quantizer_compressed_tensors.py"),
     Row(TRANSFORMERS, CT, "int", (WIDE, *ROUNDED), ALL, zeros=ALL, head=True, note=UNPACKED,
-        source="quantizer_compressed_tensors.py"),
-    Row(TRANSFORMERS, CT, "fp8", ("fp8-token", "fp8-tensor"), groups=WHOLE, note=UNPACKED,
         source="quantizer_compressed_tensors.py"),
     Row(TRANSFORMERS, CT, "fp8", (*FLOATED, "fp8-group"), groups=(*WHOLE, "block"), note=UNPACKED,
         source="quantizer_compressed_tensors.py"),

@@ -23,7 +23,7 @@ from compress.distill.knobs import check_schemes
 from compress.distill.stage import check_launch, open_accelerator
 from compress.environment import environment, version_of
 from compress.errors import UserError
-from compress.export.audit import audit, write_manifest
+from compress.export.audit import CHECKPOINT, audit, write_manifest
 from compress.export.formats import FORMATS, check_fits
 from compress.kv_cache.stage import check as check_cache
 from compress.measure.accuracy import (
@@ -60,7 +60,7 @@ from eval.memory import reset_peak, rss
 log = logging.getLogger(__name__)
 
 # Steps of a run beside its stages: text that the original writes, in one file, and the export.
-GENERATE, WRITTEN, CHECKPOINT = "generate", "tokens.safetensors", "checkpoint"
+GENERATE, WRITTEN = "generate", "tokens.safetensors"
 # With others of these the same recipe may come out otherwise.
 DECISIVE_VERSIONS = ("compress", "torch", "transformers", "safetensors")
 

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 from typing import Any
 
 from compress.compose import compose_settings
 from compress.config import check_exports, check_formats
 from compress.errors import UserError
+from compress.export.audit import CHECKPOINT
 from compress.export.formats import FORMATS, check_fits
 from compress.kv_cache.folder import scheme_of
 from compress.model.folder import ModelFolder, Shapes, read_json, write_json
 from compress.model.shapes import ShapeFolder
-from compress.pipeline import CHECKPOINT, beside, export
+from compress.pipeline import beside, export
+from compress.plan.loadable import warnings
+from compress.plan.rows import loadable_formats
 from compress.quantize import record
 from compress.report.table import METRICS
 from compress.run_folder import held, whole
 from compress.serve.card import write_cards
+
+log = logging.getLogger(__name__)
 
 
 def main(words: list[str]) -> int:
@@ -57,7 +63,8 @@ def main(words: list[str]) -> int:
 
 
 def check(source: ModelFolder, names: list[str]) -> None:
-    """Raises UserError if a format does not hold what a record or plain folder does."""
+    """Raises UserError if a format does not hold what a record or plain folder does; warns of engines that
+    load none of them."""
     cache, schemes = scheme_of(source), None
     linears: dict[str, tuple[int, ...]] = {}
     if record.KEY in source.config:
@@ -70,6 +77,9 @@ def check(source: ModelFolder, names: list[str]) -> None:
         shapes = ShapeFolder(str(source.path), source.config)
     for name in names:
         check_fits(name, shapes, schemes, linears)
+    sixteen = ShapeFolder(str(source.path), source.config)
+    for line in warnings(loadable_formats(names, sixteen, schemes, cache)):
+        log.warning("would not be served: %s", line)
 
 
 def _check_free(run: Path, name: str, metrics: dict[str, Any]) -> None:

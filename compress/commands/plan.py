@@ -136,8 +136,9 @@ def _candidate(
         "shape": {key: shapes.config.get(key) for key in KEYS.values()},
         "calibration": [asdict(stage) for stage in stages(run, shapes, model, hardware)],
         "uncounted": uncounted(run),
-        # Of several formats those of the first.
+        # Of several formats those of the first, as everything else here is; and of each.
         "engines": next(iter(engines.values())),
+        "engines_of": engines,
         "unserved": refusals(engines, settings.serve.engines),
         "rows": {CANDIDATE: _row(model, hardware, settings)},
     }
@@ -195,7 +196,9 @@ def text(found: dict[str, Any]) -> str:
     if found.get("uncounted"):
         parts.append(f"Not counted in the run's own needs: {', '.join(found['uncounted'])}.")
     if "engines" in found:
-        parts.append("Engines:\n" + "\n".join(answers(found["engines"])))
+        for form, engines in found.get("engines_of", {"": found["engines"]}).items():
+            title = f"Engines, of {form}:" if form else "Engines:"
+            parts.append("\n".join([title, *answers(engines)]))
     if found["unserved"]:
         parts.append("serve.engines would not load it:\n" + "\n".join(found["unserved"]))
     parts.append(

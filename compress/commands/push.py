@@ -12,11 +12,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from compress.errors import UserError
-from compress.export.audit import verify
+from compress.export.audit import CHECKPOINT, verify
 from compress.model.card import CARD
 from compress.model.sources import HUB_NAME
 from compress.serve.command import served_name
-from compress.serve.loads import CHECKPOINT
 
 KEYS = ("private", "revision")
 # Of the HTTP library that this version of the hub's client uses; where the hub is not reached, that speaks.

@@ -25,6 +25,8 @@ from compress.quantize.record import PARTS, schemes_of
 from compress.quantize.record import scheme_of as scheme_of_linear
 
 MANIFEST = "manifest.json"
+# Of a run: the folder of its first format.
+CHECKPOINT = "checkpoint"
 
 
 class AuditError(RuntimeError):
@@ -194,8 +196,8 @@ def verify(path: Path) -> list[str]:
     """
     if not path.is_dir():
         raise UserError(f"there is no folder {path}")
-    if not (path / MANIFEST).exists() and (path / "checkpoint" / MANIFEST).exists():
-        raise UserError(f"{path} is a run's folder: verify {path / 'checkpoint'}")
+    if not (path / MANIFEST).exists() and (path / CHECKPOINT / MANIFEST).exists():
+        raise UserError(f"{path} is a run's folder: verify {path / CHECKPOINT}")
     files = read_json(path / MANIFEST).get("files", {})
     present = {file.name for file in path.iterdir()} - {MANIFEST}
     problems = [f"{name} is missing" for name in sorted(set(files) - present)]

@@ -25,8 +25,8 @@ class Format:
 
     check(schemes) raises UserError for schemes that no engine could load from it
     stored(q, scheme, apart): the tensors of a linear, by local name, also without data
-    sidecar: a file of weights beside the others; half: its scales are those of
-        models in 16 bits, so it has no quantized weights of others
+    sidecar: a file of weights beside the others
+    half: its scales are those of models in 16 bits, so it has no quantized weights of others
     steps: what rows and columns of each linear must be multiples of
     plain: holds a model without quantized weights too; cache_scales: and the fixed scales of a cache
     fits(model, schemes) raises UserError for a model that it has no place for (schemes None: a plain one)
@@ -56,63 +56,63 @@ class Format:
 
 FORMATS = {
     compressed_tensors.NAME: Format(
-        compressed_tensors.NAME,
-        compressed_tensors.write,
-        compressed_tensors.check,
-        compressed_tensors.compress_linear,
-        compressed_tensors.linears,
-        compressed_tensors.read_linear,
-        lambda folder, name: compressed_tensors.described(folder, name)[0],
+        name=compressed_tensors.NAME,
+        write=compressed_tensors.write,
+        check=compressed_tensors.check,
+        stored=compressed_tensors.compress_linear,
+        linears=compressed_tensors.linears,
+        read_linear=compressed_tensors.read_linear,
+        scheme_of=lambda folder, name: compressed_tensors.described(folder, name)[0],
         plain=True,
         cache_scales=True,
     ),
     bitsandbytes.NAME: Format(
-        bitsandbytes.NAME,
-        bitsandbytes.write,
-        bitsandbytes.check,
-        lambda q, scheme, apart: bitsandbytes.compress_linear(q),
-        bitsandbytes.linears,
-        bitsandbytes.read_linear,
-        bitsandbytes.scheme_of,
-        bitsandbytes.SIDECAR,
+        name=bitsandbytes.NAME,
+        write=bitsandbytes.write,
+        check=bitsandbytes.check,
+        stored=lambda q, scheme, apart: bitsandbytes.compress_linear(q),
+        linears=bitsandbytes.linears,
+        read_linear=bitsandbytes.read_linear,
+        scheme_of=bitsandbytes.scheme_of,
+        sidecar=bitsandbytes.SIDECAR,
         half=True,
     ),
     gptq.NAME: Format(
-        gptq.NAME,
-        gptq.write,
-        gptq.check,
-        lambda q, scheme, apart: gptq.compress_linear(q),
-        by_columns.linears,
-        gptq.read_linear,
-        gptq.scheme_of,
+        name=gptq.NAME,
+        write=gptq.write,
+        check=gptq.check,
+        stored=lambda q, scheme, apart: gptq.compress_linear(q),
+        linears=by_columns.linears,
+        read_linear=gptq.read_linear,
+        scheme_of=gptq.scheme_of,
         half=True,
         steps=(gptq.STEP, gptq.STEP),
     ),
     awq.NAME: Format(
-        awq.NAME,
-        awq.write,
-        awq.check,
-        lambda q, scheme, apart: awq.compress_linear(q),
-        by_columns.linears,
-        awq.read_linear,
-        awq.scheme_of,
+        name=awq.NAME,
+        write=awq.write,
+        check=awq.check,
+        stored=lambda q, scheme, apart: awq.compress_linear(q),
+        linears=by_columns.linears,
+        read_linear=awq.read_linear,
+        scheme_of=awq.scheme_of,
         half=True,
         steps=(awq.IN_WORD, 1),
     ),
     gguf.NAME: Format(
-        gguf.NAME,
-        gguf.write,
-        gguf.check,
-        lambda q, scheme, apart: gguf.compress_linear(q, scheme),
-        gguf.linears,
-        gguf.read_linear,
-        gguf.scheme_of,
+        name=gguf.NAME,
+        write=gguf.write,
+        check=gguf.check,
+        stored=lambda q, scheme, apart: gguf.compress_linear(q, scheme),
+        linears=gguf.linears,
+        read_linear=gguf.read_linear,
+        scheme_of=gguf.scheme_of,
         half=True,
         plain=True,
         fits=gguf.fits,
         nbytes=gguf.nbytes,
     ),
-    dense.NAME: Format(dense.NAME, dense.write, dense.check, plain=True),
+    dense.NAME: Format(name=dense.NAME, write=dense.write, check=dense.check, plain=True),
 }
 
 

@@ -19,7 +19,6 @@ model's type.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -43,8 +42,6 @@ from compress.model.folder import ModelFolder, write_json
 from compress.quantize import record
 from compress.quantize.qtensor import QTensor
 from compress.quantize.scheme import Scheme, Schemes
-
-log = logging.getLogger(__name__)
 
 NAME = "gptq"
 CONFIG = "quantize_config.json"
@@ -81,10 +78,6 @@ def check(schemes: Schemes) -> None:
         check_groups(NAME, scheme, GROUPS)
     if schemes.head is not None:
         raise UserError(f"export={NAME} keeps the head in 16 bits: leave head out")
-    if schemes.exceptions:
-        log.warning(
-            "mixed bits in export=%s: GPTQModel reads them, transformers and vLLM do not", NAME
-        )
 
 
 def stored_as(schemes: Schemes) -> str:

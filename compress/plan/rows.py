@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from compress.config import Run
@@ -131,15 +131,26 @@ def engines_of(
     schemes = None
     if "quantize" in settings.stages:
         schemes = settle(shapes, family_of(shapes.config), run.schemes)
-    rest: dict[str, Any] = {
-        "tp": settings.serve.tp,
-        "capability": capability,
-        "all_bits": () if run.search is None else tuple(run.search.bits),
-    }
-    return {
-        form: loadable(served(shapes, schemes, run.cache, export=form, **rest))
-        for form in settings.export
-    }
+    return loadable_formats(
+        settings.export,
+        shapes,
+        schemes,
+        run.cache,
+        tp=settings.serve.tp,
+        capability=capability,
+        all_bits=() if run.search is None else tuple(run.search.bits),
+    )
+
+
+def loadable_formats(
+    formats: Iterable[str],
+    shapes: Shapes,
+    schemes: Schemes | None,
+    cache: CacheScheme | None,
+    **rest: Any,
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """format -> ``loadable`` of a model in it. Words as of ``served``."""
+    return {form: loadable(served(shapes, schemes, cache, export=form, **rest)) for form in formats}
 
 
 def loadable_folder(

@@ -8,13 +8,14 @@ from typing import Any
 
 from compress.engines import TENSORRT, TRANSFORMERS
 from compress.errors import UserError
-from compress.export.audit import MANIFEST, add_text
+from compress.export.audit import CHECKPOINT, MANIFEST, add_text
 from compress.model.card import CARD, licence_of
 from compress.model.folder import ModelFolder
 from compress.model.sources import is_hub_name
+from compress.plan.rows import served_folder
 from compress.report.card import Base, Serving, model_card
 from compress.serve.command import PROGRAMS, name_of_run, serve_command
-from compress.serve.loads import CHECKPOINT, answers, checkpoints, gguf_of
+from compress.serve.loads import answers, checkpoints
 
 # What commands of a card call the folder, which is elsewhere by then.
 FOLDER = Path("FOLDER")
@@ -36,7 +37,7 @@ def write_cards(metrics: Mapping[str, Any], model: ModelFolder, out: Path) -> No
                 base,
                 serving(folder, name_of_run(metrics)),
                 title=name_of_run(metrics),
-                format_name=format_of(folder),
+                format_name=served_folder(ModelFolder(folder)).export,
                 measured=folder.name == CHECKPOINT,
             )
             add_text(folder, CARD, text)
@@ -60,11 +61,3 @@ def serving(folder: Path, name: str) -> list[Serving]:
         notes = (proved, *answer.notes, *command.notes)
         found.append(Serving(f"{engine} {answer.version}", command.line(), notes))
     return found
-
-
-def format_of(folder: Path) -> str:
-    """How its weights are stored: the quant_method of its config, gguf, or plain."""
-    if gguf_of(folder) is not None:
-        return "gguf"
-    stated = ModelFolder(folder).config.get("quantization_config") or {}
-    return str(stated.get("quant_method", "plain"))

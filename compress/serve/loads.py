@@ -11,11 +11,9 @@ from pathlib import Path
 
 from compress.engines import ENGINES, LLAMA_CPP
 from compress.errors import UserError
+from compress.export.audit import CHECKPOINT
 from compress.model.folder import ModelFolder
 from compress.plan.rows import loadable_folder
-
-# Of a run: the folder of its first format; those of others are named after it.
-CHECKPOINT = "checkpoint"
 
 
 @dataclass(frozen=True)

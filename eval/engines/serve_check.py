@@ -6,7 +6,7 @@
 Compresses the demo model by the recipes of CASES, each a run with its accuracy measured, in several formats.
 Then each format is asked for the log-probabilities of the same prompts by every engine here that loads it by
 the engine matrix: transformers in this process, ``vllm serve`` (its CPU build) and llama.cpp's server on
-loopback, through the OpenAI API; ``agreement`` says what has to come out. Then the servers are put under
+loopback; ``agreement`` says what has to come out. Then the servers are put under
 load in turns, the original's among them. Both go into the section ``served`` of the run's
 metrics.json, its served.md, and all of it to --out. Runs that are there already are not made again.
 
@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -39,6 +40,7 @@ from calibration.tokens import evaluation_windows
 from compress.compose import compose_settings
 from compress.engines import GGUF, LLAMA_CPP, TRANSFORMERS, VLLM_CPU
 from compress.environment import environment, version_of
+from compress.export.audit import CHECKPOINT
 from compress.export.formats import FORMATS
 from compress.kv_cache.folder import scheme_of
 from compress.model.folder import ModelFolder, read_json, write_json
@@ -50,7 +52,7 @@ from compress.run_folder import whole
 from compress.runtime.load import load_dense
 from compress.serve.card import write_cards
 from compress.serve.command import Command, serve_command
-from compress.serve.loads import CHECKPOINT, checkpoints, gguf_of
+from compress.serve.loads import checkpoints, gguf_of
 from eval.engines.agreement import BF16, CPU, Ours, clip, compare, log_probs, read_ours
 from eval.engines.load import Client, Load, in_turns
 from eval.engines.servers import NAME, Server, free_port, running
@@ -58,8 +60,9 @@ from eval.engines.servers import NAME, Server, free_port, running
 PROMPTS, LENGTH, NEW_TOKENS = 4, 64, 16
 # Tokens of a request, and requests at a time, of a server.
 CONTEXT, PARALLEL = 1024, 16
-# vLLM's CPU build takes 3.6 GB: servers that are up at the same time, the original's among them.
-TOGETHER = 5
+# Servers that are up at the same time, the original's among them: as many as memory holds of vLLM's CPU
+# build, with room for this process.
+TOGETHER, SERVER_BYTES = 5, 4e9
 # The load of many requests, and that of a server which takes a second a token.
 MANY = Load(PARALLEL, 200, 32, 32)
 ROUNDS = 2
@@ -106,6 +109,7 @@ CASES = {
     "prune-width": Case(
         ("recipe=prune-width", "prune.candidates=1", "export=[compressed-tensors,gguf]")
     ),
+    # Calibrated on less it strays so far from the original that engines differ by more than the limit.
     "prune-kv-heads": Case(("recipe=prune-kv-heads", "data.length=1024"), load=False),
     "fp8": Case(("recipe=fp8",), slow=True),
     "w8a16-int8": Case(("recipe=w8a16-int8", "export=[compressed-tensors,gguf,dense]")),
@@ -311,11 +315,12 @@ def asked_of(
 def groups(asked: Sequence[Asked]) -> Iterator[list[Asked]]:
     """Who is served at the same time: of one engine, the original first, as many as fit into memory; alone
     those that are slow, or not put under load."""
+    most = min(TOGETHER, max(2, int(psutil.virtual_memory().available // SERVER_BYTES)))
     for engine in (VLLM_CPU, LLAMA_CPP):
         own = [one for one in asked if one.engine == engine]
         originals = [one for one in own if one.original]
         others = [one for one in own if one.load and not (one.original or one.slow)]
-        room = TOGETHER - len(originals)
+        room = most - len(originals)
         for start in range(0, len(others), room):
             yield [*originals, *others[start : start + room]]
         yield from ([one] for one in own if one.slow or not one.load)

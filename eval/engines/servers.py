@@ -84,13 +84,8 @@ class Server:
         return float(next(e["logprob"] for e in told["top_logprobs"] if e["id"] == token))
 
     def post(self, path: str, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """Raises RuntimeError with what the server says if it refuses."""
-        return self._ask(path, json.dumps({"model": NAME, **asked}).encode())
-
-    def get(self, path: str) -> dict[str, Any]:
-        return self._ask(path, None)
-
-    def _ask(self, path: str, body: bytes | None) -> dict[str, Any]:
+        """Raises RuntimeError with what the server says if it refuses, or does not answer."""
+        body = json.dumps({"model": NAME, **asked}).encode()
         request = urllib.request.Request(
             self.url + path, body, {"Content-Type": "application/json"}
         )

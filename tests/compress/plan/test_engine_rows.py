@@ -293,6 +293,9 @@ def test_proofs_are_what_the_serve_check_found() -> None:
     for entry in entries:
         proof = proof_of(entry["engine"], entry["format"], entry["kinds"])
         assert (proof is not None) == entry["agreement"]["agrees"], entry
+        if proof is not None:
+            assert entry["version"].startswith(proof.version)
+            assert entry["date"].startswith(proof.date)
     found = {(e["engine"], e["format"], kind) for e in entries for kind in e["kinds"]}
     for proof in PROOFS:
         for kind in proof.kinds:
