@@ -1,14 +1,14 @@
 """Serving engines answer with the exported checkpoints: what they compute, and how fast.
 
-    python -m eval.engines.serve_check --vllm ENV --llama-cpp ENV [--only NAME ...] [--runs FOLDER]
-        [--no-load] [--checkpoint FOLDER ...]
+    python -m eval.engines.serve_check --vllm ENV --llama-cpp ENV [--only NAME ...] [--engines NAME ...]
+        [--runs FOLDER] [--no-load] [--checkpoint FOLDER ...]
 
 Compresses the demo model by the recipes of CASES, each a run with its accuracy measured, in several formats.
 Then each format is asked for the log-probabilities of the same prompts by every engine here that loads it by
 the engine matrix: transformers in this process, ``vllm serve`` (its CPU build) and llama.cpp's server on
-loopback; ``agreement`` says what has to come out. Then the servers are put under
-load in turns, the original's among them. Both go into the section ``served`` of the run's
-metrics.json, its served.md, and all of it to --out. Runs that are there already are not made again.
+loopback; ``agreement`` says what has to come out. Then the servers are put under load in turns, the
+original's among them. Both go into the section ``served`` of the run's metrics.json, its served.md and its
+cards, and all of it beside the runs. Runs that are there already are not made again.
 
 With --checkpoint only these folders are asked, and nothing is written. ``make serve-check`` prepares the
 environments.
@@ -38,9 +38,8 @@ from transformers import AutoModelForCausalLM
 from calibration.texts import load_texts
 from calibration.tokens import evaluation_windows
 from compress.compose import compose_settings
-from compress.engines import GGUF, LLAMA_CPP, TRANSFORMERS, VLLM_CPU
+from compress.engines import CT, DENSE, GGUF, LLAMA_CPP, TRANSFORMERS, VLLM_CPU
 from compress.environment import environment, version_of
-from compress.export.audit import CHECKPOINT
 from compress.export.formats import FORMATS
 from compress.kv_cache.folder import scheme_of
 from compress.model.folder import ModelFolder, read_json, write_json
@@ -69,6 +68,7 @@ ROUNDS = 2
 SLOW = Load(1, 1, 8, 8)
 SERVED = "served.md"
 ORIGINAL = "original"
+ENGINES_HERE = (TRANSFORMERS, VLLM_CPU, LLAMA_CPP)
 # Formats that transformers reads through gptqmodel, which brings a torch for CUDA.
 NEED_GPTQMODEL = ("gptq", "awq")
 # With two threads it spins for a core that the client has: a fifth of the speed.
@@ -91,17 +91,18 @@ SCALE = 0.125
 @dataclass(frozen=True)
 class Case:
     """words: the recipe; slow: an engine has kernels that take a second a token, so it is asked for little
-    load: whether its servers are put under load"""
+    load: formats whose servers are put under load; others of the same weights go through the same kernels"""
 
     words: tuple[str, ...]
     slow: bool = False
-    load: bool = True
+    load: tuple[str, ...] = (CT, DENSE)
 
 
 CASES = {
-    "awq-int4": Case(("recipe=awq-int4", "export=[compressed-tensors,awq,gguf]")),
+    "awq-int4": Case(("recipe=awq-int4", "export=[compressed-tensors,awq,gguf]"), load=(CT, GGUF)),
     "gptq-int4 symmetric": Case(
-        ("recipe=gptq-int4", "scheme.symmetric=true", "export=[compressed-tensors,gptq,gguf]")
+        ("recipe=gptq-int4", "scheme.symmetric=true", "export=[compressed-tensors,gptq,gguf]"),
+        load=(CT, GGUF),
     ),
     "w8a8-int8": Case(("recipe=w8a8-int8",)),
     "kv-fp8": Case(("recipe=kv-fp8", "context=none")),
@@ -110,9 +111,9 @@ CASES = {
         ("recipe=prune-width", "prune.candidates=1", "export=[compressed-tensors,gguf]")
     ),
     # Calibrated on less it strays so far from the original that engines differ by more than the limit.
-    "prune-kv-heads": Case(("recipe=prune-kv-heads", "data.length=1024"), load=False),
+    "prune-kv-heads": Case(("recipe=prune-kv-heads", "data.length=1024"), load=()),
     "fp8": Case(("recipe=fp8",), slow=True),
-    "w8a16-int8": Case(("recipe=w8a16-int8", "export=[compressed-tensors,gguf,dense]")),
+    "w8a16-int8": Case(("recipe=w8a16-int8", "export=[compressed-tensors,gguf,dense]"), load=()),
     "fp8-static": Case(("recipe=fp8-static",)),
     "nvfp4": Case(("recipe=nvfp4",)),
     "mxfp4": Case(("recipe=mxfp4", "export=[compressed-tensors,gguf]")),
@@ -261,7 +262,7 @@ class Check:
 
 
 def loads_of(group: Sequence[Asked]) -> list[Load]:
-    """The four patterns at several concurrencies, and many requests; of slow ones a single request."""
+    """The four patterns at several concurrencies, and in vLLM many requests; of slow ones a single one."""
     if not all(one.load for one in group):
         return []
     if any(one.slow for one in group):
@@ -270,7 +271,7 @@ def loads_of(group: Sequence[Asked]) -> list[Load]:
     assert speed is not None
     sizes = [(round(SCALE * size[0]), round(SCALE * size[1])) for size in speed.patterns]
     short = [Load(at, max(at, 2), *size, rounds=ROUNDS) for size in sizes for at in CONCURRENCY]
-    return [*short, MANY]
+    return short if group[0].engine == LLAMA_CPP else [*short, MANY]
 
 
 def export_demo(directory: Path, words: Sequence[str]) -> None:
@@ -303,11 +304,10 @@ def asked_of(
     """Every engine that can be run here and loads the folder, by the engine matrix."""
     export, case = served_folder(ModelFolder(folder)).export, case or Case(())
     found = loadable_folder(ModelFolder(folder))
-    # Other formats of the same weights go through the same kernels, but for GGUF.
-    load = case.load and (run is None or folder.name == CHECKPOINT or export == GGUF)
+    load = run is None or export in case.load
     return [
         Asked(name, export, engine, folder, run, case.slow and engine == VLLM_CPU, load)
-        for engine in (TRANSFORMERS, VLLM_CPU, LLAMA_CPP)
+        for engine in ENGINES_HERE
         if found[engine]["loads"] and not (engine == TRANSFORMERS and export in NEED_GPTQMODEL)
     ]
 
@@ -427,6 +427,7 @@ def main() -> None:
     parser.add_argument("--vllm", type=Path, required=True, help="its environment")
     parser.add_argument("--llama-cpp", type=Path, required=True, help="that of xllamacpp")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--engines", nargs="+", choices=ENGINES_HERE, default=list(ENGINES_HERE))
     parser.add_argument("--runs", type=Path, default=Path("outputs/serve-check"))
     parser.add_argument("--no-load", action="store_true")
     parser.add_argument("--checkpoint", type=Path, nargs="*", default=[])
@@ -438,6 +439,7 @@ def main() -> None:
             wanted = [one for folder in asked.checkpoint for one in asked_of(folder.name, folder)]
         else:
             wanted = demo(check, asked.runs, asked.only)
+        wanted = [one for one in wanted if one.engine in asked.engines]
         client = None
         if not (asked.no_load or asked.checkpoint):
             python = str(asked.vllm / "bin" / "python")

@@ -73,6 +73,7 @@ def test_loads_are_the_four_patterns_at_several_concurrencies_and_many_requests(
     (one,) = loads_of([asked("a", slow=True)])
     assert one.requests * one.output_length < 32
     assert loads_of([asked("a", load=False)]) == []
+    assert loads_of([asked("a", LLAMA_CPP)]) == short
 
 
 def test_a_ratio_is_the_median_of_those_within_the_rounds() -> None:
