@@ -90,7 +90,7 @@ SCALE = 0.125
 
 @dataclass(frozen=True)
 class Case:
-    """words: the recipe; slow: an engine has kernels that take a second a token, so it is asked for little
+    """words: the recipe; slow: an engine has kernels that take a second a token, so its load is one request
     load: formats whose servers are put under load; others of the same weights go through the same kernels"""
 
     words: tuple[str, ...]
@@ -156,12 +156,8 @@ class Check:
         self.answers = log_probs(load_dense(self.base, CPU, BF16), self.tokens)
         self.vocabulary = int(self.base.config["vocab_size"])
 
-    def prompts(self, *, slow: bool) -> Tensor:
-        return self.tokens[:1, : LENGTH // 2] if slow else self.tokens
-
     def ours(self, asked: Asked) -> Ours:
-        tokens = self.prompts(slow=asked.slow)
-        return read_ours(asked.folder, tokens, self.answers[: len(tokens), : tokens.shape[1] - 1])
+        return read_ours(asked.folder, self.tokens, self.answers)
 
     def version(self, engine: str) -> str:
         """Of an engine as it is installed."""
@@ -221,7 +217,7 @@ class Check:
 
     def ask(self, asked: Asked, server: Server) -> dict[str, Any]:
         """What ``agreement.compare`` finds, and what the engine writes."""
-        tokens, ours = self.prompts(slow=asked.slow), self.ours(asked)
+        tokens, ours = self.tokens, self.ours(asked)
 
         def clipped() -> Tensor:
             with tempfile.TemporaryDirectory() as place:
@@ -236,7 +232,7 @@ class Check:
 
     def ask_transformers(self, asked: Asked) -> dict[str, Any]:
         """What a plain from_pretrained call computes, without our code."""
-        tokens = self.prompts(slow=asked.slow)
+        tokens = self.tokens
 
         @functools.cache
         def answer(folder: Path) -> tuple[Tensor, Tensor]:
