@@ -308,10 +308,15 @@ def asked_of(
     ]
 
 
+def together(nbytes: float) -> int:
+    """How many servers so much memory holds: the original and a candidate at least."""
+    return min(TOGETHER, max(2, int(nbytes // SERVER_BYTES)))
+
+
 def groups(asked: Sequence[Asked]) -> Iterator[list[Asked]]:
     """Who is served at the same time: of one engine, the original first, as many as fit into memory; alone
     those that are slow, or not put under load."""
-    most = min(TOGETHER, max(2, int(psutil.virtual_memory().available // SERVER_BYTES)))
+    most = together(psutil.virtual_memory().available)
     for engine in (VLLM_CPU, LLAMA_CPP):
         own = [one for one in asked if one.engine == engine]
         originals = [one for one in own if one.original]

@@ -14,6 +14,7 @@ from compress.export.audit import verify, write_manifest
 from compress.model.folder import ModelFolder
 from compress.quantize.scheme import Scheme
 from compress.report.table import METRICS
+from eval.engines import serve_check
 from eval.engines.serve_check import (
     CASES,
     LLAMA_CPP,
@@ -27,6 +28,7 @@ from eval.engines.serve_check import (
     loads_of,
     over,
     tell_all,
+    together,
 )
 from tests.compress.report.test_served import entry, served_point
 from tests.exported import exported
@@ -42,7 +44,14 @@ def test_every_case_is_a_recipe() -> None:
         assert parse(compose_settings(list(case.words))).settings.export
 
 
-def test_the_original_is_in_every_group_that_is_compared_with_it() -> None:
+def test_as_many_servers_as_memory_holds() -> None:
+    assert [together(gigabytes * 1e9) for gigabytes in (1, 9, 13, 100)] == [2, 2, 3, TOGETHER]
+
+
+def test_the_original_is_in_every_group_that_is_compared_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(serve_check, "together", lambda nbytes: TOGETHER)
     original, llama = asked("original", run=None), asked("original", LLAMA_CPP, None)
     others = [asked(f"c{i}") for i in range(TOGETHER)]
     slow, unserved = asked("slow", slow=True), asked("c0", TRANSFORMERS)
