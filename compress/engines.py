@@ -236,7 +236,7 @@ PROOFS = (
     ),
     Proof(TRANSFORMERS, GGUF, (*FOUR_BITS, "int8-channel-sym", PLAIN), *HF_RUN),
     Proof(TRANSFORMERS, DENSE, (PLAIN, f"{PLAIN}+kv-fp8-tensor"), *HF_RUN),
-    Proof(LLAMA_CPP, GGUF, (*FOUR_BITS, "int8-channel-sym", PLAIN), "2026.10.11549", "2026-11-27"),
+    Proof(LLAMA_CPP, GGUF, (*FOUR_BITS, PLAIN), "2026.10.11549", "2026-11-27"),
 )
 
 
