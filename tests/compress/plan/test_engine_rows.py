@@ -228,12 +228,12 @@ EXPECTED = """
                     vllm vllm-cpu sglang tensorrt-llm transformers llama.cpp
 awq-int3            y    .        .      .            y            .
 awq-int4            y    +        .      .            +            .
-awq-int4-kv-fp8     y    +        .      .            y            .
+awq-int4-kv-fp8     y    +        .      .            +            .
 awq-int4-kv-int4    y    y        .      .            y            .
 best-int2           y    .        .      .            y            .
 best-int3           y    .        .      .            y            .
 best-int4           y    +        .      .            +            .
-fp8                 y    y        y      y            +            .
+fp8                 y    +        y      y            +            .
 fp8-block           y    .        y      y            y            .
 fp8-static          y    .        y      .            +            .
 gptaq-int4          y    +        .      .            +            .
