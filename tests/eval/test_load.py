@@ -103,7 +103,8 @@ def test_the_client_is_one_process_that_ends_with_its_block(
         "for line in sys.stdin:\n"
         "    words = json.loads(line)\n"
         "    if '13' in words: sys.exit(7)\n"
-        "    print(json.dumps({'words': words}), flush=True)\n"
+        "    found = {'words': words, 'output_lens': [7], 'itls': [[0.1, 0.2]]}\n"
+        "    print(json.dumps(found), flush=True)\n"
     )
     monkeypatch.setattr(load, "SCRIPT", script)
     server = Server("vllm-cpu", "http://here:1", 10)
@@ -121,7 +122,10 @@ def test_the_client_is_one_process_that_ends_with_its_block(
         # Without this word the client throws away what it saw of each request.
         assert "--save-detailed" in words
         llama = Server("llama.cpp", "http://here:1", 10)
-        words = client(llama, tmp_path, Load(4, 9, 16, 32), seed=3)["words"]
+        found = client(llama, tmp_path, Load(4, 9, 16, 32), seed=3)
+        words = found["words"]
+        # Its pieces are counted, not the client's guess from the text.
+        assert found["output_lens"] == [2]
         assert words[words.index("--extra-body") + 1] == '{"cache_prompt": false}'
         process = client._process
     assert process.poll() == 0
