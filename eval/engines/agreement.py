@@ -9,6 +9,10 @@ we would be with the inputs left alone, where that makes a clear difference: wit
 weights cost most of it, it does not, and agreeing says no more than that the weights are read right. That
 linears compute the same number by number is a test (tests/compress/export/test_eight_bits.py).
 
+llama.cpp rounds the inputs of quantized linears to 8 bits whatever the file says. Where the weights cost no
+more than that, its answer is as near to the original's as to ours: there it has to be within TOLERANCE of
+ours and as far from the original as we are.
+
 A cache in 8-bit floats is rounded in the same sense, and engines convert to E4M3 in different ways. There the
 same checkpoint read with a 16-bit cache is what counts: an engine agrees if it strays from that between half
 and twice as far as we do, is much nearer to it than to the original where weights are quantized too, and
@@ -99,11 +103,14 @@ def read_ours(folder: Path, tokens: Tensor, original: Tensor) -> Ours:
     return Ours(found, original, alone, wide, bool(weights.linears), rounded, cached)
 
 
-def compare(ours: Ours, theirs: Tensor, clipped: Clipped | None = None) -> dict[str, Any]:
+def compare(
+    ours: Ours, theirs: Tensor, clipped: Clipped | None = None, *, rounds: bool = False
+) -> dict[str, Any]:
     """Whether an engine agrees with our reader, and the figures that say so, in nats per token.
 
     clipped: asks the engine for the checkpoint of ``clip``; None: it keeps its cache in 16 bits, whatever
         the checkpoint says, and is compared with our reader doing so
+    rounds: the engine rounds the inputs of quantized linears by itself
     """
     keeps = ours.cached and clipped is not None
     reference = ours.log_probs if keeps or not ours.cached else ours.wide
@@ -127,6 +134,11 @@ def compare(ours: Ours, theirs: Tensor, clipped: Clipped | None = None) -> dict[
         good = abs(to_original / ours.loss - 1) < ALIKE and (nearer or not telling)
         rule = f"as far from the original as ours within {ALIKE:.0%}"
         found |= {"ours_with_inputs_alone": alone}
+    elif rounds and ours.quantized:
+        good = distance < TOLERANCE and abs(to_original / ours.loss - 1) < ALIKE
+        rule = (
+            f"within {TOLERANCE:g} of ours, and as far from the original as ours within {ALIKE:.0%}"
+        )
     else:
         # The original itself has nothing to be nearer to.
         good = distance < TOLERANCE and (ours.loss == 0 or distance < NEARER * to_original)

@@ -227,7 +227,12 @@ class Check:
 
         cache = scheme_of(ModelFolder(asked.folder))
         stored = cache is not None and cache.static
-        found = compare(ours, server.log_probs(tokens), clipped if stored else None)
+        found = compare(
+            ours,
+            server.log_probs(tokens),
+            clipped if stored else None,
+            rounds=asked.engine == LLAMA_CPP,
+        )
         return {**found, "writes": server.greedy(tokens[0].tolist(), NEW_TOKENS)}
 
     def ask_transformers(self, asked: Asked) -> dict[str, Any]:

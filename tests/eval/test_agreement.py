@@ -81,6 +81,20 @@ def test_inputs_that_tell_nothing_do_not_decide() -> None:
     assert not compare(ours(0.14, alone=0.13), off(0.1))["agrees"]
 
 
+@pytest.mark.parametrize(
+    ("theirs", "agrees"), [(0.108, True), (0.08, True), (0.07, False), (0.13, False), (0.0, False)]
+)
+def test_an_engine_that_rounds_inputs_by_itself(theirs: float, agrees: bool) -> None:
+    """Weights that cost little: another engine's answer is as near to the original's as to ours."""
+    mine = ours(0.097)
+    assert compare(mine, off(theirs), rounds=True)["agrees"] is agrees
+    # In the other direction it is as far from the original, and too far from ours.
+    assert not compare(mine, off(-0.097), rounds=True)["agrees"]
+    # Of 16-bit weights no inputs are rounded.
+    plain = ours(0.097, quantized=False)
+    assert compare(plain, off(0.08), rounds=True) == compare(plain, off(0.08))
+
+
 def test_a_cache_has_to_move_with_its_scales() -> None:
     mine = ours(0.12, wide=0.0, quantized=False)
     theirs = off(0.15)
