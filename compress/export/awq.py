@@ -25,9 +25,9 @@ from compress.export.by_columns import (
     read_scale,
     scale_dtype,
     stated_size,
-    write_tensors,
 )
 from compress.export.packing import pack_rows, unpack_rows
+from compress.export.shards import write_tensors
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder, write_json
 from compress.quantize import record
@@ -51,7 +51,7 @@ def write(source: ModelFolder, target: Path) -> None:
     schemes, family = record.schemes_of(source), family_of(source.config)
     check(schemes)
     dtype = scale_dtype(source, NAME)
-    config = write_tensors(source, target, lambda q: compress_linear(q, dtype))
+    config = write_tensors(source, target, lambda _, q: compress_linear(q, dtype))
     quantization = {
         "quant_method": NAME,
         "version": "gemm",

@@ -27,7 +27,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from compress.errors import UserError
-from compress.export.shards import ShardWriter
+from compress.export.shards import write_tensors
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder, save_tensors, write_json
 from compress.quantize import record
@@ -46,22 +46,16 @@ def write(source: ModelFolder, target: Path) -> None:
     check(schemes)
     inputs = schemes.linears.inputs
     assert inputs is not None
-    target.mkdir(parents=True)
-    source.copy_companions(target)
-    shards, fixed = ShardWriter(target), dict[str, Tensor]()
-    for name, value in record.contents(source):
-        if isinstance(value, Tensor):
-            shards.add(name, value)
-            continue
-        base = name.removesuffix(".weight")
-        for suffix, tensor in compress_linear(value):
-            shards.add(f"{base}.{suffix}", tensor)
-        if value.columns is not None and value.kept is not None:
-            fixed |= {f"{base}.columns": value.columns, f"{base}.kept": value.kept.contiguous()}
-    shards.close()
+    fixed = dict[str, Tensor]()
+
+    def stored(name: str, q: QTensor) -> Iterator[tuple[str, Tensor]]:
+        if q.columns is not None and q.kept is not None:
+            fixed.update({f"{name}.columns": q.columns, f"{name}.kept": q.kept.contiguous()})
+        return compress_linear(q)
+
+    config = write_tensors(source, target, stored)
     if fixed:
         save_tensors(target / SIDECAR, fixed)
-    config = {k: v for k, v in source.config.items() if k != record.KEY}
     quantization = {
         "quant_method": NAME,
         "load_in_8bit": True,

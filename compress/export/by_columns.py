@@ -1,21 +1,15 @@
-"""What formats of one folder of safetensors share, and GPTQ and AWQ: scales in float16, of models in bfloat16
-too; shapes by the config."""
+"""What GPTQ and AWQ share: packed columns, scales in float16 of models in bfloat16 too, sizes by the config."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from compress.errors import UserError
-from compress.export.shards import ShardWriter
 from compress.model.folder import ModelFolder
 from compress.quantize import record
-from compress.quantize.qtensor import QTensor
 from compress.quantize.scheme import Scheme
 
 log = logging.getLogger(__name__)
@@ -23,29 +17,6 @@ log = logging.getLogger(__name__)
 CODES = ".qweight"
 # The group size of one group a row.
 WHOLE_ROW = -1
-
-
-def write_tensors(
-    source: ModelFolder,
-    target: Path,
-    compress_linear: Callable[[QTensor], Iterable[tuple[str, Tensor]]],
-) -> dict[str, Any]:
-    """Write the tensors of a record, or plain folder, and what travels along, to the new folder ``target``.
-
-    compress_linear: the stored tensors of a linear, by local name. Returns the config.json of the original.
-    """
-    target.mkdir(parents=True)
-    source.copy_companions(target)
-    shards = ShardWriter(target)
-    for name, value in record.contents(source):
-        if isinstance(value, Tensor):
-            shards.add(name, value)
-            continue
-        base = name.removesuffix(".weight")
-        for suffix, tensor in compress_linear(value):
-            shards.add(f"{base}.{suffix}", tensor)
-    shards.close()
-    return {k: v for k, v in source.config.items() if k != record.KEY}
 
 
 def linears(folder: ModelFolder) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from compress.errors import UserError
-from compress.export.by_columns import write_tensors
+from compress.export.shards import write_tensors
 from compress.kv_cache.folder import scheme_of
 from compress.model.folder import ModelFolder, write_json
 from compress.quantize import record
@@ -26,7 +26,7 @@ def write(source: ModelFolder, target: Path) -> None:
     cache = scheme_of(source)
     if cache is not None and cache.static:
         raise UserError(f"export={NAME} has no place for the scales of the cache")
-    config = write_tensors(source, target, lambda q: [("weight", q.dequantize(source.dtype))])
+    config = write_tensors(source, target, lambda _, q: [("weight", q.dequantize(source.dtype))])
     write_json(target / "config.json", config)
 
 

@@ -35,9 +35,9 @@ from compress.export.by_columns import (
     read_scale,
     scale_dtype,
     stated_size,
-    write_tensors,
 )
 from compress.export.packing import pack_rows, packed_width, unpack_rows
+from compress.export.shards import write_tensors
 from compress.model.folder import ModelFolder, write_json
 from compress.quantize import record
 from compress.quantize.qtensor import QTensor
@@ -59,7 +59,7 @@ def write(source: ModelFolder, target: Path) -> None:
     schemes = record.schemes_of(source)
     check(schemes)
     dtype, stored = scale_dtype(source, NAME), stored_as(schemes)
-    config = write_tensors(source, target, lambda q: compress_linear(q, dtype, stored))
+    config = write_tensors(source, target, lambda _, q: compress_linear(q, dtype, stored))
     quantization = quantization_config(schemes)
     write_json(target / CONFIG, quantization)
     write_json(target / "config.json", {**config, "quantization_config": quantization})

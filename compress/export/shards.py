@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from compress.model.folder import INDEX, SINGLE, save_tensors, write_json
+from compress.model.folder import INDEX, SINGLE, ModelFolder, save_tensors, write_json
+from compress.quantize import record
+from compress.quantize.qtensor import QTensor
 
 SHARD_BYTES = 4 * 2**30
 
@@ -54,3 +58,27 @@ class ShardWriter:
         self._shards.append(list(self._pending))
         self._total += self._bytes
         self._pending, self._bytes = {}, 0
+
+
+def write_tensors(
+    source: ModelFolder,
+    target: Path,
+    stored: Callable[[str, QTensor], Iterable[tuple[str, Tensor]]],
+) -> dict[str, Any]:
+    """Write the tensors of a record, or plain folder, and what travels along, to the new folder ``target``.
+
+    stored: the tensors of a linear, from its name without suffix, by local name. Returns the config.json of
+    the original.
+    """
+    target.mkdir(parents=True)
+    source.copy_companions(target)
+    shards = ShardWriter(target)
+    for name, value in record.contents(source):
+        if isinstance(value, Tensor):
+            shards.add(name, value)
+            continue
+        base = name.removesuffix(".weight")
+        for local, tensor in stored(base, value):
+            shards.add(f"{base}.{local}", tensor)
+    shards.close()
+    return {k: v for k, v in source.config.items() if k != record.KEY}
