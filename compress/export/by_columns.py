@@ -1,4 +1,4 @@
-"""What GPTQ and AWQ share: packed columns, scales in float16 of models in bfloat16 too, sizes by the config."""
+"""What GPTQ and AWQ share: packed columns, scales in float16 of bfloat16 models too, sizes by the config."""
 
 from __future__ import annotations
 
