@@ -11,6 +11,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
+from compress.commands.words import read_pairs, truth
 from compress.errors import UserError
 from compress.export.audit import CHECKPOINT, verify
 from compress.model.card import CARD
@@ -35,25 +36,14 @@ def main(words: list[str]) -> int:
         "`hf auth login` or HF_TOKEN",
     )
     asked = parser.parse_intermixed_args(words)
-    given = _given(asked.words)
+    given = read_pairs(asked.words, KEYS)
+    private = truth("private", given.get("private", "false"))
     folder = asked.folder
     if (folder / CHECKPOINT).is_dir():
         folder = folder / CHECKPOINT
     _check(folder, asked.repository)
-    print(_upload(folder, asked.repository, given.get("private") == "true", given.get("revision")))
+    print(_upload(folder, asked.repository, private, given.get("revision")))
     return 0
-
-
-def _given(words: list[str]) -> dict[str, str]:
-    given: dict[str, str] = {}
-    for word in words:
-        key, _, value = word.partition("=")
-        if key not in KEYS or not value:
-            raise UserError(f"{word} is not KEY=VALUE with a key of {', '.join(KEYS)}")
-        given[key] = value
-    if given.get("private", "true") not in ("true", "false"):
-        raise UserError(f"private={given['private']} is not allowed: choose true or false")
-    return given
 
 
 def _check(folder: Path, repository: str) -> None:

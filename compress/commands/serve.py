@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from compress.commands.words import read_pairs, truth
 from compress.engines import ENGINES, VLLM
 from compress.errors import UserError
 from compress.serve.command import (
@@ -207,12 +208,7 @@ def _target(word: str, folder: Path, kind: str) -> Path:
 
 
 def _asked(words: list[str]) -> Asked:
-    given: dict[str, str] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if key not in KEYS or not equals or not value:
-            raise UserError(f"{word} is not KEY=VALUE with a key of {', '.join(KEYS)}")
-        given[key] = value
+    given = read_pairs(words, KEYS)
     engine = given.get("engine")
     if engine is not None and engine not in ENGINES:
         raise UserError(f"engine={engine} is not known: choose one of {', '.join(ENGINES)}")
@@ -223,7 +219,7 @@ def _asked(words: list[str]) -> Asked:
     context = given.get("context")
     return Asked(
         engine=engine,
-        run=_truth("run", given.get("run", "false")),
+        run=truth("run", given.get("run", "false")),
         host=given.get("host", HOST),
         port=_number("port", given.get("port", str(PORT)), 65535),
         name=given.get("name"),
@@ -236,12 +232,6 @@ def _asked(words: list[str]) -> Asked:
 
 def _folder(word: str | None) -> str | None:
     return None if word == "false" else word
-
-
-def _truth(key: str, word: str) -> bool:
-    if word not in ("true", "false"):
-        raise UserError(f"{key}={word} is not allowed: choose true or false")
-    return word == "true"
 
 
 def _number(key: str, word: str, most: int | None = None) -> int:
