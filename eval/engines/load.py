@@ -94,12 +94,7 @@ class Client:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(words) + "\n")
         self._process.stdin.flush()
-        found = self._answer()
-        if server.engine == LLAMA_CPP:
-            # It sends its count with the last piece of text, where the client does not look and counts the
-            # text anew. Each piece is a token and the last one empty: their gaps are as many as tokens.
-            found["output_lens"] = [len(gaps) for gaps in found["itls"]]
-        return found
+        return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
+import runpy
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -103,7 +106,7 @@ def test_the_client_is_one_process_that_ends_with_its_block(
         "for line in sys.stdin:\n"
         "    words = json.loads(line)\n"
         "    if '13' in words: sys.exit(7)\n"
-        "    found = {'words': words, 'output_lens': [7], 'itls': [[0.1, 0.2]]}\n"
+        "    found = {'words': words}\n"
         "    print(json.dumps(found), flush=True)\n"
     )
     monkeypatch.setattr(load, "SCRIPT", script)
@@ -122,10 +125,7 @@ def test_the_client_is_one_process_that_ends_with_its_block(
         # Without this word the client throws away what it saw of each request.
         assert "--save-detailed" in words
         llama = Server("llama.cpp", "http://here:1", 10)
-        found = client(llama, tmp_path, Load(4, 9, 16, 32), seed=3)
-        words = found["words"]
-        # Its pieces are counted, not the client's guess from the text.
-        assert found["output_lens"] == [2]
+        words = client(llama, tmp_path, Load(4, 9, 16, 32), seed=3)["words"]
         assert words[words.index("--extra-body") + 1] == '{"cache_prompt": false}'
         process = client._process
     assert process.poll() == 0
@@ -134,3 +134,35 @@ def test_the_client_is_one_process_that_ends_with_its_block(
         Client(sys.executable, tmp_path / "log") as client,
     ):
         client(server, tmp_path, Load(13, 1, 1, 1), seed=0)
+
+
+def test_a_count_that_comes_with_text_is_taken_apart_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As llama.cpp sends it. vLLM's client reads the count of a message that has no text alone."""
+
+    class Handler:
+        def add_chunk(self, chunk_bytes: bytes) -> list[str]:
+            return chunk_bytes.decode().split("\n\n")
+
+    client = ModuleType("vllm.benchmarks.lib.endpoint_request_func")
+    client.StreamedResponseHandler = Handler  # type: ignore[attr-defined]
+    serve = ModuleType("vllm.benchmarks.serve")
+    serve.add_cli_args = serve.main = None  # type: ignore[attr-defined]
+    vllm, lib = ModuleType("vllm"), ModuleType("vllm.benchmarks.lib")
+    vllm.__version__ = "1"  # type: ignore[attr-defined]
+    lib.endpoint_request_func = client  # type: ignore[attr-defined]
+    for module in (vllm, lib, client, serve, ModuleType("vllm.benchmarks")):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    # The script takes standard output for itself.
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    runpy.run_path(str(load.SCRIPT), run_name="imported")
+    both = 'data: {"choices": [{"text": ""}], "usage": {"completion_tokens": 16}}'
+    plain = ['data: {"choices": [{"text": "a"}], "usage": null}', ": a ping", "data: [DONE]"]
+    handler = client.StreamedResponseHandler()
+    assert handler.add_chunk("\n\n".join([plain[0], both, *plain[1:]]).encode()) == [
+        plain[0],
+        'data: {"choices": [{"text": ""}]}',
+        'data: {"usage": {"completion_tokens": 16}}',
+        *plain[1:],
+    ]
