@@ -9,4 +9,5 @@ site=$("$env/bin/python" -c 'import site; print(site.getsitepackages()[0])')
 .venv/bin/python -c 'import site; print(site.getsitepackages()[0])' > "$site/project.pth"
 "$env/bin/pip" install -q -U setuptools wheel
 BUILD_CUDA_EXT=0 "$env/bin/pip" install -q --no-deps --no-build-isolation gptqmodel==7.7.0
-"$env/bin/pip" install -q --no-deps optimum==2.3.0 device-smi pypcre tokenicer logbar threadpoolctl defuser
+"$env/bin/pip" install -q --no-deps optimum==2.3.0 device-smi==0.5.7 pypcre==0.6.4 tokenicer==0.0.14 \
+    logbar==0.4.15 threadpoolctl==3.8.0 defuser==0.0.28
