@@ -214,8 +214,10 @@ ROWS = (
 
 PLAIN = "16 bits"
 FOUR_BITS = ("int4-g64-asym", "int4-g64-sym")
-VLLM_RUN, HF_RUN = ("0.32.0", "2026-11-27"), ("5.23", "2026-11-27")
-# As eval/results/serve-check.json has them; of transformers some are of older runs of the same questions.
+VLLM_RUN, HF_RUN, LLAMA_RUN = (
+    (version, "2026-11-27") for version in ("0.32.0", "5.23", "2026.10.11549")
+)
+# As eval/results/serve-check.json has them.
 PROOFS = (
     Proof(
         VLLM_CPU,
@@ -229,14 +231,12 @@ PROOFS = (
     Proof(VLLM_CPU, DENSE, (PLAIN, f"{PLAIN}+kv-fp8-tensor"), *VLLM_RUN),
     Proof(TRANSFORMERS, CT, (*FOUR_BITS, "int4-g64-asym+kv-fp8-tensor"), *HF_RUN),
     Proof(TRANSFORMERS, CT, ("int8-channel-sym", "int8-channel-sym+int8-token"), *HF_RUN),
-    Proof(TRANSFORMERS, CT, ("fp8-channel+fp8-token",), *HF_RUN),
-    Proof(TRANSFORMERS, CT, ("fp8-tensor+fp8-tensor", "nvfp4", "mxfp4"), "5.23", "2026-11-22"),
-    Proof(
-        TRANSFORMERS, BNB, ("int8-channel-sym+int8-token-dynamic-outliers",), "5.23", "2026-11-22"
-    ),
+    Proof(TRANSFORMERS, CT, ("fp8-channel+fp8-token", "fp8-tensor+fp8-tensor"), *HF_RUN),
+    Proof(TRANSFORMERS, CT, ("nvfp4", "mxfp4"), *HF_RUN),
+    Proof(TRANSFORMERS, BNB, ("int8-channel-sym+int8-token-dynamic-outliers",), *HF_RUN),
     Proof(TRANSFORMERS, GGUF, (*FOUR_BITS, "int8-channel-sym", PLAIN), *HF_RUN),
     Proof(TRANSFORMERS, DENSE, (PLAIN, f"{PLAIN}+kv-fp8-tensor"), *HF_RUN),
-    Proof(LLAMA_CPP, GGUF, (*FOUR_BITS, PLAIN), "2026.10.11549", "2026-11-27"),
+    Proof(LLAMA_CPP, GGUF, (*FOUR_BITS, "int8-channel-sym", "mxfp4", PLAIN), *LLAMA_RUN),
 )
 
 

@@ -299,9 +299,7 @@ def test_proofs_are_what_the_serve_check_found() -> None:
     found = {(e["engine"], e["format"], kind) for e in entries for kind in e["kinds"]}
     for proof in PROOFS:
         for kind in proof.kinds:
-            # Of transformers some are older.
-            known = (proof.engine, proof.format, kind) in found
-            assert known or proof.engine == "transformers", (proof, kind)
+            assert (proof.engine, proof.format, kind) in found, (proof, kind)
 
 
 def test_the_document_is_what_the_rows_say() -> None:
