@@ -92,7 +92,7 @@ def check(run: Run, out: Path | None = None) -> None:
         check_same(out, _decisive(run, model))
         _check_taken(run, out)
     for line in unserved:
-        log.warning("would not be served: %s", line)
+        log.warning("not for every engine: %s", line)
 
 
 def _check_taken(run: Run, out: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.commands.traffic import TrafficWords, traffic_words
+from compress.commands.words import plain
 from compress.compose import compose_settings, expand_shorthand
 from compress.config import SpeedConfig, cache_scheme_of, device_of, schemes_of
 from compress.environment import environment
@@ -33,7 +34,7 @@ Folders = dict[str, ModelFolder | RandomModel]
 
 def main(words: list[str]) -> int:
     """Prints a table, or with --json all there is; 1 if a folder was not measured at all."""
-    parser = argparse.ArgumentParser("compress bench", description=__doc__)
+    parser = argparse.ArgumentParser("compress bench", description=plain(__doc__))
     parser.add_argument(
         "words",
         nargs="+",

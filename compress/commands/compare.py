@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from compress.commands.traffic import traffic_words
+from compress.commands.words import plain
 from compress.errors import UserError
 from compress.report.files import write_report
 from compress.report.gate import failures, read_limits
@@ -19,7 +20,7 @@ from compress.report.terminal import comparison, terminal_width
 
 def main(words: list[str]) -> int:
     """Prints the comparison; 1 if a gate was named and no candidate passes it."""
-    parser = argparse.ArgumentParser("compress compare", description=__doc__)
+    parser = argparse.ArgumentParser("compress compare", description=plain(__doc__))
     parser.add_argument(
         "words",
         nargs="+",

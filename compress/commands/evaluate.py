@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 
+from compress.commands.words import plain
 from compress.compose import compose_settings, expand_shorthand
 from compress.config import device_of
 from compress.errors import UserError
@@ -22,7 +23,7 @@ def main(words: list[str]) -> int:
 
     1 if the gate does not let it through.
     """
-    parser = argparse.ArgumentParser("compress evaluate", description=__doc__)
+    parser = argparse.ArgumentParser("compress evaluate", description=plain(__doc__))
     parser.add_argument(
         "folder", metavar="FOLDER", help="a folder, owner/name, or a run's checkpoint/"
     )

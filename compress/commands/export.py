@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from compress.commands.words import plain
 from compress.compose import compose_settings
 from compress.config import check_exports, check_formats
 from compress.errors import UserError
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 def main(words: list[str]) -> int:
     """Writes RUN/checkpoint-NAME for each format, compared with the record, adds it to metrics.json, and
     writes the cards anew."""
-    parser = argparse.ArgumentParser("compress export", description=__doc__)
+    parser = argparse.ArgumentParser("compress export", description=plain(__doc__))
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
     parser.add_argument("formats", metavar="export=[NAME,...]", help=f"of {', '.join(FORMATS)}")
     asked = parser.parse_args(words)
@@ -79,7 +80,7 @@ def check(source: ModelFolder, names: list[str]) -> None:
         check_fits(name, shapes, schemes, linears)
     sixteen = ShapeFolder(str(source.path), source.config)
     for line in warnings(loadable_formats(names, sixteen, schemes, cache)):
-        log.warning("would not be served: %s", line)
+        log.warning("not for every engine: %s", line)
 
 
 def _check_free(run: Path, name: str, metrics: dict[str, Any]) -> None:

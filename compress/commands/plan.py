@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from compress.commands.words import plain
 from compress.compose import compose_settings, expand_shorthand, options
 from compress.config import RecipeConfig, Run, parse
 from compress.errors import UserError
@@ -39,7 +40,7 @@ BASE, CANDIDATE = "base", "candidate"
 def main(words: list[str]) -> int:
     """Prints tables, or with --json all there is; 2 if the recipe does not fit the model, or an engine of
     serve.engines would not load the result."""
-    parser = argparse.ArgumentParser("compress plan", description=__doc__)
+    parser = argparse.ArgumentParser("compress plan", description=plain(__doc__))
     parser.add_argument(
         "words",
         nargs="*",

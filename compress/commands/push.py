@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from compress.commands.words import read_pairs, truth
+from compress.commands.words import plain, read_pairs, truth
 from compress.errors import UserError
 from compress.export.audit import CHECKPOINT, verify
 from compress.model.card import CARD
@@ -25,12 +25,13 @@ HTTP_ERROR: type[BaseException] = HfHubHTTPError.__mro__[1]
 
 def main(words: list[str]) -> int:
     """Verifies the folder first; prints the address of the commit."""
-    parser = argparse.ArgumentParser("compress push", description=__doc__)
+    parser = argparse.ArgumentParser("compress push", description=plain(__doc__))
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a run, or its checkpoint/")
     parser.add_argument("repository", metavar="owner/name", help="made if it does not exist")
     parser.add_argument(
         "words",
         nargs="*",
+        default=[],
         metavar="KEY=VALUE",
         help="private=true (of a repository that is made), revision=BRANCH; the token is that of "
         "`hf auth login` or HF_TOKEN",

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from compress.commands.words import read_pairs, truth
+from compress.commands.words import plain, read_pairs, truth
 from compress.engines import ENGINES, VLLM
 from compress.errors import UserError
 from compress.serve.command import (
@@ -22,6 +22,7 @@ from compress.serve.command import (
     PORT,
     Command,
     at_hand,
+    missing,
     plain_name,
     serve_command,
     served_name,
@@ -64,7 +65,7 @@ class Asked:
 def main(words: list[str]) -> int:
     """Prints commands as lines of a shell script, all else as its comments; with run=true it becomes the
     server."""
-    parser = argparse.ArgumentParser("compress serve", description=__doc__)
+    parser = argparse.ArgumentParser("compress serve", description=plain(__doc__))
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a run, or its checkpoint/")
     parser.add_argument(
         "words",
@@ -151,10 +152,7 @@ def _run(found: Found, asked: Asked, engine: str, program: str | None) -> None:
     """Become the server. Raises UserError if its program is not there."""
     folder, _ = place(found, engine)
     if program is None:
-        wanted = asked.command(engine, folder, None).words[0]
-        raise UserError(
-            f"{engine} is not installed here: {wanted} is neither beside this Python nor on PATH"
-        )
+        raise UserError(f"{engine} is not installed here: {missing(engine)}")
     command = asked.command(engine, folder, program)
     if shutil.which(command.words[0]) is None:
         raise UserError(f"{command.words[0]} cannot be run")

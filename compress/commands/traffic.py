@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from compress.commands.words import plain
 from compress.errors import UserError
 from compress.model.folder import write_json
 from compress.report.serving import traffic_figure, traffic_report
@@ -86,7 +87,7 @@ def _positive(key: str, value: str) -> int:
 
 def main(words: list[str]) -> int:
     """Prints percentiles and a heat map, or with --json all there is."""
-    parser = argparse.ArgumentParser("compress traffic", description=__doc__)
+    parser = argparse.ArgumentParser("compress traffic", description=plain(__doc__))
     parser.add_argument(
         "words",
         nargs="*",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from compress.commands.words import plain
 from compress.export import audit
 
 
 def main(words: list[str]) -> int:
     """Exit code 0 if every file is as it was written, 1 if not."""
-    parser = argparse.ArgumentParser("compress verify", description=__doc__)
+    parser = argparse.ArgumentParser("compress verify", description=plain(__doc__))
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a run's checkpoint/")
     asked = parser.parse_args(words)
     problems = audit.verify(asked.folder)

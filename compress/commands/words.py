@@ -7,6 +7,11 @@ from collections.abc import Iterable, Sequence
 from compress.errors import UserError
 
 
+def plain(doc: str | None) -> str:
+    """A docstring as a terminal shows it."""
+    return (doc or "").replace("``", "")
+
+
 def read_pairs(words: Iterable[str], keys: Sequence[str]) -> dict[str, str]:
     """Key -> value, the last of several. Raises UserError for a word of another key or without a value."""
     given = {}

@@ -152,7 +152,10 @@ def _of(rows: Iterable[Row], name: str) -> list[Any]:
 
 def _format(rows: Sequence[Row], f: Facts) -> str:
     known = words(row.format for row in rows)
-    return f"reads {known}, not {f.format}: export={words(r.format for r in rows if r.format != DENSE)}"
+    # Another format helps where all else fits.
+    others = [row for row in rows if row.format != DENSE and _fits_as(row, f)]
+    advice = f": export={words(row.format for row in others)}" if others else ""
+    return f"reads {known}, not {f.format}{advice}"
 
 
 def _numbers(rows: Sequence[Row], f: Facts) -> str:
@@ -201,6 +204,11 @@ FIELDS = (
     Field(_group_fits, _groups),
     Field(_zeros_fit, _zeros),
 )
+
+
+def _fits_as(row: Row, f: Facts) -> bool:
+    """Whether it would load in the row's format."""
+    return all(field.fits(row, replace(f, format=row.format)) for field in FIELDS)
 
 
 @dataclass(frozen=True)
@@ -480,6 +488,6 @@ def warnings(given: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
     lines = []
     for name in asked:
         broken = refusals(given, [name])
-        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        more = f" (rules broken: {len(broken)})" if len(broken) > 1 else ""
         lines += [f"{line}{more}" for line in broken[:1]]
     return lines

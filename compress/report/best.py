@@ -40,7 +40,11 @@ def _of_model(rows: list[Row], limits: Mapping[str, float] | None) -> list[str]:
     gate = described(asked) + ("" if limits is not None else "; no gate was given")
     passing = [row for row in rows if not failures(row.values, row.base or {}, asked)]
     sentences = []
-    if not passing:
+    if limits is None and not any(
+        row.values.get("texts") or row.values.get("tasks") for row in rows
+    ):
+        sentences.append("No accuracy was measured.")
+    elif not passing:
         sentences.append(f"None of {len(rows)} passes the gate ({gate}).")
     else:
         verb = "passes" if len(passing) == 1 else "pass"

@@ -62,7 +62,7 @@ def model_card(
         _front_matter(metrics, base, format_name),
         f"# {plain_markdown(title)}",
         _summary(metrics, base, format_name),
-        _origin(metrics, base),
+        _origin(metrics, base, format_name),
         _recipe(metrics),
         _found(metrics, format_name, measured),
         _served(metrics),
@@ -160,7 +160,7 @@ def _summary(metrics: Mapping[str, Any], base: Base, format_name: str) -> str:
     )
 
 
-def _origin(metrics: Mapping[str, Any], base: Base) -> str:
+def _origin(metrics: Mapping[str, Any], base: Base, format_name: str) -> str:
     compression, data = metrics["compression"], metrics["recipe"]["data"]
     lines = [
         f"Original: {base.hub or plain_markdown(base.name)}; SHA-256 over its config and weights: "
@@ -184,6 +184,8 @@ def _origin(metrics: Mapping[str, Any], base: Base) -> str:
     if audit := compression.get("audit"):
         checked = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in audit.items())
         lines.append(f"Written files compared bit by bit with what was decided: {checked}.")
+    if format_name == "gguf" and (metrics["recipe"].get("scheme") or {}).get("symmetric") is False:
+        lines.append("GGUF keeps the least value of a group with zero points in float16.")
     return _section("What it is made from", _bullets(lines))
 
 

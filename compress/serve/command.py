@@ -46,6 +46,7 @@ XLLAMACPP = "xllamacpp"
 XLLAMACPP_SERVER = Path(__file__).with_name("xllamacpp_server.py")
 # What transformers[serving] brings.
 SERVING = ("fastapi", "openai", "pydantic", "uvicorn")
+SERVING_INSTALL = "pip install 'transformers[serving]'"
 # What vLLM's CPU build can keep its cache in beside 16 bits (0.32, cpu_attn.py).
 CPU_CACHES = ("fp8", "fp8_e4m3", "fp8_e5m2")
 # GiB that it takes for the cache, unless one request of full length needs more.
@@ -145,7 +146,10 @@ def engine_settings(
     """What an engine is told of this checkpoint, by the names of its own settings (of vLLM those of
     ``AsyncEngineArgs``): the one source of flags, container files and Triton's model.json."""
     config = _config(folder)
-    longest = context or config.get("max_position_embeddings")
+    most = config.get("max_position_embeddings")
+    if context is not None and most is not None and context > most:
+        raise UserError(f"context={context} is more than the {most} tokens that the model takes")
+    longest = context or most
     if engine == LLAMA_CPP:
         return {} if longest is None else {"c": longest}
     if engine == TENSORRT:
@@ -214,7 +218,7 @@ def _surroundings(
     notes = []
     environment: dict[str, str] = {}
     if engine == TRANSFORMERS:
-        notes.append("needs pip install 'transformers[serving]'")
+        notes.append(f"needs {SERVING_INSTALL}")
     if gguf_of(folder) is not None:
         return environment, tuple(notes)
     model = ModelFolder(folder)
@@ -295,6 +299,14 @@ def at_hand(engine: str) -> str | None:
             return sys.executable
         return str(LLAMA_CPP_HERE) if LLAMA_CPP_HERE.exists() else None
     return found
+
+
+def missing(engine: str) -> str:
+    """Why an engine is not at hand, in words."""
+    if engine == TRANSFORMERS and _beside(PROGRAMS[engine]):
+        return f"it needs {SERVING_INSTALL}"
+    program = "sglang" if engine == SGLANG else PROGRAMS[engine]
+    return f"{program} is neither beside this Python nor on PATH"
 
 
 def _beside(program: str) -> str | None:

@@ -13,7 +13,9 @@ def write_new(folder: Path, files: Mapping[str, str]) -> Path:
     """A new folder with these files (path in it -> text). Raises UserError if there is one already, or it
     cannot be written."""
     if folder.exists():
-        raise UserError(f"{folder} exists already: choose another folder")
+        raise UserError(
+            f"{folder} exists already: remove it, or name another (triton=FOLDER, docker=FOLDER)"
+        )
     try:
         with whole(folder) as partial:
             for name, text in files.items():

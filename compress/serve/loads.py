@@ -12,8 +12,9 @@ from pathlib import Path
 from compress.engines import ENGINES, LLAMA_CPP
 from compress.errors import UserError
 from compress.export.audit import CHECKPOINT
-from compress.model.folder import ModelFolder
+from compress.model.folder import ModelFolder, read_json
 from compress.plan.rows import loadable_folder
+from compress.quantize.record import KEY
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,12 @@ def checkpoints(folder: Path) -> list[Path]:
     found = [folder / CHECKPOINT, *sorted(folder.glob(f"{CHECKPOINT}-*"))]
     # Beside them may be what a killed process left, and files of containers.
     found = [path for path in (*found, folder) if path.suffix != ".partial" and _is_model(path)]
+    if (
+        found == [folder]
+        and (config := folder / "config.json").exists()
+        and KEY in read_json(config)
+    ):
+        raise UserError(f"{folder} is the record of a run, which no engine reads: serve the run")
     if found:
         return found
     raise UserError(f"{folder} is neither a run with a {CHECKPOINT}/ nor a model folder")

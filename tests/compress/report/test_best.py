@@ -97,6 +97,15 @@ def test_sentences() -> None:
     assert strict[1].startswith("Smallest within it: exact, 200.0 MB")
 
 
+def test_without_accuracy_nothing_is_said_of_a_gate() -> None:
+    runs = [run("one", 100, 0.1, None)]
+    for row in ("base", "candidate"):
+        runs[0][row] |= {"texts": {}, "tasks": {}}
+    assert answers(rows_of(runs), None) == {"smollm2": ["No accuracy was measured."]}
+    # One that was asked for is not passed.
+    assert answers(rows_of(runs), {"kl": 0.1})["smollm2"][0].startswith("None of 1 passes")
+
+
 def test_of_one_size_the_most_exact_is_the_smallest() -> None:
     """A header longer by a name decides nothing."""
     runs = [run("rough", 100_000_000, 0.04, None), run("exact", 100_000_050, 0.01, None, seed=1)]

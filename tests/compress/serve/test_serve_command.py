@@ -23,6 +23,7 @@ from compress.errors import UserError
 from compress.kv_cache.folder import description
 from compress.kv_cache.scheme import CacheScheme, StateScheme
 from compress.model.folder import ModelFolder, write_json
+from compress.quantize.record import KEY
 from compress.quantize.scheme import Scheme
 from compress.report.table import KEYS
 from compress.serve import command as commands
@@ -30,6 +31,7 @@ from compress.serve.command import (
     at_hand,
     engine_settings,
     flags,
+    missing,
     plain_name,
     serve_command,
     served_name,
@@ -114,9 +116,11 @@ def test_the_cpu_build_is_kept_from_rounding_inputs_of_4_bit_weights(
     assert line == [*(f"{key}={value}" for key, value in settings.items()), *found.words]
     assert "VLLM_CPU_INT4_W4A8" not in serve_command("vllm-cpu", tiny.path).environment
     # 3 layers x 2 heads x 32 wide x keys and values x 2 bytes: 768 bytes a token.
-    longest = serve_command("vllm-cpu", tiny.path, context=6 * 2**30 // 768)
-    assert longest.environment["VLLM_CPU_KVCACHE_SPACE"] == "6"
     shutil.copytree(tiny.path, tmp_path / "model")
+    long = tiny.config | {"max_position_embeddings": 6 * 2**30 // 768}
+    write_json(tmp_path / "model" / "config.json", long)
+    longest = serve_command("vllm-cpu", tmp_path / "model")
+    assert longest.environment["VLLM_CPU_KVCACHE_SPACE"] == "6"
     config = {k: v for k, v in tiny.config.items() if k != "max_position_embeddings"}
     write_json(tmp_path / "model" / "config.json", config)
     unknown = serve_command("vllm-cpu", tmp_path / "model")
@@ -404,6 +408,10 @@ def test_run_becomes_the_server(
         (["engine=ollama"], "engine=ollama is not known"),
         (["engine=vllm", "run=true"], "vllm is not installed here"),
         (["run=true"], "no engine that loads .* is installed here"),
+        (
+            ["engine=vllm", "context=100000"],
+            "context=100000 is more than the [0-9]+ tokens that the model takes",
+        ),
         (["run=maybe"], "run=maybe is not allowed: choose true or false"),
         (["port=70000"], "port=70000 is not allowed: choose a number from 1 to 65535"),
         (["tp=0"], "tp=0 is not allowed: choose a number of 1 or more"),
@@ -420,3 +428,16 @@ def test_mistakes_end_in_one_sentence_that_names_the_rule(
     monkeypatch.setattr(verb, "at_hand", lambda engine: None)
     with pytest.raises(UserError, match=sentence):
         verb.main([str(int4), *words])
+
+
+def test_what_is_missing_of_transformers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert missing("sglang") == "sglang is neither beside this Python nor on PATH"
+    # Its program is here, what it serves with need not be.
+    monkeypatch.setattr(commands, "_beside", lambda program: f"/here/{program}")
+    assert missing("transformers") == "it needs pip install 'transformers[serving]'"
+
+
+def test_a_record_is_not_served(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", {KEY: {}})
+    with pytest.raises(UserError, match="is the record of a run, which no engine reads: serve"):
+        verb.main([str(tmp_path)])
