@@ -184,7 +184,8 @@ def _origin(metrics: Mapping[str, Any], base: Base, format_name: str) -> str:
     if audit := compression.get("audit"):
         checked = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in audit.items())
         lines.append(f"Written files compared bit by bit with what was decided: {checked}.")
-    if format_name == "gguf" and (metrics["recipe"].get("scheme") or {}).get("symmetric") is False:
+    scheme = compression.get("scheme") or {}
+    if format_name == "gguf" and scheme.get("linears", {}).get("symmetric") is False:
         lines.append("GGUF keeps the least value of a group with zero points in float16.")
     return _section("What it is made from", _bullets(lines))
 

@@ -104,6 +104,18 @@ def test_another_format_says_whose_figures_they_are(tmp_path: Path) -> None:
     assert "library_name" not in stated(card, tmp_path)
 
 
+def test_a_card_says_where_gguf_rounds() -> None:
+    said = "GGUF keeps the least value of a group with zero points in float16."
+    metrics = run_of("rtn-int4")
+    # What a recipe leaves open says nothing of a run that did not quantize.
+    metrics["recipe"]["scheme"] = {"symmetric": False}
+    assert said not in card_of(metrics, format_name="gguf")
+    for symmetric in (False, True):
+        metrics["compression"]["scheme"] = {"linears": {"symmetric": symmetric}}
+        assert (said in card_of(metrics, format_name="gguf")) is not symmetric
+        assert said not in card_of(metrics)
+
+
 def test_places_of_this_machine_stay_here() -> None:
     # A text that everybody has, one beside this process, and four in files of this machine.
     mine, twin, long, relative = "/home/me/a.jsonl", "~/me/a.jsonl", "../me/b.txt", "acme-me/c.csv"
