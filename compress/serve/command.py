@@ -305,8 +305,10 @@ def missing(engine: str) -> str:
     """Why an engine is not at hand, in words."""
     if engine == TRANSFORMERS and _beside(PROGRAMS[engine]):
         return f"it needs {SERVING_INSTALL}"
-    program = "sglang" if engine == SGLANG else PROGRAMS[engine]
-    return f"{program} is neither beside this Python nor on PATH"
+    if engine == SGLANG:
+        return "this Python has no package sglang"
+    build = {VLLM: " of a GPU build", VLLM_CPU: " of the CPU build"}.get(engine, "")
+    return f"{PROGRAMS[engine]}{build} is neither beside this Python nor on PATH"
 
 
 def _beside(program: str) -> str | None:

@@ -63,11 +63,7 @@ def checkpoints(folder: Path) -> list[Path]:
     found = [folder / CHECKPOINT, *sorted(folder.glob(f"{CHECKPOINT}-*"))]
     # Beside them may be what a killed process left, and files of containers.
     found = [path for path in (*found, folder) if path.suffix != ".partial" and _is_model(path)]
-    if (
-        found == [folder]
-        and (config := folder / "config.json").exists()
-        and KEY in read_json(config)
-    ):
+    if found == [folder] and _is_record(folder):
         raise UserError(f"{folder} is the record of a run, which no engine reads: serve the run")
     if found:
         return found
@@ -76,6 +72,11 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def _is_model(folder: Path) -> bool:
     return (folder / "config.json").exists() or (folder.is_dir() and gguf_of(folder) is not None)
+
+
+def _is_record(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.exists() and KEY in read_json(config)
 
 
 def place(folders: Mapping[Path, Mapping[str, Answer]], engine: str) -> tuple[Path, Answer]:

@@ -106,8 +106,7 @@ def test_the_client_is_one_process_that_ends_with_its_block(
         "for line in sys.stdin:\n"
         "    words = json.loads(line)\n"
         "    if '13' in words: sys.exit(7)\n"
-        "    found = {'words': words}\n"
-        "    print(json.dumps(found), flush=True)\n"
+        "    print(json.dumps({'words': words}), flush=True)\n"
     )
     monkeypatch.setattr(load, "SCRIPT", script)
     server = Server("vllm-cpu", "http://here:1", 10)
@@ -145,15 +144,17 @@ def test_a_count_that_comes_with_text_is_taken_apart_from_it(
         def add_chunk(self, chunk_bytes: bytes) -> list[str]:
             return chunk_bytes.decode().split("\n\n")
 
-    client = ModuleType("vllm.benchmarks.lib.endpoint_request_func")
-    client.StreamedResponseHandler = Handler  # type: ignore[attr-defined]
-    serve = ModuleType("vllm.benchmarks.serve")
-    serve.add_cli_args = serve.main = None  # type: ignore[attr-defined]
-    vllm, lib = ModuleType("vllm"), ModuleType("vllm.benchmarks.lib")
-    vllm.__version__ = "1"  # type: ignore[attr-defined]
-    lib.endpoint_request_func = client  # type: ignore[attr-defined]
-    for module in (vllm, lib, client, serve, ModuleType("vllm.benchmarks")):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
+    def module(name: str, **attributes: Any) -> Any:
+        found = ModuleType(name)
+        vars(found).update(attributes)
+        monkeypatch.setitem(sys.modules, name, found)
+        return found
+
+    module("vllm", __version__="1")
+    module("vllm.benchmarks")
+    module("vllm.benchmarks.serve", add_cli_args=None, main=None)
+    client = module("vllm.benchmarks.lib.endpoint_request_func", StreamedResponseHandler=Handler)
+    module("vllm.benchmarks.lib", endpoint_request_func=client)
     # The script takes standard output for itself.
     monkeypatch.setattr(os, "dup2", lambda *_: None)
     runpy.run_path(str(load.SCRIPT), run_name="imported")

@@ -431,7 +431,9 @@ def test_mistakes_end_in_one_sentence_that_names_the_rule(
 
 
 def test_what_is_missing_of_transformers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert missing("sglang") == "sglang is neither beside this Python nor on PATH"
+    assert missing("sglang") == "this Python has no package sglang"
+    # The other build may be there.
+    assert missing("vllm") == "vllm of a GPU build is neither beside this Python nor on PATH"
     # Its program is here, what it serves with need not be.
     monkeypatch.setattr(commands, "_beside", lambda program: f"/here/{program}")
     assert missing("transformers") == "it needs pip install 'transformers[serving]'"
