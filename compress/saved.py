@@ -6,7 +6,7 @@ cut at any moment leaves a whole one, or none.
 
 Saving is cheap by its own measure: an offered position is kept if the work since the last one took at least
 ``TIMES`` as long as keeping it takes, syncing included (as long as the last one took, by its bytes; before
-the first as a slow disk would). So the state costs at most 1 / TIMES of the time, and what a kill costs is the
+the first as long as on a slow disk). So the state costs at most 1 / TIMES of the time, and a kill costs the
 work since the last position: TIMES a save, or one part, whichever is longer.
 
 A state is gone on from only by work with the same fingerprint: what it works on and how, the sources that

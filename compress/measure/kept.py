@@ -19,7 +19,7 @@ from compress.user_cache import cache_dir
 def cache_file(kind: str, asked: list[Any], device: torch.device) -> Path:
     """Where the user cache has a figure of an original, named by all that it depends on."""
     facts = environment(device)
-    key = json.dumps([*asked, _code(), *(facts[k] for k in ("versions", "device", "threads"))])
+    key = json.dumps([*asked, code(), *(facts[k] for k in ("versions", "device", "threads"))])
     return cache_dir() / kind / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
 
 

@@ -139,11 +139,16 @@ def test_files_grow_beside_the_positions(tmp_path: Path) -> None:
     path, target = tmp_path / "s", tmp_path / "t"
     first = Saved(path, FINGERPRINT)
     assert first.load() is None
-    with pytest.raises(KeyboardInterrupt), first.files(target) as folder:
-        (folder / "a").write_text("1")
-        first.save({"done": ["a"]})
-        (folder / "b").write_text("ha")
-        raise KeyboardInterrupt
+
+    def killed() -> None:
+        with first.files(target) as folder:
+            (folder / "a").write_text("1")
+            first.save({"done": ["a"]})
+            (folder / "b").write_text("ha")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        killed()
     assert not target.exists()
     again = Saved(path, FINGERPRINT)
     assert again.load() is not None
