@@ -126,9 +126,7 @@ def run_recipes(words: list[str]) -> int:
             print(f"compress: {error}", file=sys.stderr)
             sys.exit(USER_ERROR)
         except KeyboardInterrupt as stop:
-            stop.add_note(
-                f"the same recipe with hydra.run.dir={out} goes on from its finished stages"
-            )
+            stop.add_note(f"the same command with hydra.run.dir={out} goes on from there")
             raise
 
     sys.argv = [sys.argv[0], *words]
