@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from compress.disk import writing
 from compress.errors import UserError
 from compress.model.folder import read_json, write_json
 from compress.report.table import METRICS
@@ -177,7 +178,8 @@ def whole(path: Path) -> Iterator[Path]:
     """Write beside, rename at the end; on any failure nothing of this process is left."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        yield partial
+        with writing(partial):
+            yield partial
         partial.rename(path)
     except BaseException:
         _remove(partial)
