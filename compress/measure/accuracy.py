@@ -140,13 +140,15 @@ def measure_accuracy(
         give_back()
     if config.tasks:
         log.info("scoring %s", ", ".join(config.tasks))
-        scores, samples["candidate"] = score_folder(
-            candidate, config, tokenizer, device, within(once, "candidate")
+        scores, samples["candidate"] = once(
+            "candidate",
+            lambda: score_folder(candidate, config, tokenizer, device, within(once, "candidate")),
         )
         rows["candidate"]["tasks"] = scores
         if base is not None:
-            rows["base"]["tasks"], samples["base"] = score_original(
-                base, config, tokenizer, device, within(once, "base")
+            rows["base"]["tasks"], samples["base"] = once(
+                "base",
+                lambda: score_original(base, config, tokenizer, device, within(once, "base")),
             )
             for task, score in scores.items():
                 theirs, ours = samples["base"][task], samples["candidate"][task]
