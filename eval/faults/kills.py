@@ -74,10 +74,16 @@ AT_LENGTH = [
     "context.generated=16",
 ]
 CASES = {
-    "awq-int4": ["recipe=awq-int4", GROUPS, "speed.patterns=[[8,4],[4,4]]", "speed.repeats=2"],
+    "awq-int4": ["recipe=awq-int4", GROUPS, "speed=none"],
     "prune-width-distill": ["recipe=prune-width-distill", *DISTILL, "speed=none"],
     "kv-fp8": ["recipe=kv-fp8", *AT_LENGTH, "speed=none"],
     "gptq-int4 with search": ["recipe=gptq-int4", GROUPS, "search=average", "speed=none"],
+    "rtn-int4 with speed": [
+        "recipe=rtn-int4",
+        GROUPS,
+        "speed.patterns=[[8,4],[4,4]]",
+        "speed.repeats=2",
+    ],
 }
 
 # The shares of kills that let a process clear away behind itself.
