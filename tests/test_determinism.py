@@ -19,7 +19,7 @@ METHODS = {
         "recipe=gptq-int4",
         GROUPS,
         "rounding=[gptq,learned]",
-        "rounding.learned.steps=4",
+        "rounding.learned.iters=4",
         "search=average",
     ],
     "prune and distill": ["recipe=prune-width-distill", *DISTILL],
