@@ -120,7 +120,7 @@ def run_recipes(words: list[str]) -> int:
         choice = HydraConfig.get()
         out = Path(choice.runtime.output_dir)
         name = run_name(choice.runtime.choices["recipe"], list(choice.overrides.task))
-        goes_on = f"the same recipe with hydra.run.dir={out} goes on from its finished stages"
+        goes_on = f"the same command with hydra.run.dir={out} goes on from there"
         try:
             last = len(finished) + 1 == len(combinations)
             run = parse(settings_of(config))

@@ -26,7 +26,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,27 @@ PREFIX, PARTIAL = "position-", ".partial"
 FACTS, TENSORS, FILES, COST = "facts.json", "tensors.safetensors", "files", "cost.json"
 
 
+@dataclass
+class Cost:
+    """What a state cost in this process. bytes: the most that were on disk for it at once"""
+
+    saves: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+    def add(self, on_disk: int, seconds: float) -> None:
+        self.saves += 1
+        self.bytes = max(self.bytes, on_disk)
+        self.seconds += seconds
+
+    def write(self, state: Path) -> None:
+        write_json(state / COST, asdict(self))
+
+    def clear(self, state: Path) -> None:
+        """Forget what an earlier process wrote."""
+        (state / COST).unlink(missing_ok=True)
+
+
 @dataclass(frozen=True)
 class Position:
     """Where a piece of work was. tensors: on the CPU"""
@@ -57,34 +78,53 @@ class Position:
     facts: dict[str, Any]
     tensors: dict[str, Tensor]
 
+    def under(self, name: str) -> dict[str, Tensor]:
+        """The tensors that ``named`` put under a name."""
+        prefix = f"{name}."
+        found = self.tensors.items()
+        return {key.removeprefix(prefix): t for key, t in found if key.startswith(prefix)}
+
+
+def named(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """These tensors under a name, beside others of a position."""
+    return {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+
 
 class Saved:
     """The state folder of one piece of work, in one process."""
 
-    def __init__(self, path: Path | None, fingerprint: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        path: Path | None,
+        fingerprint: dict[str, Any] | None = None,
+        whole: Path | None = None,
+    ):
         """path: a folder of this alone, made when it is needed; None keeps nothing
 
         fingerprint: what must be the same for a position to be gone on from, nested, JSON
+        whole: the state that this is a part of: all of it is removed where the fingerprint is another
         """
-        self.path = path
+        self.path, self.whole = path, path if whole is None else whole
         self.fingerprint: dict[str, Any] = json.loads(json.dumps(fingerprint or {}))
         # Since when there is work that no position holds.
         self._since = now()
         self._count = 0
         # Of the last save: its bytes and seconds.
         self._last: tuple[int, float] | None = None
-        self._cost = {"saves": 0, "bytes": 0, "seconds": 0.0}
+        self._cost = Cost()
 
     def part(self, name: str) -> Saved:
         """The state of a part of the work, with the same fingerprint."""
-        return Saved(None if self.path is None else self.path / name, self.fingerprint)
+        if self.path is None:
+            return self
+        return Saved(self.path / name, self.fingerprint, self.whole)
 
     def load(self) -> Position | None:
         """The newest whole position of the same work, None if there is none; all else is cleared away."""
         self._since = now()
         if self.path is None or not self.path.exists():
             return None
-        (self.path / COST).unlink(missing_ok=True)
+        self._cost.clear(self.path)
         for leftover in self.path.glob(f"{PREFIX}*{PARTIAL}"):
             shutil.rmtree(leftover)
         positions = self._positions()
@@ -92,7 +132,7 @@ class Saved:
             shutil.rmtree(folder)
         found = self._read(positions[-1]) if positions else None
         if found is None:
-            shutil.rmtree(self.path)
+            shutil.rmtree(self.path, ignore_errors=True)
             return None
         self._count = _number(positions[-1])
         self._since = now()
@@ -103,7 +143,9 @@ class Saved:
         try:
             saved = read_json(folder / FACTS)
             if changed := changes(saved["fingerprint"], self.fingerprint):
-                log.warning("%s starts anew: %s", _named(folder.parent), changed)
+                assert self.whole is not None
+                log.warning("%s starts anew: %s", _named(self.whole), changed)
+                shutil.rmtree(self.whole)
                 return None
             tensors = _load(folder / TENSORS, saved["checksums"])
             return Position(saved["facts"], tensors)
@@ -163,10 +205,8 @@ class Saved:
     def _note(self, nbytes: int, on_disk: int, seconds: float) -> None:
         assert self.path is not None
         self._last = nbytes, seconds
-        self._cost["saves"] += 1
-        self._cost["bytes"] = max(self._cost["bytes"], on_disk)
-        self._cost["seconds"] += seconds
-        write_json(self.path / COST, self._cost)
+        self._cost.add(on_disk, seconds)
+        self._cost.write(self.path)
 
     @contextlib.contextmanager
     def files(self, target: Path) -> Iterator[Path]:
@@ -219,13 +259,12 @@ def code() -> str:
     return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
 
 
-def cost_of(state: Path) -> dict[str, Any] | None:
-    """What the states under a folder cost since this process loaded them: how many ``saves``, the most
-    ``bytes`` on disk, ``seconds``. None if none was saved."""
-    found = [read_json(file) for file in state.rglob(COST)]
+def cost_of(state: Path) -> Cost | None:
+    """What the states under a folder cost since this process loaded them. None if none was saved."""
+    found = [Cost(**read_json(file)) for file in state.rglob(COST)]
     if not found:
         return None
-    return {key: sum(cost[key] for cost in found) for key in ("saves", "bytes", "seconds")}
+    return Cost(*(sum(values) for values in zip(*map(astuple, found), strict=True)))
 
 
 def changes(known: Any, asked: Any) -> str:
@@ -283,7 +322,7 @@ def _load(path: Path, checksums: dict[str, int]) -> dict[str, Tensor]:
 
 def _checksum(tensor: Tensor) -> int:
     """CRC-32 of the bytes of a contiguous tensor on the CPU."""
-    return zlib.crc32(tensor.flatten().view(torch.uint8).numpy()) if tensor.numel() else 0
+    return zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data) if tensor.numel() else 0
 
 
 def size_of(folder: Path) -> int:

@@ -23,6 +23,7 @@ from compress.prune.stage import prune
 from compress.quantize.search import choose
 from compress.quantize.stage import quantize
 from compress.rotate import rotate
+from compress.saved import Saved
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Work:
     target: the folder to write, which does not exist yet
     state: a folder to go on from after being killed, which the stage makes if it wants one; it is there if
         an earlier start of the same stage left it, and is removed once the stage is whole
+    fingerprint: what must be the same for the state to be gone on from
     tokens: int64 (sequences, length), or None if nothing looks at data
     """
 
@@ -41,7 +43,12 @@ class Work:
     source: ModelFolder
     target: Path
     state: Path
+    fingerprint: dict[str, Any]
     tokens: Tensor | None
+
+    @property
+    def saved(self) -> Saved:
+        return Saved(self.state, self.fingerprint)
 
 
 # Stages that train with all processes of a run; the others are the main one's alone.
@@ -99,7 +106,12 @@ def _prune(work: Work) -> dict[str, Any]:
     assert work.run.prune is not None
     assert work.tokens is not None
     return prune(
-        work.source, work.target, work.run.prune, tokens=work.tokens, device=work.run.device
+        work.source,
+        work.target,
+        work.run.prune,
+        tokens=work.tokens,
+        device=work.run.device,
+        saved=work.saved,
     )
 
 
@@ -114,14 +126,16 @@ def _distill(work: Work) -> dict[str, Any]:
 
 
 def _rotate(work: Work) -> dict[str, Any]:
-    return {"rotate": rotate(work.source, work.target, seed=work.run.settings.data.seed)}
+    seed = work.run.settings.data.seed
+    return {"rotate": rotate(work.source, work.target, seed=seed, saved=work.saved)}
 
 
 def _quantize(work: Work) -> dict[str, Any]:
     run, schemes, searched = work.run, work.run.schemes, dict[str, Any]()
     if run.search is not None:
         assert work.tokens is not None
-        schemes, found = choose(work.source, run.search, schemes, work.tokens, run.device)
+        saved = work.saved.part("search")
+        schemes, found = choose(work.source, run.search, schemes, work.tokens, run.device, saved)
         searched = {"search": found}
     return searched | quantize(
         work.source,
@@ -131,20 +145,28 @@ def _quantize(work: Work) -> dict[str, Any]:
         transforms=run.transforms,
         roundings=run.roundings,
         device=run.device,
+        saved=work.saved.part("blocks"),
     )
 
 
 def _repair(work: Work) -> dict[str, Any]:
     assert work.run.repair is not None
     assert work.tokens is not None
-    repaired = work.run.repair(work.source, work.model, work.target, work.tokens, work.run.device)
+    repaired = work.run.repair(
+        work.source, work.model, work.target, work.tokens, work.run.device, work.saved
+    )
     return {"repair": repaired}
 
 
 def _kv_cache(work: Work) -> dict[str, Any]:
     assert work.run.cache is not None
     return quantize_cache(
-        work.source, work.target, work.run.cache, tokens=work.tokens, device=work.run.device
+        work.source,
+        work.target,
+        work.run.cache,
+        tokens=work.tokens,
+        device=work.run.device,
+        saved=work.saved,
     )
 
 

@@ -33,8 +33,21 @@ class ShardWriter:
         self._pending[name] = tensor.clone(memory_format=torch.contiguous_format)
         self._bytes += tensor.nbytes
 
-    def close(self) -> None:
-        """Write what is left, give the files their final names, write the index if there are many."""
+    def position(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What a writer needs beside the files to go on from here, JSON and tensors."""
+        return {"total": self._total, "shards": self._shards}, dict(self._pending)
+
+    def go_on(self, facts: dict[str, Any], pending: dict[str, Tensor]) -> None:
+        """Go on from the position of another writer in the same folder."""
+        self._total, self._shards = facts["total"], facts["shards"]
+        self._pending, self._bytes = pending, sum(t.nbytes for t in pending.values())
+
+    def close(self, path: Path | None = None) -> None:
+        """Write what is left, give the files their final names, write the index if there are many.
+
+        path: where the files are by now, if they were moved
+        """
+        self.path = path or self.path
         self._flush()
         count = len(self._shards)
         if count == 1:

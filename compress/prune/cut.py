@@ -25,6 +25,7 @@ from compress.prune.block import BlockCut, Goal
 from compress.prune.knobs import Prune
 from compress.prune.shape import KEYS, Anatomy, Shape, config_of
 from compress.prune.streams import Passage
+from compress.saved import NOWHERE, Position, Saved, named
 from eval.memory import trim
 
 log = logging.getLogger(__name__)
@@ -50,48 +51,74 @@ class Plan:
 
 @torch.no_grad()
 def cut(
-    source: ModelFolder, target: Path, plan: Plan, tokens: Tensor, device: torch.device
+    source: ModelFolder,
+    target: Path,
+    plan: Plan,
+    tokens: Tensor,
+    device: torch.device,
+    saved: Saved = NOWHERE,
 ) -> list[dict[str, Any]]:
     """Write the model cut to its plan; returns for every block that is left its number in the original, the
     heads that stayed, the relative errors of attention and MLP, the drift of its stream from the
-    original's, and seconds."""
-    target.mkdir(parents=True)
-    source.copy_companions(target)
-    shards = ShardWriter(target, SHARD_BYTES)
+    original's, and seconds.
+
+    saved: where a killed one left the blocks that it had cut
+    """
     walk = _BothWalks(source, plan, tokens, device)
     reports: list[dict[str, Any]] = []
-    for place, index in enumerate(track(plan.layers, "prune blocks")):
-        start = time.perf_counter()
-        with walk.block(place) as block:
-            _cut_block(block, walk.module, plan)
-            walk.leave(block)
-            for name, tensor in _tensors(plan, block).items():
-                shards.add(f"{walk.walk.prefix(place)}.{name}", tensor.cpu())
-        report = {
-            "block": index,
-            "heads": block.heads,
-            "kv_heads": block.kv_heads,
-            "errors": block.errors,
-            "drift": walk.drift(),
-            "seconds": time.perf_counter() - start,
-        }
-        log.info(
-            "block %d: %.1f s, relative errors %s, drift %.2e",
-            index,
-            report["seconds"],
-            ", ".join(f"{name} {error:.2e}" for name, error in block.errors.items()),
-            report["drift"],
-        )
-        reports.append(report)
-        trim()
-    _write_rest(source, plan, shards, walk.norm_ratio())
-    shards.close()
+    position = saved.load()
+    with saved.files(target) as folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        shards = ShardWriter(folder, SHARD_BYTES)
+        if position is not None:
+            reports = position.facts["blocks"]
+            shards.go_on(position.facts["shards"], position.under("pending"))
+            walk.go_on(position)
+            log.info("prune goes on after block %d of %d", len(reports), len(plan.layers))
+        del position
+        for place in track(range(len(reports), len(plan.layers)), "prune blocks"):
+            reports.append(_cut_at(place, walk, plan, shards))
+            trim()
+            facts, pending = shards.position()
+            saved.offer(
+                {"blocks": reports, "shards": facts},
+                {**walk.position(), **named("pending", pending)},
+            )
+        _write_rest(source, plan, shards, walk.norm_ratio())
+    source.copy_companions(target)
+    shards.close(target)
     _note(target, plan, reports)
     # The config comes last: before that the folder does not open.
     write_json(
         target / "config.json", config_of(source.config, plan.found, plan.shape, plan.layers)
     )
     return reports
+
+
+def _cut_at(place: int, walk: _BothWalks, plan: Plan, shards: ShardWriter) -> dict[str, Any]:
+    """Cut the block at this place and write it. Returns its report."""
+    start = time.perf_counter()
+    with walk.block(place) as block:
+        _cut_block(block, walk.module, plan)
+        walk.leave(block)
+        for name, tensor in _tensors(plan, block).items():
+            shards.add(f"{walk.walk.prefix(place)}.{name}", tensor.cpu())
+    report = {
+        "block": plan.layers[place],
+        "heads": block.heads,
+        "kv_heads": block.kv_heads,
+        "errors": block.errors,
+        "drift": walk.drift(),
+        "seconds": time.perf_counter() - start,
+    }
+    log.info(
+        "block %d: %.1f s, relative errors %s, drift %.2e",
+        report["block"],
+        report["seconds"],
+        ", ".join(f"{name} {error:.2e}" for name, error in block.errors.items()),
+        report["drift"],
+    )
+    return report
 
 
 def _cut_block(block: BlockCut, original: nn.Module, plan: Plan) -> None:
@@ -160,6 +187,18 @@ class _BothWalks:
 
     def leave(self, block: BlockCut) -> None:
         self.pruned = block.passage.leave()
+
+    def position(self) -> dict[str, Tensor]:
+        """What is between two blocks."""
+        random = self._generator.get_state()
+        return {"original": self.original, "pruned": self.pruned, "generator": random}
+
+    def go_on(self, position: Position) -> None:
+        self.original, self.pruned = (
+            position.tensors[name].to(self.walk.device) for name in ("original", "pruned")
+        )
+        self.walk.hidden = None
+        self._generator.set_state(position.tensors["generator"])
 
     def drift(self) -> float:
         """How far the pruned stream is from the original's on its channels, relative to each token's size."""

@@ -27,17 +27,20 @@ PARTS = ("codes", "scale", "zero", "divisor", "input_scale", "columns", "kept")
 
 
 class RecordWriter:
-    """Writes a record file by file, so that no more than one block is held in memory."""
+    """Writes a record file by file, so that no more than one block is held in memory.
+
+    weight_map: which file holds a tensor, of what was written so far
+    """
 
     def __init__(self, path: Path, source: ModelFolder, schemes: Schemes):
         self.path = path
-        path.mkdir(parents=True)
+        path.mkdir(parents=True, exist_ok=True)
         source.copy_companions(path)
         self._config: dict[str, Any] = {
             **source.config,
             KEY: {"version": VERSION, "schemes": schemes.as_config()},
         }
-        self._weight_map: dict[str, str] = {}
+        self.weight_map: dict[str, str] = {}
 
     def add(self, file: str, tensors: dict[str, Tensor | QTensor]) -> None:
         """Write one safetensors file. Keys are full tensor names ending in ``.weight`` for QTensors."""
@@ -51,11 +54,11 @@ class RecordWriter:
             flat |= {f"{base}.{part}": t for part, t in parts.items() if t is not None}
         flat = {name: tensor.cpu().contiguous() for name, tensor in flat.items()}
         save_tensors(self.path / file, flat)
-        self._weight_map |= dict.fromkeys(flat, file)
+        self.weight_map |= dict.fromkeys(flat, file)
 
     def close(self) -> None:
         """Write index and config: before that the folder does not open."""
-        write_json(self.path / INDEX, {"metadata": {}, "weight_map": self._weight_map})
+        write_json(self.path / INDEX, {"metadata": {}, "weight_map": self.weight_map})
         write_json(self.path / "config.json", self._config)
 
 

@@ -26,6 +26,7 @@ from compress.model.folder import ModelFolder, Shapes
 from compress.quantize.scheme import Scheme, Schemes
 from compress.quantize.sensitivity import ANCHOR, sensitivities
 from compress.quantize.stage import linear_names, settle
+from compress.saved import NOWHERE, Saved
 
 log = logging.getLogger(__name__)
 
@@ -166,6 +167,7 @@ def choose(
     schemes: Schemes,
     tokens: Tensor,
     device: torch.device,
+    saved: Saved = NOWHERE,
 ) -> tuple[Schemes, dict[str, Any]]:
     """The schemes with the bits that the search picks, and what metrics.json keeps of it.
 
@@ -186,7 +188,7 @@ def choose(
     allowed = budget(source, search, schemes)
     groups = allowed.groups
     used = spread_tokens(tokens, search.tokens)
-    costs, floors = sensitivities(source, schemes, search.bits, used, device)
+    costs, floors = sensitivities(source, schemes, search.bits, used, device, saved)
     picks = solve(costs, allowed.sizes, allowed.limit)
     bits = [search.bits[pick] for pick in picks]
     exceptions = dict(schemes.exceptions)

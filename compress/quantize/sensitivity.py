@@ -25,6 +25,7 @@ from compress.quantize.block import Block, output_error
 from compress.quantize.scheme import Schemes, to_codes
 from compress.quantize.stage import open_block
 from compress.quantize.transforms.opt import Opt
+from compress.saved import NOWHERE, Saved
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ def sensitivities(
     choices: Sequence[int],
     tokens: Tensor,
     device: torch.device,
+    saved: Saved = NOWHERE,
 ) -> tuple[list[list[float]], list[float]]:
     """KL(original || one group at so many bits) in nats per token, (groups, choices).
 
@@ -58,11 +60,19 @@ def sensitivities(
     """
     family = family_of(source.config)
     walk = Walk(source, family, device)
+    position = saved.load()
+    found: list[list[float]] = [] if position is None else position.facts["found"]
+    floors: list[float] = [] if position is None else position.facts["floors"]
+    if len(floors) == len(walk):
+        return found, floors
     walk.embed(tokens)
-    found, floors = [], []
     with torch.no_grad(), _whole(walk) as original:
         goal = original.finish(0)
-        for index in track(range(len(walk)), "search bits"):
+        if position is not None:
+            log.info("the search of bits goes on after block %d of %d", len(floors), len(walk))
+            walk.hidden = position.tensors["hidden"].to(device)
+            del position
+        for index in track(range(len(floors), len(walk)), "search bits"):
             start = time.perf_counter()
             layer = walk.layers[index]
             block = open_block(layer, walk.prefix(index), family, schemes, source.dtype)
@@ -79,6 +89,8 @@ def sensitivities(
                 ", ".join(f"{row[0]:.1e}" for row in rows),
                 floor,
             )
+            assert walk.hidden is not None
+            saved.offer({"found": found, "floors": floors}, {"hidden": walk.hidden})
     return found, floors
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from compress.quantize.outliers import Outliers
 from compress.quantize.qtensor import QTensor
 from compress.quantize.record import KEY, RecordWriter
 from compress.quantize.scheme import Scheme, Schemes
+from compress.saved import NOWHERE, Position, Saved, named
 from eval.memory import trim
 
 log = logging.getLogger(__name__)
@@ -37,12 +38,14 @@ def quantize(
     transforms: Sequence[Transform],
     roundings: Sequence[Rounding],
     device: torch.device,
+    saved: Saved = NOWHERE,
 ) -> dict[str, Any]:
     """Quantize the linears of the decoder blocks.
 
     tokens: calibration tokens (sequences, length), or None if no method needs data. With tokens the
         inputs of a block come from the already quantized blocks before it, and errors are reported.
     roundings: the first picks the integers, each further one refines them
+    saved: where a killed one left the blocks that it had done
     Writes the record to ``target`` and returns what metrics.json keeps: per block its seconds and, if
     a method looks at the original, the drift from it; per linear its relative output error; how often
     damping was raised; which linears saw fewer tokens than they have inputs; outliers among the inputs, if
@@ -53,7 +56,6 @@ def quantize(
     """
     family = family_of(source.config)
     schemes = settle(source, family, schemes)
-    writer = RecordWriter(target, source, schemes)
     inputs, outliers = schemes.linears.inputs, None
     if tokens is not None and inputs is not None:
         outliers = Outliers(family, inputs.threshold)
@@ -65,48 +67,94 @@ def quantize(
     if tokens is not None:
         walk.embed(tokens, original=original)
 
-    blocks = []
-    for index in track(range(len(walk)), "quantize blocks"):
-        start = time.perf_counter()
-        prefix = walk.prefix(index)
-        with walk.open(index) as module, torch.no_grad():
-            block = open_block(module, prefix, family, schemes, source.dtype)
-            if tokens is not None:
-                block.activations = walk.enter(index)
-            for transform in transforms:
-                transform(block)
-            quantized = round_block(block, roundings)
-            if outliers is not None:
-                outliers.add(block, quantized)
-            report = _close(block, quantized)
-            if block.activations is not None:
-                with block.attention_once():
-                    walk.leave(index, block.activations)
-                report |= _drift(walk.hidden, walk.original)
-            writer.add(f"block-{index:05d}.safetensors", _tensors(block, prefix, quantized))
-        report["seconds"] = time.perf_counter() - start
-        log.info("%s: %.1f s%s", prefix, report["seconds"], _error_text(report))
-        blocks.append(report)
-        # The names would hold the block until the next one is in memory beside it.
-        del block, quantized
-        # What is kept of each block is little, but scattered: the freed memory between would add up.
-        trim()
-    head = _copy_rest(source, family, schemes, len(walk), writer, device)
-    writer.close()
+    position = saved.load()
+    with saved.files(target) as folder:
+        work = _Work(walk, RecordWriter(folder, source, schemes), outliers)
+        if position is not None:
+            work.go_on(position)
+        # It holds what entered the block that comes next.
+        del position
+        for index in track(range(len(work.blocks), len(walk)), "quantize blocks"):
+            work.blocks.append(_block(index, work, schemes, transforms, roundings, tokens))
+            # What is kept of each block is little, but scattered: the freed memory between would add up.
+            trim()
+            saved.offer(*work.position())
+        head = _copy_rest(source, family, schemes, len(walk), work.writer, device)
+        work.writer.close()
     return ({} if outliers is None else {"outliers": outliers.report()}) | {
         "scheme": {"name": schemes.name, **schemes.as_config()},
         "damping_raised": sum(
-            key.startswith("damping_raised") for report in blocks for key in report["notes"]
+            key.startswith("damping_raised") for report in work.blocks for key in report["notes"]
         ),
         "few_tokens": [
             f"{walk.prefix(index)}.{name}"
-            for index, report in enumerate(blocks)
+            for index, report in enumerate(work.blocks)
             for name, entry in report["linears"].items()
             if "few_tokens" in entry
         ],
-        "blocks": blocks,
+        "blocks": work.blocks,
         "head": head,
     }
+
+
+@dataclass
+class _Work:
+    """How far quantizing is. blocks: the report of each that is done"""
+
+    walk: Walk
+    writer: RecordWriter
+    outliers: Outliers | None
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+
+    def position(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        facts: dict[str, Any] = {"blocks": self.blocks, "weight_map": self.writer.weight_map}
+        states = {"hidden": self.walk.hidden, "original": self.walk.original}
+        tensors = {name: X for name, X in states.items() if X is not None}
+        if self.outliers is not None:
+            facts["outliers"], shares = self.outliers.position()
+            tensors |= named("outliers", shares)
+        return facts, tensors
+
+    def go_on(self, position: Position) -> None:
+        self.blocks = position.facts["blocks"]
+        self.writer.weight_map |= position.facts["weight_map"]
+        for name in ("hidden", "original"):
+            if name in position.tensors:
+                setattr(self.walk, name, position.tensors[name].to(self.walk.device))
+        if self.outliers is not None:
+            self.outliers.go_on(position.facts["outliers"], position.under("outliers"))
+        log.info("quantize goes on after block %d of %d", len(self.blocks), len(self.walk))
+
+
+def _block(
+    index: int,
+    work: _Work,
+    schemes: Schemes,
+    transforms: Sequence[Transform],
+    roundings: Sequence[Rounding],
+    tokens: Tensor | None,
+) -> dict[str, Any]:
+    """Quantize a block and write it. Returns its report."""
+    start, walk = time.perf_counter(), work.walk
+    prefix = walk.prefix(index)
+    with walk.open(index) as module, torch.no_grad():
+        block = open_block(module, prefix, walk.family, schemes, walk.folder.dtype)
+        if tokens is not None:
+            block.activations = walk.enter(index)
+        for transform in transforms:
+            transform(block)
+        quantized = round_block(block, roundings)
+        if work.outliers is not None:
+            work.outliers.add(block, quantized)
+        report = _close(block, quantized)
+        if block.activations is not None:
+            with block.attention_once():
+                walk.leave(index, block.activations)
+            report |= _drift(walk.hidden, walk.original)
+        work.writer.add(f"block-{index:05d}.safetensors", _tensors(block, prefix, quantized))
+    report["seconds"] = time.perf_counter() - start
+    log.info("%s: %.1f s%s", prefix, report["seconds"], _error_text(report))
+    return report
 
 
 def needs_data(

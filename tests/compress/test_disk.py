@@ -122,8 +122,7 @@ def test_the_command_ends_with_one_sentence(
     assert said[0].startswith(f"compress: {out}/quantize")
     assert "cannot be written: file too large" in said[0]
     assert said[0].endswith(
-        f"allow larger files (ulimit -f); the same recipe with hydra.run.dir={out} goes on from its "
-        "finished stages"
+        f"allow larger files (ulimit -f); the same command with hydra.run.dir={out} goes on from there"
     )
     assert "Traceback" not in done.stderr
     assert "Logging error" not in done.stderr

@@ -67,10 +67,15 @@ def test_a_kill_while_saving_leaves_a_whole_position(
 
 
 def test_other_work_starts_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "quantize.state" / "blocks"
-    Saved(path, FINGERPRINT).save({"block": 1})
-    assert Saved(path, {"scheme": {"bits": 3}, "data": "b" * 64}).load() is None
-    assert "quantize blocks starts anew: scheme.bits was 4, is 3, data is another" in caplog.text
+    path = tmp_path / "quantize.state"
+    first = Saved(path, FINGERPRINT)
+    for part in ("search", "blocks"):
+        first.part(part).save({"block": 1})
+    other = Saved(path, {"scheme": {"bits": 3}, "data": "b" * 64})
+    assert other.part("search").load() is None
+    assert other.part("blocks").load() is None
+    (line,) = caplog.messages
+    assert line == "quantize starts anew: scheme.bits was 4, is 3, data is another"
     assert not path.exists()
 
 
@@ -124,12 +129,12 @@ def test_offers_are_taken_when_they_are_cheap(
     assert taken == [0, *range(13, 200, 13)]
     cost = cost_of(tmp_path)
     assert cost is not None
-    assert cost["saves"] == len(taken)
-    assert cost["seconds"] == len(taken) <= clock[0] / saved.TIMES
+    assert cost.saves == len(taken)
+    assert cost.seconds == len(taken) <= clock[0] / saved.TIMES
     # While a position is written, the one before it is there.
-    assert 8000 < cost["bytes"] < 12000
+    assert 8000 < cost.bytes < 12000
     # Four times as large takes four times as long.
-    clock[0] += 196.0
+    clock[0] += 180.0
     assert not state.offer({}, {"x": torch.zeros(4000)})
     clock[0] += 8.0
     assert state.offer({}, {"x": torch.zeros(4000)})
