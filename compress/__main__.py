@@ -170,6 +170,9 @@ def _check_output(overrides: list[str]) -> Path | None:
         existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise UserError(f"{folder} cannot be written: choose another hydra.run.dir")
+    # Where nothing is named, runs and sweeps are in one folder.
+    named = [Path(chosen[key]) for key in ("hydra.run.dir", "hydra.sweep.dir") if key in chosen]
+    for folder in named or [run_dir]:
         check_free_bytes(folder)
     return run_dir if "hydra.run.dir" in chosen else None
 

@@ -22,6 +22,7 @@ from compress.model.sources import open_tokenizer
 from compress.quantize.scheme import Scheme
 from compress.saved import Saved
 from eval.parts import Once
+from eval.speed import Load, Point, measure_speed
 from tests.exported import exported
 
 CPU = torch.device("cpu")
@@ -148,6 +149,21 @@ def test_blocks_and_length(
         inner = [part for part in made if "window" in part]
         assert inner == [part for part in whole.made if "window" in part]
         assert len(inner) >= least - 1
+
+
+def test_a_point_of_speed_that_is_known_opens_nothing() -> None:
+    asked = []
+
+    def once(name: str, make: Callable[[], Any], /) -> Any:
+        asked.append(name)
+        return {"a": {"load": {"load_s": len(asked)}, "point": {"tokens_per_s": 7.0}}}
+
+    points = (Point(1, 4, 2), Point(2, 4, 2))
+    load = Load(points, warmup=0, repeats=1, seed=0, threads=None)
+    found = measure_speed({"a": lambda: pytest.fail("opened")}, load, once)
+    # What is told of loading is of the first point's process.
+    assert found == {"a": {"load_s": 1, "points": [{"tokens_per_s": 7.0}] * 2}}
+    assert asked == ["a/batch 1, 4/2", "a/batch 2, 4/2"]
 
 
 def test_parts_of_other_work_are_not_known(tmp_path: Path) -> None:
