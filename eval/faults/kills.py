@@ -39,7 +39,7 @@ from compress import saved
 from compress.environment import environment
 from compress.export.audit import CHECKPOINT, MANIFEST
 from compress.model.card import CARD
-from compress.model.folder import write_json
+from compress.model.folder import read_json, write_json
 from compress.order import STAGES
 from compress.report.table import METRICS, markdown
 from compress.run_folder import RUN
@@ -327,12 +327,11 @@ def try_all(work: Path, asked: argparse.Namespace) -> dict[str, Tally]:
 
 def report(tallies: dict[str, Tally], asked: argparse.Namespace, seconds: float) -> dict[str, Any]:
     return {
-        "seed": asked.seed,
         "times": asked.times,
-        "kills": sum(sum(t.kills.values()) for t in tallies.values()),
         "seconds": seconds,
         "recipes": {
             name: {
+                "seed": asked.seed,
                 "kills": [
                     {"phase": doing, "signal": number, "count": count}
                     for (doing, number), count in sorted(t.kills.items())
@@ -349,6 +348,15 @@ def report(tallies: dict[str, Tally], asked: argparse.Namespace, seconds: float)
     }
 
 
+def joined(found: dict[str, Any], out: Path) -> dict[str, Any]:
+    """With the recipes that an earlier call left in OUT.json, if they are others."""
+    if not out.exists():
+        return found
+    earlier = read_json(out)
+    seconds = earlier["seconds"] + found["seconds"]
+    return {**found, "seconds": seconds, "recipes": {**earlier["recipes"], **found["recipes"]}}
+
+
 def told(found: dict[str, Any]) -> str:
     """The report as Markdown: kills by phase, and what was compared."""
     recipes = found["recipes"]
@@ -361,13 +369,8 @@ def told(found: dict[str, Any]) -> str:
     for doing in phases:
         each = [counts[doing, name] for name in recipes]
         rows.append([doing, *map(str, each), str(sum(each))])
-    rows.append(
-        [
-            "all",
-            *(str(sum(k["count"] for k in r["kills"])) for r in recipes.values()),
-            str(found["kills"]),
-        ]
-    )
+    each = [sum(kill["count"] for kill in recipe["kills"]) for recipe in recipes.values()]
+    rows.append(["all", *map(str, each), str(sum(each))])
     for key in ("runs", "starts", "files_compared"):
         each = [recipe[key] for recipe in recipes.values()]
         rows.append([key.replace("_", " "), *map(str, each), str(sum(each))])
@@ -378,9 +381,9 @@ def told(found: dict[str, Any]) -> str:
         for kill in recipe["kills"]:
             signals[kill["signal"]] += kill["count"]
     said = ", ".join(f"{count} {name}" for name, count in sorted(signals.items()))
-    facts = found["environment"]
+    seeds, facts = [str(recipe["seed"]) for recipe in recipes.values()], found["environment"]
     return (
-        f"# Kills\n\n{markdown(rows)}\n\nSignals: {said}. Seed {found['seed']}; work is saved that took "
+        f"# Kills\n\n{markdown(rows)}\n\nSignals: {said}. Seeds {', '.join(seeds)}; work is saved that took "
         f"{found['times']:g} times as long as its save. {facts['device']}, {facts['threads']} thread(s), "
         f"torch {facts['versions']['torch']}, {facts['date']}, commit {facts['commit']}.\n"
     )
@@ -396,7 +399,9 @@ def main() -> int:
     parser.add_argument(
         "--work", type=Path, help="a new folder for the runs, kept; else a temporary one"
     )
-    parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
+    parser.add_argument(
+        "--out", type=Path, help="writes OUT.json and OUT.md, beside other recipes in them"
+    )
     asked = parser.parse_args()
     asked.choose = random.Random(asked.seed)
     # A process is forked: it may have no other threads.
@@ -415,12 +420,15 @@ def main() -> int:
             work = asked.work
             work.mkdir(parents=True)
         found = report(try_all(work, asked), asked, time.monotonic() - began)
+    failed = any(recipe["different"] for recipe in found["recipes"].values())
+    if asked.out is not None:
+        found = joined(found, asked.out.with_suffix(".json"))
+        write_json(asked.out.with_suffix(".json"), found)
     text = told(found)
     print(text)
     if asked.out is not None:
-        write_json(asked.out.with_suffix(".json"), found)
         asked.out.with_suffix(".md").write_text(text, encoding="utf-8")
-    return int(any(recipe["different"] for recipe in found["recipes"].values()))
+    return int(failed)
 
 
 if __name__ == "__main__":

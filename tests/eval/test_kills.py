@@ -26,7 +26,7 @@ def test_a_few_kills(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "kills.json").read_text())
     (recipe,) = found["recipes"].values()
-    assert found["kills"] == sum(kill["count"] for kill in recipe["kills"]) == 3
+    assert sum(kill["count"] for kill in recipe["kills"]) == 3
     assert recipe["different"] == []
     assert recipe["files_compared"] > 20
     assert (tmp_path / "kills.md").read_text() in done.stdout + "\n"
