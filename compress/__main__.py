@@ -32,7 +32,7 @@ from compress.compose import (
 from compress.config import parse, settings_of
 from compress.disk import DiskError, check_free_bytes, writing
 from compress.errors import UserError
-from compress.run_folder import check_free
+from compress.run_folder import check_free, unfinished
 
 USER_ERROR = 2
 # A candidate costs more than the gate allows.
@@ -101,15 +101,8 @@ def run_recipes(words: list[str]) -> int:
     asked = get_args_parser().parse_args(words)
     combinations: list[list[str]] = []
     if not (asked.help or asked.hydra_help or asked.info or asked.cfg):
-        from compress.pipeline import check
-
-        _check_words(asked.overrides)
-        run_dir = _check_output(asked.overrides)
-        combinations = _combinations(asked.overrides, asked.multirun)
-        for overrides in combinations:
-            if not any(o.startswith("recipe=") for o in overrides):
-                raise UserError(f"recipe= is missing: choose one of {', '.join(options('recipe'))}")
-            check(parse(compose_settings(overrides)), None if asked.multirun else run_dir)
+        combinations, more = _checked(asked.overrides, asked.multirun)
+        words += more
     register()
     finished: list[dict[str, Any]] = []
     limits: dict[str, float] = {}
@@ -151,6 +144,30 @@ def run_recipes(words: list[str]) -> int:
                 failed = "; ".join(judged["gate"]["failed"])
                 print(f"compress: {run['name']} is outside the gate: {failed}", file=sys.stderr)
     return code
+
+
+def _checked(overrides: list[str], multirun: bool) -> tuple[list[list[str]], list[str]]:
+    """The overrides of each job, every one checked, and what leads the same command to the run that it left
+    unfinished, if it did. Raises UserError."""
+    from compress.pipeline import check
+
+    _check_words(overrides)
+    run_dir = _check_output(overrides)
+    combinations = _combinations(overrides, multirun)
+    found: Path | None = None
+    for job in combinations:
+        recipes = [o.removeprefix("recipe=") for o in job if o.startswith("recipe=")]
+        if not recipes:
+            raise UserError(f"recipe= is missing: choose one of {', '.join(options('recipe'))}")
+        settings = compose_settings(job)
+        if run_dir is None and not multirun:
+            words = [o for o in job if not o.startswith("hydra.")]
+            found = unfinished(Path("outputs", settings.model.name, recipes[-1]), words)
+        check(parse(settings), None if multirun else found or run_dir)
+    if found is None:
+        return combinations, []
+    print(f"compress: goes on in {found}, which was left unfinished", file=sys.stderr)
+    return combinations, [f"hydra.run.dir='{found}'"]
 
 
 def _check_words(overrides: list[str]) -> None:

@@ -93,7 +93,8 @@ def check(run: Run, out: Path | None = None) -> None:
     """Raises UserError if the recipe does not fit its model, a text or task does not exist, or ``out`` holds
     an unfinished run that another process works on.
 
-    Writes no output and reads no weights: a sweep checks all its runs before the first one starts.
+    Writes no output, and reads no weights but to tell what is there by their hash: a sweep checks all its
+    runs before the first one starts.
     """
     settings = run.settings
     model = ModelFolder(resolve_model(settings.model.source, settings.model.revision))
@@ -113,17 +114,19 @@ def check(run: Run, out: Path | None = None) -> None:
         check_lengths({"the model": model}, settings.speed)
     if out is not None and (out / RUN).exists():
         check_unheld(out)
-        _check_taken(run, out)
+        _check_taken(run, out, _fingerprints(run, _decisive(run, model)))
     for line in unserved:
         log.warning("would not be served: %s", line)
 
 
-def _check_taken(run: Run, out: Path) -> None:
-    """Raises UserError if an earlier start made checkpoint/ in another format than the first one of now."""
+def _check_taken(run: Run, out: Path, fingerprints: dict[str, dict[str, Any]]) -> None:
+    """Raises UserError if an earlier start made checkpoint/ of the same in another format than the first one
+    of now."""
     if not (out / CHECKPOINT).exists():
         return
-    found = read_json(out / f"{CHECKPOINT}.json")["report"]["format"]
-    if found != run.first_format:
+    made = read_json(out / f"{CHECKPOINT}.json")
+    found, same = made["report"]["format"], made.get("fingerprint") == fingerprints[CHECKPOINT]
+    if same and found != run.first_format:
         raise UserError(
             f"{out / CHECKPOINT} is there in {found} already: name that first, as in "
             f"export=[{found},{run.first_format}], or choose another hydra.run.dir"
@@ -213,7 +216,7 @@ def run_recipe(run: Run, name: str, out: Path, *, last: bool = True) -> dict[str
     with opened(out, decisive):
         fingerprints = _fingerprints(run, decisive)
         keep_same(out, fingerprints)
-        _check_taken(run, out)
+        _check_taken(run, out, fingerprints)
         shapes = [model] if run.prune is None else list(previews(model, run.prune))
         check_room(run, shapes, out, _folders(settings.export))
         compression, exports = _compress(run, model, tokenizer, out, fingerprints)

@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import yaml
+
 from compress.disk import writing
 from compress.errors import UserError
 from compress.model.folder import read_json, write_json
@@ -60,6 +62,20 @@ def check_free(out: Path) -> None:
         return
     if any(file.name not in BEFORE for file in out.iterdir()):
         raise UserError(f"{out} is not empty: choose another hydra.run.dir")
+
+
+def unfinished(folder: Path, overrides: list[str]) -> Path | None:
+    """The newest unfinished run in a folder of runs that the same words asked for, and nobody works on."""
+    for run in sorted(folder.glob(f"*/{RUN}"), reverse=True):
+        asked = run.parent / ".hydra" / "overrides.yaml"
+        if (run.parent / METRICS).exists() or not asked.exists():
+            continue
+        if yaml.safe_load(asked.read_text(encoding="utf-8")) != overrides:
+            continue
+        with contextlib.suppress(UserError):
+            check_unheld(run.parent)
+            return run.parent
+    return None
 
 
 def check_unheld(out: Path) -> None:

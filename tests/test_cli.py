@@ -622,20 +622,23 @@ def test_a_killed_and_interrupted_run_goes_on_to_the_same_bytes(
     words = ["recipe=awq-int4", f"model={tiny.path}", f"data={text_file}", "eval=none"]
     words += ["data.sequences=4", "data.length=64", "scheme.group_size=32", "speed=none"]
     words += ["stages=[rotate,quantize]"]
-    out, once = tmp_path / "killed", tmp_path / "once"
-    here = f"hydra.run.dir={out}"
-    assert program([*words, here], tmp_path, 4).returncode == -signal.SIGKILL
-    assert [file.name.split(".")[0] for file in out.glob("*.partial")] == ["quantize"]
+    assert program(words, tmp_path, 4).returncode == -signal.SIGKILL
+    (out,) = (tmp_path / "outputs" / "model" / "awq-int4").iterdir()
+    assert (out / "rotate").is_dir()
     assert (out / "quantize.state" / "blocks" / "position-1").is_dir()
-    stopped = program([*words, here], tmp_path, 1, "SIGINT")
+    stopped = program(words, tmp_path, 1, "SIGINT")
     assert stopped.returncode == 130
+    assert f"compress: goes on in {out.relative_to(tmp_path)}, which was left" in stopped.stderr
     assert "rotate: taken over from an earlier start" in stopped.stderr
     assert "quantize goes on after block 1 of 3" in stopped.stderr
     (line,) = [line for line in stopped.stderr.splitlines() if "compress: stopped" in line]
-    assert line == f"compress: stopped; the same command with {here} goes on from there"
+    assert (
+        line == f"compress: stopped; the same command with hydra.run.dir={out} goes on from there"
+    )
     assert not list(out.glob("*.partial"))
-    for folder in (out, once):
-        done = program([*words, f"hydra.run.dir={folder}"], tmp_path)
+    once = tmp_path / "once"
+    for folder, more in ((out, []), (once, [f"hydra.run.dir={once}"])):
+        done = program([*words, *more], tmp_path)
         assert done.returncode == 0, done.stderr
         assert ("quantize goes on after block 2 of 3" in done.stderr) == (folder == out)
     assert checkpoint_bytes(out) == checkpoint_bytes(once)

@@ -12,7 +12,7 @@ import pytest
 
 from compress import run_folder
 from compress.errors import UserError
-from compress.run_folder import check_free, check_unheld, keep_same, opened, step
+from compress.run_folder import check_free, check_unheld, keep_same, opened, step, unfinished
 from compress.saved import Saved
 
 DECISIVE = {"stages": ["a"], "data": {"seed": 0}}
@@ -244,3 +244,28 @@ def test_a_failure_leaves_nothing_half_written(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         step(tmp_path, "a", fail)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_newest_unfinished_run_of_the_same_words_is_found(tmp_path: Path) -> None:
+    words = ["recipe=awq-int4", "scheme.bits=3"]
+    assert unfinished(tmp_path / "none", words) is None
+
+    def run(name: str, asked: list[str] | None, *files: str) -> Path:
+        (tmp_path / name / ".hydra").mkdir(parents=True)
+        if asked is not None:
+            text = "".join(f"- {word}\n" for word in asked) or "[]\n"
+            (tmp_path / name / ".hydra" / "overrides.yaml").write_text(text)
+        for file in files:
+            (tmp_path / name / file).touch()
+        return tmp_path / name
+
+    run("1", words, "run.json")
+    newest = run("2", words, "run.json")
+    run("3", words)
+    run("4", words, "run.json", "metrics.json")
+    run("5", [*reversed(words)], "run.json")
+    run("6", None, "run.json")
+    assert unfinished(tmp_path, words) == newest
+    # One that another process works on is left alone.
+    with opened(newest, DECISIVE):
+        assert unfinished(tmp_path, words) == tmp_path / "1"
