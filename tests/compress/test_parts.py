@@ -111,10 +111,8 @@ def test_accuracy(
     found, made = in_pieces(tmp_path / "killed", measure, 3)
     # No part was made twice; noise, four windows, agreement; batches of both models' answers. Parts that
     # enclose those of a model begin again with each start.
-    outer = ("/candidate", "/base")
-    assert [n for n in made if not n.endswith(outer)] == [
-        n for n in whole.made if not n.endswith(outer)
-    ]
+    outer = ("candidate", "base")
+    assert [n for n in made if n not in outer] == [n for n in whole.made if n not in outer]
     assert len([n for n in made if "window" in n]) == 4
     assert len([n for n in made if "likelihoods" in n]) >= 2 * 3
     assert json.dumps(found.rows) == json.dumps(expected.rows)
