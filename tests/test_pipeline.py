@@ -183,8 +183,8 @@ def test_another_recipe_starts_anew_where_it_differs(
     for word, said in (
         ("scheme.bits=3", "scheme.bits was 4, is 3"),
         (
-            "transforms=[awq_clip,awq_scale]",
-            "scheme.bits was 3, is 4, transforms was awq_scale, awq_clip, is awq_clip, awq_scale",
+            "transforms.awq_scale.grid=3",
+            "scheme.bits was 3, is 4, transforms.awq_scale.grid was 20, is 3",
         ),
     ):
         (line,) = killed(run_of(tiny, text_file, rotated, word))
