@@ -11,7 +11,7 @@ LLAMA_CPP := .node-llama-cpp
 LLAMA_CPP_SERVER := .venv-llama-cpp
 GPTQMODEL := .venv-gptqmodel
 
-.PHONY: help setup demo sweep test check test-gpu golden serve-check unpack-check bench-peers bench-int8 bench-cpu-kernels bench-kv bench-kv-speed bench-kernels bench-pruning bench-distill bench-cpu-decode bench-plan bench-gpu clean
+.PHONY: help setup demo sweep test check test-gpu golden serve-check unpack-check bench-peers bench-int8 bench-cpu-kernels bench-kv bench-kv-speed bench-kernels bench-pruning bench-distill bench-cpu-decode bench-plan bench-gpu kills clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -135,6 +135,9 @@ bench-gpu: setup  ## whole decode steps on the shapes of 8B, 1B and 13B models: 
 	$(GPU_BENCH) $(call CANDIDATES,llama-3.1-8b) 'speed.batches=[128,256]' speed.together=false --out outputs/decode-8b-large.json
 	$(GPU_BENCH) $(call CANDIDATES,llama-3.2-1b) 'speed.batches=[1,16]' --out outputs/decode-1b.json
 	$(GPU_BENCH) $(call CANDIDATES,llama-2-13b) 'speed.batches=[1,16]' --out outputs/decode-13b.json
+
+kills: setup  ## runs of a tiny model killed at random moments end in the bytes of undisturbed ones: ten minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m eval.faults.kills --kills 50 --out eval/results/kills
 
 clean:  ## remove the environments
 	rm -rf .venv $(VLLM) $(PEER) $(KV_PEERS) $(LLAMA_CPP) $(LLAMA_CPP_SERVER) $(GPTQMODEL)

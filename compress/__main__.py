@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import re
 import signal
@@ -29,6 +30,7 @@ from compress.compose import (
     register,
 )
 from compress.config import parse, settings_of
+from compress.disk import DiskError, check_free_bytes, writing
 from compress.errors import UserError
 from compress.run_folder import check_free, unfinished
 
@@ -45,6 +47,8 @@ def main() -> None:
     """Entry of ``compress`` and ``python -m compress``; of each process, where a launcher starts several."""
     # As Ctrl-C: what is unfinished is cleared away, child processes are ended.
     signal.signal(signal.SIGTERM, _stop)
+    # A log that has no room is no reason for tracebacks: what the run writes next says so.
+    logging.raiseExceptions = False
     try:
         # So that each sees when another one ends.
         processes.wait()
@@ -109,17 +113,20 @@ def run_recipes(words: list[str]) -> int:
         choice = HydraConfig.get()
         out = Path(choice.runtime.output_dir)
         name = run_name(choice.runtime.choices["recipe"], list(choice.overrides.task))
+        goes_on = f"the same command with hydra.run.dir={out} goes on from there"
         try:
             last = len(finished) + 1 == len(combinations)
             run = parse(settings_of(config))
-            finished.append(run_recipe(run, name, out, last=last))
+            with writing(out):
+                finished.append(run_recipe(run, name, out, last=last))
             limits.update(run.settings.gate.limits)
         except UserError as error:
             # Hydra would print a traceback; SystemExit passes through it.
-            print(f"compress: {error}", file=sys.stderr)
+            then = f"; {goes_on}" if isinstance(error, DiskError) else ""
+            print(f"compress: {error}{then}", file=sys.stderr)
             sys.exit(USER_ERROR)
         except KeyboardInterrupt as stop:
-            stop.add_note(f"the same command with hydra.run.dir={out} goes on from there")
+            stop.add_note(goes_on)
             raise
 
     sys.argv = [sys.argv[0], *words]
@@ -180,6 +187,10 @@ def _check_output(overrides: list[str]) -> Path | None:
         existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise UserError(f"{folder} cannot be written: choose another hydra.run.dir")
+    # Where nothing is named, runs and sweeps are in one folder.
+    named = [Path(chosen[key]) for key in ("hydra.run.dir", "hydra.sweep.dir") if key in chosen]
+    for folder in named or [run_dir]:
+        check_free_bytes(folder)
     return run_dir if "hydra.run.dir" in chosen else None
 
 

@@ -6,12 +6,14 @@ import functools
 import hashlib
 import json
 import logging
+import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -34,16 +36,25 @@ from compress.measure.accuracy import (
     open_windows,
 )
 from compress.measure.context import check_context, measure_context
+from compress.measure.parts import Parts
 from compress.measure.size import measure_size
 from compress.measure.speed import check_engines, check_lengths, measure_decode, points_of
 from compress.measure.tasks import check_tasks
 from compress.model.families import family_of
-from compress.model.folder import ModelFolder, Shapes, read_json, save_tensors, write_json
+from compress.model.folder import (
+    ModelFolder,
+    Shapes,
+    file_sha256,
+    read_json,
+    save_tensors,
+    write_json,
+)
 from compress.model.sources import open_tokenizer, resolve_model
 from compress.pictures import draw
 from compress.plan.hardware import hardware_here
 from compress.plan.loadable import refusals, warnings
 from compress.plan.predict import predict
+from compress.plan.room import check_room
 from compress.plan.rows import engines_of
 from compress.prune.preview import previews
 from compress.prune.stage import check as check_prune
@@ -54,7 +65,7 @@ from compress.report.verdict import verdict
 from compress.rotate import rotated_sizes
 from compress.run_folder import RUN, Step, check_unheld, keep_same, opened, step, whole
 from compress.runtime.load import load_dense
-from compress.saved import Saved, code, here
+from compress.saved import Saved, code, cost_of, here
 from compress.serve.card import write_cards
 from compress.stages import Work, run_stage, training_text
 from eval.memory import reset_peak, rss
@@ -74,6 +85,8 @@ KNOBS_OF = {
     "kv_cache": ("kv_cache",),
 }
 DECISIVE_VERSIONS = ("compress", "torch", "transformers", "safetensors")
+# What is measured so far.
+MEASURED = "measured.state"
 
 
 def check(run: Run, out: Path | None = None) -> None:
@@ -204,6 +217,8 @@ def run_recipe(run: Run, name: str, out: Path, *, last: bool = True) -> dict[str
         fingerprints = _fingerprints(run, decisive)
         keep_same(out, fingerprints)
         _check_taken(run, out, fingerprints)
+        shapes = [model] if run.prune is None else list(previews(model, run.prune))
+        check_room(run, shapes, out, _folders(settings.export))
         compression, exports = _compress(run, model, tokenizer, out, fingerprints)
         if last:
             processes.release(0)
@@ -214,6 +229,7 @@ def run_recipe(run: Run, name: str, out: Path, *, last: bool = True) -> dict[str
         }
         sections = _measured(run, checkpoint, model, windows, tokenizer, out)
         compression |= sections.pop("compression", {})
+        measuring = sections.pop("measuring")
         for row, found in sections.items():
             rows[row] |= found
         judged = verdict(rows["candidate"], rows["base"], settings.gate.limits)
@@ -227,6 +243,7 @@ def run_recipe(run: Run, name: str, out: Path, *, last: bool = True) -> dict[str
             "recipe": asdict(settings),
             "compression": compression,
             "exports": exports,
+            "measuring": measuring,
             **rows,
             "environment": environment(run.device),
         }
@@ -234,8 +251,9 @@ def run_recipe(run: Run, name: str, out: Path, *, last: bool = True) -> dict[str
             write_json(partial, metrics)
             # Before the run counts as finished: one that is killed here goes on.
             write_cards(metrics, model, out)
-        draw(compression, rows, out)
-        (out / "table.md").write_text(table([metrics]), encoding="utf-8")
+            draw(compression, rows, out)
+            (out / "table.md").write_text(table([metrics]), encoding="utf-8")
+        shutil.rmtree(out / MEASURED, ignore_errors=True)
     return metrics
 
 
@@ -247,12 +265,23 @@ def _measured(
     tokenizer: Any,
     out: Path,
 ) -> dict[str, dict[str, Any]]:
-    """Sections of metrics.json for the rows ``base`` and ``candidate``, and for ``compression``."""
-    settings = run.settings
+    """Sections of metrics.json: rows ``base`` and ``candidate``, what joins ``compression``, ``measuring``.
+    What an earlier start measured is not measured again."""
+    settings, start = run.settings, time.perf_counter()
     rows: dict[str, dict[str, Any]] = {"base": {}, "candidate": {}, "compression": {}}
+    folders = {"checkpoint": checkpoint.fingerprint, "model": model.fingerprint}
+    parts = Parts(Saved(out / MEASURED, folders | here(run.device)))
     if settings.eval is not None:
+        asked = [asdict(settings.eval), {text: w.sha256 for text, w in windows.items()}]
+        tokenized = {file.name: file_sha256(file) for file in model.companions()}
         accuracy = measure_accuracy(
-            checkpoint, model, windows, settings.eval, tokenizer, run.device
+            checkpoint,
+            model,
+            windows,
+            settings.eval,
+            tokenizer,
+            run.device,
+            parts.of("accuracy", [*asked, tokenized]),
         )
         for row, found in accuracy.rows.items():
             rows[row] |= found
@@ -260,20 +289,44 @@ def _measured(
         if settings.eval.block_tokens is not None and "quantize" in settings.stages:
             quantized = _quantized(settings.stages, model, out)
             rows["compression"]["block_kl"] = measure_blocks(
-                checkpoint, quantized, windows, settings.eval, run.device
+                checkpoint,
+                quantized,
+                windows,
+                settings.eval,
+                run.device,
+                parts.of("blocks", asked),
             )
     if settings.context is not None:
         log.info("measuring accuracy at length")
-        at_length = measure_context(checkpoint, model, settings.context, tokenizer, run.device)
+        at_length = measure_context(
+            checkpoint,
+            model,
+            settings.context,
+            tokenizer,
+            run.device,
+            parts.of("context", asdict(settings.context)),
+        )
         for row, found in at_length.items():
             rows[row]["context"] = found
     if settings.speed is not None:
         log.info("measuring decode speed")
-        speed = measure_decode({"base": model, "candidate": checkpoint}, settings.speed, run.device)
+        speed = measure_decode(
+            {"base": model, "candidate": checkpoint},
+            settings.speed,
+            run.device,
+            parts.of("speed", asdict(settings.speed)),
+        )
         for row, engines in speed.items():
             first, *others = engines.values()
             rows[row]["speed"] = {**first, "other_engines": others}
         _add_predicted(rows, {"base": model, "candidate": checkpoint}, run)
+    # Of a run that was killed and went on: this process.
+    cost = cost_of(out / MEASURED)
+    rows["measuring"] = {
+        "seconds": time.perf_counter() - start,
+        "resumed": parts.taken,
+        "state": None if cost is None else asdict(cost),
+    }
     return rows
 
 
@@ -516,6 +569,7 @@ def _decisive(run: Run, model: ModelFolder) -> dict[str, Any]:
         **settings,
         "scheme": run.settings.scheme,
         "device": run.device.type,
+        "threads": torch.get_num_threads(),
         "versions": {name: version_of(name) for name in DECISIVE_VERSIONS},
         "code": code(),
     }

@@ -24,6 +24,7 @@ from typing import IO, Any
 
 import yaml
 
+from compress.disk import writing
 from compress.errors import UserError
 from compress.model.folder import read_json, write_json
 from compress.report.table import METRICS
@@ -219,8 +220,9 @@ def whole(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        yield partial
-        sync(partial)
+        with writing(partial):
+            yield partial
+            sync(partial)
         partial.rename(path)
         sync_names(path.parent)
     except BaseException:

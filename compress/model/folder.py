@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from compress.disk import writing
 from compress.errors import UserError
 from compress.model.gguf_file import SUFFIX, GGUFFile
 
@@ -210,12 +211,15 @@ def file_sha256(path: Path) -> str:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write one safetensors file that others may read: the library makes it private."""
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(READABLE)
+    with writing(path):
+        save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(READABLE)
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    with writing(path):
+        path.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -323,4 +323,28 @@ def legend_lines(runs: list[dict[str, Any]]) -> list[str]:
         lines.append(
             "NOT ALL ROWS are measured with these settings or on this device: see each metrics.json."
         )
-    return lines
+    return lines + apart(runs)
+
+
+def apart(runs: list[dict[str, Any]]) -> list[str]:
+    """What may differ between rows of several thread counts, devices or versions of torch; nothing of one."""
+    environments = [run["environment"] for run in runs]
+    given = {
+        "threads": [env.get("threads") for env in environments],
+        "devices": [env["device"] for env in environments],
+        "versions of torch": [env["versions"]["torch"] for env in environments],
+    }
+    several = {
+        what: dict.fromkeys(str(value) for value in values if value is not None)
+        for what, values in given.items()
+    }
+    named = [
+        f"{' and '.join(values)} ({what})" for what, values in several.items() if len(values) > 1
+    ]
+    if not named:
+        return []
+    return [
+        f"Rows were made with {'; '.join(named)}: sums are taken in another order there, so the same recipe "
+        "may round some codes otherwise and end in other bytes; figures of such rows that are within each "
+        "other's errors tell nothing (docs/architecture.md, What is the same in every run)."
+    ]

@@ -22,7 +22,7 @@ from compress.report.measures import (
     speed_ratio,
     tokens_per_s,
 )
-from compress.report.table import ABSENT, Row, rows_of
+from compress.report.table import ABSENT, Row, apart, rows_of
 
 # Where no terminal says how wide it is, lines are as long as they need to be.
 ENDLESS = 10_000
@@ -43,7 +43,7 @@ def comparison(
         file=printed, width=width or ENDLESS, color_system=None, emoji=False, highlight=False
     )
     console.print(_table(rows, limits))
-    for line in _legend(rows):
+    for line in [*_legend(rows), *apart(runs)]:
         console.print(Text(f"- {line}"))
     for model, sentences in answers(rows, limits).items():
         console.print(Text(f"\n{model}"))
