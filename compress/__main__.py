@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import signal
 import sys
+import tempfile
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from compress import processes
 from compress.commands import VERBS
 from compress.compose import (
     RECIPES,
+    check_flags,
     compose_settings,
     expand_shorthand,
     one_sentence,
@@ -29,7 +31,7 @@ from compress.compose import (
     register,
 )
 from compress.config import parse, settings_of
-from compress.errors import UserError
+from compress.errors import UserError, one_line
 from compress.run_folder import check_free
 
 USER_ERROR = 2
@@ -77,7 +79,7 @@ def _code(words: list[str]) -> int:
     except UserError as error:
         # All processes of a stage stumble over the same mistake.
         if processes.is_main():
-            print(f"compress: {error}", file=sys.stderr)
+            print(f"compress: {one_line(error)}", file=sys.stderr)
         return USER_ERROR
     except SystemExit as stop:
         # Of argparse, or of Hydra after its traceback.
@@ -95,17 +97,7 @@ def run_recipes(words: list[str]) -> int:
     exit code: 1 if a candidate costs more than the gate allows."""
     words = expand_shorthand(words)
     asked = get_args_parser().parse_args(words)
-    combinations: list[list[str]] = []
-    if not (asked.help or asked.hydra_help or asked.info or asked.cfg):
-        from compress.pipeline import check
-
-        _check_words(asked.overrides)
-        run_dir = _check_output(asked.overrides)
-        combinations = _combinations(asked.overrides, asked.multirun)
-        for overrides in combinations:
-            if not any(o.startswith("recipe=") for o in overrides):
-                raise UserError(f"recipe= is missing: choose one of {', '.join(options('recipe'))}")
-            check(parse(compose_settings(overrides)), None if asked.multirun else run_dir)
+    combinations = _checked(asked)
     register()
     finished: list[dict[str, Any]] = []
     limits: dict[str, float] = {}
@@ -123,7 +115,7 @@ def run_recipes(words: list[str]) -> int:
             limits.update(run.settings.gate.limits)
         except UserError as error:
             # Hydra would print a traceback; SystemExit passes through it.
-            print(f"compress: {error}", file=sys.stderr)
+            print(f"compress: {one_line(error)}", file=sys.stderr)
             sys.exit(USER_ERROR)
         except KeyboardInterrupt as stop:
             stop.add_note(
@@ -148,6 +140,28 @@ def run_recipes(words: list[str]) -> int:
     return code
 
 
+def _checked(asked: Namespace) -> list[list[str]]:
+    """The overrides of each run, all of them checked; none where Hydra is only asked what it knows."""
+    check_flags(asked)
+    if asked.help or asked.hydra_help:
+        return []
+    if asked.info or asked.cfg:
+        # Before Hydra itself looks at what they say.
+        for overrides in _combinations(asked.overrides, asked.multirun):
+            compose_settings(overrides)
+        return []
+    from compress.pipeline import check
+
+    _check_words(asked.overrides)
+    run_dir = _check_output(asked.overrides)
+    combinations = _combinations(asked.overrides, asked.multirun)
+    for overrides in combinations:
+        if not any(o.startswith("recipe=") for o in overrides):
+            raise UserError(f"recipe= is missing: choose one of {', '.join(options('recipe'))}")
+        check(parse(compose_settings(overrides)), None if asked.multirun else run_dir)
+    return combinations
+
+
 def _check_words(overrides: list[str]) -> None:
     for word in overrides:
         if "=" not in word and not word.startswith("~"):
@@ -157,15 +171,27 @@ def _check_words(overrides: list[str]) -> None:
 def _check_output(overrides: list[str]) -> Path | None:
     """The output folder, if one is named. Refuses one that cannot be written, or holds anything but an
     unfinished run, before Hydra touches it."""
-    chosen = dict(o.split("=", 1) for o in overrides if o.startswith("hydra."))
+    chosen = dict(o.split("=", 1) for o in overrides if o.startswith("hydra.") and "=" in o)
     run_dir = Path(chosen.get("hydra.run.dir", "outputs"))
+    for folder in (run_dir, Path(chosen.get("hydra.sweep.dir", "outputs"))):
+        _check_writable(folder)
     if "hydra.run.dir" in chosen:
         check_free(run_dir)
-    for folder in (run_dir, Path(chosen.get("hydra.sweep.dir", "outputs"))):
-        existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise UserError(f"{folder} cannot be written: choose another hydra.run.dir")
     return run_dir if "hydra.run.dir" in chosen else None
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises UserError if a folder cannot be made, or nothing can be written there."""
+    try:
+        existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+        # Permissions say too little: of a full or read-only file system, or one like /proc.
+        with tempfile.TemporaryDirectory(prefix=".compress-", dir=existing):
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{folder} cannot be written ({reason}): choose another hydra.run.dir"
+        ) from error
 
 
 def _combinations(overrides: list[str], multirun: bool) -> list[list[str]]:

@@ -5,15 +5,18 @@ This file, ``__main__`` and ``config.settings_of`` are the only places that see 
 
 from __future__ import annotations
 
+import functools
 import re
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from compress.config import RecipeConfig, settings_of
@@ -26,10 +29,76 @@ GROUPS = [folder.name for folder in RECIPES.iterdir() if folder.is_dir()]
 SHORTHAND = {"model": ("folder", "model.source"), "data": ("text", "data.source")}
 
 
+# What a command line may set of Hydra's own, and what beside that stays as recipes/config.yaml has it:
+# most of it names code to run, or files to write.
+FREE = ("run.dir", "sweep.dir", "sweep.subdir", "verbose")
+FIXED = (
+    "callbacks",
+    "launcher",
+    "sweeper",
+    "searchpath",
+    "hydra_logging",
+    "job_logging",
+    "output_subdir",
+    "job.name",
+    "job.chdir",
+    "job.env_set",
+    "job.env_copy",
+    *FREE,
+)
+# What is resolved where Hydra itself reads it, if it is not one of these.
+FOREIGN = re.compile(r"\$\{(?!now:|hydra:|hydra\.|model\.)")
+# Its flags that read settings from elsewhere, the last one from a pickle.
+FLAGS = ("config_path", "config_name", "config_dir", "package", "experimental_rerun")
+
+
 def register() -> None:
     """Make the schema and the resolver known to Hydra. Calling it again changes nothing."""
     ConfigStore.instance().store(name="schema", node=RecipeConfig)
     OmegaConf.register_new_resolver("basename", _basename, replace=True)
+    # Settings end up in files that are handed on; the environment holds what nobody else should see.
+    OmegaConf.clear_resolver("oc.env")
+
+
+def check_flags(asked: Namespace) -> None:
+    """Raises UserError for a flag of Hydra's that would have settings come from elsewhere than recipes/."""
+    for flag in FLAGS:
+        if getattr(asked, flag, None):
+            raise UserError(
+                f"--{flag.replace('_', '-')} is not allowed: recipes are the files in {RECIPES}, and "
+                "KEY=VALUE changes what they say"
+            )
+
+
+def _check_hydra(hydra: DictConfig, overrides: Sequence[str]) -> None:
+    """Raises UserError if a recipe, or a word, changes what Hydra itself does."""
+    for word in overrides:
+        if word.startswith("hydra.") and FOREIGN.search(word):
+            raise UserError(
+                f"{word} is not allowed: in it ${{now:...}} and ${{model.name}} may stand"
+            )
+    words = [word.partition("=")[0].lstrip("+~") for word in overrides]
+    for word in words:
+        section, _, key = word.replace("/", ".").partition(".")
+        if section == "hydra" and key not in FREE:
+            known = ", ".join(f"hydra.{name}" for name in FREE)
+            raise UserError(f"{word} is not allowed: of Hydra's own settings {known} may be set")
+    for key in FIXED:
+        if f"hydra.{key}" not in words and _plain(hydra, key) != _plain(_hydra_of_config(), key):
+            raise UserError(f"a recipe changes hydra.{key}, which only recipes/config.yaml may say")
+
+
+def _plain(hydra: DictConfig, key: str) -> Any:
+    found = OmegaConf.to_container(hydra, resolve=False)
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found
+
+
+@functools.cache
+def _hydra_of_config() -> DictConfig:
+    """What recipes/config.yaml says of Hydra; called within its initialization."""
+    return compose("config", return_hydra_config=True).hydra
 
 
 def _basename(path: str) -> str:
@@ -84,7 +153,11 @@ def compose_settings(overrides: list[str]) -> RecipeConfig:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(RECIPES), version_base="1.3"):
-            return settings_of(compose("config", overrides=overrides))
+            config = compose("config", overrides=overrides, return_hydra_config=True)
+            _check_hydra(config.hydra, overrides)
+            with open_dict(config):
+                del config["hydra"]
+            return settings_of(config)
     except (HydraException, OmegaConfBaseException) as error:
         GlobalHydra.instance().clear()
         raise UserError(one_sentence(error, overrides)) from error

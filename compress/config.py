@@ -37,11 +37,13 @@ from eval.retrieval import MOST_FACTS
 
 @dataclass
 class ModelConfig:
-    """source: a folder, owner/name on the hub, or gguf-package:NAME; name: how outputs are filed."""
+    """source: a folder, owner/name on the hub, or gguf-package:NAME; name: how outputs are filed.
+    allow_pickle: weights in .bin or .pt alone are read, as tensors and nothing else."""
 
     name: str = MISSING
     source: str = MISSING
     revision: str | None = None
+    allow_pickle: bool = False
 
 
 @dataclass
@@ -496,9 +498,17 @@ def _check_sizes(settings: RecipeConfig) -> None:
         _check_context(settings.context)
     if settings.speed is not None:
         _check_speed(settings.speed)
+    _check_model_name(settings)
     _check_batches("plan.batches", settings.plan.batches)
     _check_names("serve.engines", settings.serve.engines, tuple(SERVING))
     _check_gate(settings.gate, settings.eval)
+
+
+def _check_model_name(settings: RecipeConfig) -> None:
+    """Raises UserError for a name that would file outputs elsewhere."""
+    name = "model" if OmegaConf.is_missing(settings.model, "name") else settings.model.name
+    if "/" in name or name in ("", ".", "..") or not name.isprintable():
+        raise UserError(f"model.name={name!r} is not allowed: choose the name of one folder")
 
 
 def _check_eval(evaluation: EvalConfig) -> None:
