@@ -506,7 +506,7 @@ def _check_sizes(settings: RecipeConfig) -> None:
 
 def _check_model_name(settings: RecipeConfig) -> None:
     """Raises UserError for a name that would file outputs elsewhere."""
-    name = "model" if OmegaConf.is_missing(settings.model, "name") else settings.model.name
+    name = settings.model.name
     if "/" in name or name in ("", ".", "..") or not name.isprintable():
         raise UserError(f"model.name={name!r} is not allowed: choose the name of one folder")
 

@@ -10,7 +10,10 @@ class UserError(ValueError):
 
 
 def one_line(error: UserError) -> str:
-    """The sentence as it may be printed: names that a file brings may hold line breaks and what a terminal
-    takes for a command."""
-    text = " ".join(str(error).split())
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    """The sentence as it may be printed: names that a file brings may hold line breaks, and worse."""
+    return printable(" ".join(str(error).split()))
+
+
+def printable(line: str) -> str:
+    """A line with what a terminal does not show, or takes for a command, spelled out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from compress.errors import printable
 from compress.export import audit
 
 
@@ -15,6 +16,6 @@ def main(words: list[str]) -> int:
     asked = parser.parse_args(words)
     problems = audit.verify(asked.folder)
     for problem in problems:
-        print(problem)
+        print(printable(problem))
     print(f"{asked.folder}: {'broken' if problems else 'verified'}")
     return 1 if problems else 0

@@ -110,8 +110,8 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def plain_markdown(text: str) -> str:
-    """Text that may hold a name, so that it breaks no line and is no HTML."""
-    return text.replace("<", "&lt;").replace("\n", " ")
+    """Text that may hold a name, so that it breaks no line, and is no HTML, link or picture."""
+    return " ".join(text.splitlines()).replace("<", "&lt;").replace("](", "]&#40;")
 
 
 def cells(rows: list[Row]) -> list[list[str]]:
