@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from compress.config import RecipeConfig, settings_of
 from compress.errors import UserError
+from compress.model.folder import STUMBLES
 from compress.model.shapes import PREFIX
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -153,7 +154,7 @@ def compose_settings(overrides: list[str]) -> RecipeConfig:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(RECIPES), version_base="1.3"):
-            config = compose("config", overrides=overrides, return_hydra_config=True)
+            config = _composed(overrides)
             _check_hydra(config.hydra, overrides)
             with open_dict(config):
                 del config["hydra"]
@@ -161,6 +162,29 @@ def compose_settings(overrides: list[str]) -> RecipeConfig:
     except (HydraException, OmegaConfBaseException) as error:
         GlobalHydra.instance().clear()
         raise UserError(one_sentence(error, overrides)) from error
+
+
+def _composed(overrides: list[str]) -> DictConfig:
+    """Raises UserError for words over which Hydra stumbles without an error of its own."""
+    try:
+        return compose("config", overrides=overrides, return_hydra_config=True)
+    except STUMBLES as error:
+        if isinstance(error, HydraException | OmegaConfBaseException):
+            raise
+        words = ", ".join(word for word in overrides if _stumbles(word)) or ", ".join(overrides)
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{words} has another form than its key ({reason}): compress --help has the groups and lists"
+        ) from error
+
+
+def _stumbles(word: str) -> bool:
+    """Whether a word fails by itself."""
+    try:
+        compose("config", overrides=[word])
+    except (*STUMBLES, HydraException):
+        return True
+    return False
 
 
 def one_sentence(error: BaseException, overrides: Sequence[str]) -> str:
@@ -190,7 +214,10 @@ def _known_keys(key: str, overrides: Sequence[str]) -> list[str]:
     """The keys beside ``key`` in its innermost section that exists, with the same groups chosen."""
     groups = [o for o in overrides if o.partition("=")[0] in GROUPS]
     with initialize_config_dir(config_dir=str(RECIPES), version_base="1.3"):
-        section = compose("config", overrides=groups)
+        try:
+            section = compose("config", overrides=groups)
+        except (*STUMBLES, HydraException):
+            section = compose("config")
     for part in key.split(".")[:-1]:
         if not isinstance(section.get(part), DictConfig):
             break

@@ -207,10 +207,13 @@ def verify(path: Path) -> list[str]:
     problems = [f"{name} is missing" for name in sorted(set(files) - present)]
     problems += [f"{name} is not in the manifest" for name in sorted(present - set(files))]
     for name in sorted(present & set(files)):
+        if not os.path.isfile(path / name):
+            problems.append(f"{name} is not a file")
+            continue
         size, (nbytes, sha256) = (path / name).stat().st_size, expected[name]
         if size != nbytes:
             problems.append(f"{name} has {size} bytes, the manifest says {nbytes}")
-        elif not (path / name).is_file() or file_sha256(path / name) != sha256:
+        elif file_sha256(path / name) != sha256:
             problems.append(f"{name} has changed: its SHA-256 differs from the manifest")
     if problems:
         return problems

@@ -23,7 +23,10 @@ def check_model(folder: ModelFolder, names: Sequence[str], *, plain: bool) -> No
 
     names: of its weights, as a plain folder calls them; plain: whether they are stored so
     """
-    family = family_of(folder.config)
+    try:
+        family = family_of(folder.config)
+    except UserError as error:
+        raise UserError(f"{folder.path}/config.json: {error}") from None
     for _ in folder.companions():
         # Each looked at for where it links to.
         pass

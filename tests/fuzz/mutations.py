@@ -70,6 +70,8 @@ def swap_for_something_else(file: Path, chance: Random) -> str:
 def change_value(value: Any, chance: Random) -> tuple[Any, str]:
     """One entry of nested JSON removed, renamed or replaced. Returns the whole and what was done."""
     holders = list(_holders(value, ""))
+    if not holders:
+        return chance.choice(HOSTILE), "all replaced"
     holder, where = chance.choice(holders)
     if not holder:
         return chance.choice(HOSTILE), f"{where or 'all'} replaced"
