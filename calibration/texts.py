@@ -200,6 +200,8 @@ def _file_rows(path: Path) -> Any:
     # It would be unpacked wherever its content leads, however large that is.
     if (packed := Extractor.infer_extractor_format(path)) is not None:
         raise UserError(f"text file {path} is packed ({packed}): unpack it first")
+    # Its errors are told below, in one line.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     options = {"sample_by": "document"} if LOADERS[path.suffix] == "text" else {}
     try:
         return datasets.load_dataset(

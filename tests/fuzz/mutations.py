@@ -42,7 +42,9 @@ def flip_bytes(file: Path, chance: Random) -> str:
 
 def truncate(file: Path, chance: Random) -> str:
     data = file.read_bytes()
-    kept = chance.choice([0, 1, 7, 8, 9, len(data) // 2, len(data) - 1, chance.randrange(len(data))])
+    kept = chance.choice(
+        [0, 1, 7, 8, 9, len(data) // 2, len(data) - 1, chance.randrange(len(data))]
+    )
     file.write_bytes(data[:kept])
     return f"{file.name} cut to {kept} bytes"
 
@@ -113,7 +115,9 @@ def change_header(file: Path, chance: Random) -> str:
     (length,) = struct.unpack("<Q", data[:8])
     header, rest = json.loads(data[8 : 8 + length]), data[8 + length :]
     if chance.random() < 0.3:
-        said = chance.choice([0, 1, length - 1, length + 1, 2**20, 99_999_999, 10**9, 2**63, 2**64 - 1])
+        said = chance.choice(
+            [0, 1, length - 1, length + 1, 2**20, 99_999_999, 10**9, 2**63, 2**64 - 1]
+        )
         file.write_bytes(struct.pack("<Q", said) + data[8:])
         return f"{file.name}: header of {said} bytes"
     name = chance.choice([n for n in header if n != "__metadata__"])
@@ -121,17 +125,52 @@ def change_header(file: Path, chance: Random) -> str:
     kind = chance.choice(["dtype", "shape", "offsets", "name", "whole", "any", "twice"])
     if kind == "dtype":
         entry["dtype"] = chance.choice(
-            ["F64", "F32", "F16", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "F8_E8M0", "F4", "C64", "X", 3]
+            [
+                "F64",
+                "F32",
+                "F16",
+                "I64",
+                "I32",
+                "I16",
+                "I8",
+                "U8",
+                "BOOL",
+                "F8_E4M3",
+                "F8_E8M0",
+                "F4",
+                "C64",
+                "X",
+                3,
+            ]
         )
     elif kind == "shape":
         shape = entry["shape"]
         entry["shape"] = chance.choice(
-            [shape[::-1], [*shape, 1], [], [0], [-1], [2**62, 2**62], [2**64 - 1], [*shape[:-1], 1], "x", [1.5]]
+            [
+                shape[::-1],
+                [*shape, 1],
+                [],
+                [0],
+                [-1],
+                [2**62, 2**62],
+                [2**64 - 1],
+                [*shape[:-1], 1],
+                "x",
+                [1.5],
+            ]
         )
     elif kind == "offsets":
         start, end = entry["data_offsets"]
         entry["data_offsets"] = chance.choice(
-            [[end, start], [start + 1, end + 1], [0, end - start], [start, end + 2**40], [start], [-1, end], None]
+            [
+                [end, start],
+                [start + 1, end + 1],
+                [0, end - start],
+                [start, end + 2**40],
+                [start],
+                [-1, end],
+                None,
+            ]
         )
     elif kind == "name":
         header[str(chance.choice(HOSTILE))[:200]] = header.pop(name)
@@ -153,7 +192,18 @@ def change_tensors(file: Path, chance: Random) -> str:
     name = chance.choice(sorted(tensors))
     tensor = tensors.pop(name)
     kind = chance.choice(
-        ["gone", "renamed", "transposed", "flat", "one more", "narrower", "type", "no number", "beside", "empty"]
+        [
+            "gone",
+            "renamed",
+            "transposed",
+            "flat",
+            "one more",
+            "narrower",
+            "type",
+            "no number",
+            "beside",
+            "empty",
+        ]
     )
     if kind == "renamed":
         tensors[f"{name}.{chance.choice(['x', 'weight', 'bias', 'codes', 'scale'])}"] = tensor
@@ -166,7 +216,14 @@ def change_tensors(file: Path, chance: Random) -> str:
     elif kind == "narrower":
         tensors[name] = tensor[..., : max(1, tensor.shape[-1] // 2)] if tensor.dim() else tensor
     elif kind == "type":
-        other = [torch.int8, torch.uint8, torch.int64, torch.bool, torch.float64, torch.float8_e4m3fn]
+        other = [
+            torch.int8,
+            torch.uint8,
+            torch.int64,
+            torch.bool,
+            torch.float64,
+            torch.float8_e4m3fn,
+        ]
         tensors[name] = tensor.float().to(chance.choice([*other, torch.float16, torch.float32]))
     elif kind == "no number":
         odd = chance.choice([float("nan"), float("inf"), 1e38, -(2.0**30)])
@@ -175,7 +232,10 @@ def change_tensors(file: Path, chance: Random) -> str:
         whole[chance.randrange(len(whole))] = value
         tensors[name] = whole.reshape(tensor.shape)
     elif kind == "beside":
-        tensors |= {name: tensor, str(chance.choice(HOSTILE))[:99].replace("\ud800", "?"): tensor.clone()}
+        tensors |= {
+            name: tensor,
+            str(chance.choice(HOSTILE))[:99].replace("\ud800", "?"): tensor.clone(),
+        }
     elif kind == "empty":
         tensors[name] = tensor[:0] if tensor.dim() else tensor
     save_file({n: t.contiguous() for n, t in tensors.items()}, file, metadata={"format": "pt"})
@@ -230,7 +290,13 @@ def change_text(file: Path, chance: Random) -> str:
 
 Mutation = Callable[[Path, Random], str]
 OF_ANY: tuple[Mutation, ...] = (truncate, flip_bytes, extend, swap_for_something_else)
-OF_WEIGHTS: tuple[Mutation, ...] = (change_header, change_header, change_tensors, change_tensors, *OF_ANY)
+OF_WEIGHTS: tuple[Mutation, ...] = (
+    change_header,
+    change_header,
+    change_tensors,
+    change_tensors,
+    *OF_ANY,
+)
 OF_JSON: tuple[Mutation, ...] = (change_json, change_json, change_json, *OF_ANY)
 
 

@@ -29,7 +29,12 @@ from compress.runtime.load import load_dense
 from eval.memory import rss
 from tests.conftest import write_model
 
-TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 TINY |= {"num_key_value_heads": 1}
 
 
@@ -78,7 +83,9 @@ def pickled(folder: Path, content: Any = None) -> Path:
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
 def test_a_pickle_is_refused_with_what_to_do(copy: Path, name: str) -> None:
     (copy / SINGLE).rename(copy / name)
-    with pytest.raises(UserError, match=rf"{name}.*pickle.*save_pretrained.*model.allow_pickle=true"):
+    with pytest.raises(
+        UserError, match=rf"{name}.*pickle.*save_pretrained.*model.allow_pickle=true"
+    ):
         check(copy)
     with pytest.raises(UserError, match="pickle"):
         evaluate.main([str(copy), "eval.texts=[]", "eval.tasks=[]"])
@@ -136,7 +143,9 @@ def test_code_in_an_allowed_pickle_does_not_run(copy: Path, tmp_path: Path) -> N
     assert not list((tmp_path / "cache").rglob("*.partial"))
 
 
-@pytest.mark.parametrize("content", [{"state": {"a": torch.ones(2)}}, [torch.ones(2)], {1: torch.ones(2)}, 5])
+@pytest.mark.parametrize(
+    "content", [{"state": {"a": torch.ones(2)}}, [torch.ones(2)], {1: torch.ones(2)}, 5]
+)
 def test_an_allowed_pickle_of_something_else_is_refused(copy: Path, content: Any) -> None:
     with pytest.raises(UserError, match=r"pytorch_model.bin holds"):
         check(pickled(copy, content), "model.allow_pickle=true")
@@ -162,7 +171,13 @@ def test_code_beside_a_model_is_refused_and_not_run(copy: Path, tmp_path: Path, 
         pipeline.run_recipe(
             parse(
                 compose_settings(
-                    ["recipe=rtn-int4", f"model.source={copy}", "model.name=x", "eval=none", "speed=none"]
+                    [
+                        "recipe=rtn-int4",
+                        f"model.source={copy}",
+                        "model.name=x",
+                        "eval=none",
+                        "speed=none",
+                    ]
                 )
             ),
             "x",
@@ -188,7 +203,9 @@ def test_attention_from_the_hub_is_refused(copy: Path, original: Path, key: str)
 
 
 def test_unknown_models_are_refused_though_they_bring_code(copy: Path) -> None:
-    (copy / "config.json").write_text(json.dumps(read_json(copy / "config.json") | {"model_type": "evil"}))
+    (copy / "config.json").write_text(
+        json.dumps(read_json(copy / "config.json") | {"model_type": "evil"})
+    )
     with pytest.raises(UserError, match="'evil' is not known here"):
         check(copy)
 
@@ -198,7 +215,19 @@ def test_unknown_models_are_refused_though_they_bring_code(copy: Path) -> None:
 
 @pytest.mark.parametrize(
     "file",
-    ["../model.safetensors", "/etc/passwd", "a/model.safetensors", "..", ".", "", "x\x00", "n" * 5000, 3, None, []],
+    [
+        "../model.safetensors",
+        "/etc/passwd",
+        "a/model.safetensors",
+        "..",
+        ".",
+        "",
+        "x\x00",
+        "n" * 5000,
+        3,
+        None,
+        [],
+    ],
 )
 def test_an_index_leads_nowhere_else(copy: Path, file: Any) -> None:
     names = ModelFolder(copy).names
@@ -365,7 +394,9 @@ def test_every_name_of_the_folder_is_that_of_the_sentence(copy: Path) -> None:
     """File and tensor are both named."""
     faults: dict[str, Callable[[dict[str, Any]], Any]] = {
         "shape": lambda t: t.update({"model.norm.weight": torch.ones(5, dtype=torch.bfloat16)}),
-        "stored as I64": lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int64)}),
+        "stored as I64": lambda t: t.update(
+            {"model.norm.weight": torch.ones(32, dtype=torch.int64)}
+        ),
         "stored as F8_E4M3": lambda t: t.update(
             {"model.norm.weight": torch.ones(32).to(torch.float8_e4m3fn)}
         ),
