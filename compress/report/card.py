@@ -155,8 +155,8 @@ def _summary(metrics: Mapping[str, Any], base: Base, format_name: str) -> str:
         for row in (size, before)
     )
     return (
-        f"{plain_markdown(base.name)} by the recipe {_code(metrics['name'])}, in the format {format_name}. The "
-        f"run's checkpoint/ has {ours} of the whole file; the original {theirs}."
+        f"{plain_markdown(base.name)} by the recipe {_code(metrics['name'])}, in the format {format_name}. "
+        f"The run's checkpoint/ has {ours} of the whole file; the original {theirs}."
     )
 
 

@@ -1,4 +1,4 @@
-"""Faults that files come with: each function damages one file, or one thing in a folder, and says what it did.
+"""Faults that files come with: each function damages one file, or one thing in a folder, and says what.
 
 What is damaged and how is drawn from ``chance``, so that a case is its seed and number.
 """
@@ -253,8 +253,8 @@ def change_index(folder: Path, chance: Random) -> str:
     kind = chance.choice(["file", "name", "any", "gone"])
     if kind == "file":
         weight_map[name] = chance.choice(
-            ["../x.safetensors", "/etc/passwd", "config.json", "tokenizer.json", "missing.safetensors", ".", "..",
-             "", "a/b", "x\x00y", "n" * 5000, 7, None, ["model.safetensors"], "model.safetensors\n"]
+            ["../x.safetensors", "/etc/passwd", "config.json", "tokenizer.json", "missing.safetensors", ".",
+             "..", "", "a/b", "x\x00y", "n" * 5000, 7, None, ["model.safetensors"], "model.safetensors\n"]
         )  # fmt: skip
     elif kind == "name":
         weight_map[str(chance.choice(HOSTILE))[:99]] = weight_map.pop(name)

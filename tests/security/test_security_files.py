@@ -69,6 +69,11 @@ def check(folder: Path, *words: str) -> None:
     pipeline.check(parse(compose_settings([*quick, f"model.source={folder}", *words])))
 
 
+def opened(folder: Path) -> None:
+    check(folder)
+    open_tokenizer(ModelFolder(folder))
+
+
 def pickled(folder: Path, content: Any = None) -> Path:
     """The folder with its weights, or ``content``, in pytorch_model.bin alone."""
     tensors = load_file(folder / SINGLE)
@@ -102,7 +107,7 @@ def test_beside_safetensors_pickles_are_not_looked_at(copy: Path, tmp_path: Path
 
 
 def test_allowed_pickles_give_the_same_tensors_once(copy: Path, original: Path) -> None:
-    """Tied ones share memory in the pickle; half are in a file of before torch 1.6, which cannot be mapped."""
+    """Tied ones share memory in the pickle; half are in a file as of before torch 1.6: not mapped."""
     tensors = load_file(copy / SINGLE)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     (copy / SINGLE).unlink()
@@ -282,8 +287,7 @@ def test_a_pipe_does_not_hold_a_run(copy: Path, name: str) -> None:
     (copy / name).unlink(missing_ok=True)
     os.mkfifo(copy / name)
     with pytest.raises(UserError, match=r"is not a file|holds neither"):
-        check(copy)
-        open_tokenizer(ModelFolder(copy))
+        opened(copy)
 
 
 # Sizes
@@ -314,8 +318,7 @@ def test_a_header_that_is_mostly_hole_is_refused(copy: Path) -> None:
 def test_nested_json_is_refused(copy: Path, name: str, depth: int) -> None:
     (copy / name).write_text('{"a": ' + "[" * depth + "]" * depth + "}")
     with pytest.raises(UserError, match=r"nested more than|is not valid JSON"):
-        check(copy)
-        open_tokenizer(ModelFolder(copy))
+        opened(copy)
 
 
 def test_json_of_a_gigabyte_is_not_read(copy: Path) -> None:
