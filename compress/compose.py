@@ -71,8 +71,8 @@ def check_flags(asked: Namespace) -> None:
             )
 
 
-def _check_hydra(hydra: DictConfig, overrides: Sequence[str]) -> None:
-    """Raises UserError if a recipe, or a word, changes what Hydra itself does."""
+def _check_words(overrides: Sequence[str]) -> list[str]:
+    """The keys that are set. Raises UserError for one that changes what Hydra itself does."""
     for word in overrides:
         if word.startswith("hydra.") and FOREIGN.search(word):
             raise UserError(
@@ -84,6 +84,11 @@ def _check_hydra(hydra: DictConfig, overrides: Sequence[str]) -> None:
         if section == "hydra" and key not in FREE:
             known = ", ".join(f"hydra.{name}" for name in FREE)
             raise UserError(f"{word} is not allowed: of Hydra's own settings {known} may be set")
+    return words
+
+
+def _check_hydra(hydra: DictConfig, words: Sequence[str]) -> None:
+    """Raises UserError if a recipe changes what Hydra itself does. words: the keys that are set beside it"""
     for key in FIXED:
         if f"hydra.{key}" not in words and _plain(hydra, key) != _plain(_hydra_of_config(), key):
             raise UserError(f"a recipe changes hydra.{key}, which only recipes/config.yaml may say")
@@ -151,11 +156,12 @@ def _like_path(value: str) -> bool:
 def compose_settings(overrides: list[str]) -> RecipeConfig:
     """The settings that these overrides give. Raises UserError, one sentence, if they do not fit."""
     register()
+    words = _check_words(overrides)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(RECIPES), version_base="1.3"):
             config = _composed(overrides)
-            _check_hydra(config.hydra, overrides)
+            _check_hydra(config.hydra, words)
             with open_dict(config):
                 del config["hydra"]
             return settings_of(config)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -241,8 +241,19 @@ def settings_of(config: DictConfig) -> RecipeConfig:
     """The settings of a composed config, counts checked. Raises UserError."""
     settings = OmegaConf.to_object(config)
     assert isinstance(settings, RecipeConfig), type(settings)
+    _check_known(settings)
     _check_sizes(settings)
     return settings
+
+
+def _check_known(section: Any, prefix: str = "") -> None:
+    """Raises UserError for a key that the schema lacks: with a plus in front Hydra adds it all the same."""
+    known = [f.name for f in fields(section)]
+    for name, value in vars(section).items():
+        if name not in known:
+            raise UserError(f"{prefix}{name} is not a known key: known are {', '.join(known)}")
+        if is_dataclass(value):
+            _check_known(value, f"{prefix}{name}.")
 
 
 def parse(settings: RecipeConfig) -> Run:

@@ -178,7 +178,8 @@ def _origin(metrics: Mapping[str, Any], base: Base) -> str:
         sha256 = (compression.get("origin") or {}).get("data")
         lines.append(
             f"Calibration data: {shape[0]} sequences of {shape[1]} tokens of "
-            f"{plain_markdown(data['source'])}, seed {data.get('seed')}; SHA-256 `{sha256}`."
+            f"{plain_markdown(data['source'])}, seed {plain_markdown(str(data.get('seed')))}; "
+            f"SHA-256 `{sha256}`."
         )
     if written := compression.get("generated_tokens"):
         lines.append(f"The original wrote {written[0]} sequences of {written[1]} tokens more.")

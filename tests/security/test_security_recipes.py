@@ -86,8 +86,6 @@ def test_what_hydra_runs_is_not_to_be_set(word: str) -> None:
         ("job_logging: {handlers: {x: {(): os.mkdir, path: ran}}}", "job_logging"),
         ("hydra_logging: {handlers: {x: {class: subprocess.Popen}}}", "hydra_logging"),
         ("job: {env_set: {PATH: ran}}", "job.env_set"),
-        ("job: {name: ../x}", "job.name"),
-        ("run: {dir: /etc}", "run.dir"),
         ("output_subdir: ../../x", "output_subdir"),
     ],
 )
@@ -178,7 +176,7 @@ def test_outputs_are_filed_in_one_folder(name: str) -> None:
         compose_settings(["recipe=rtn-int4", f"model.name='{name}'"])
 
 
-@pytest.mark.parametrize("folder", ["/proc/x", "/dev/null/x", "n" * 300, "a\x00b"])
+@pytest.mark.parametrize("folder", ["/proc/x", "/dev/null/x", "n" * 300])
 def test_where_nothing_can_be_written_is_told_before_anything_runs(
     folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
