@@ -132,8 +132,8 @@ def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
 
 
-def finite(name: str, tensor: Tensor) -> Tensor:
-    """Raises UserError for a weight with NaN or Inf."""
+def finite(folder: ModelFolder, name: str, tensor: Tensor) -> Tensor:
+    """Raises UserError for a weight of a folder with NaN or Inf."""
     if not torch.isfinite(tensor).all():
-        raise UserError(f"tensor {name} holds NaN or Inf")
+        raise UserError(f"{folder.path}: tensor {name} holds NaN or Inf")
     return tensor

@@ -146,7 +146,7 @@ class Walk:
         """A tensor in the model's dtype: some files keep norms or everything in float32. Raises UserError if
         it holds NaN or Inf."""
         tensor = self.source.tensor(name).to(device=self.device, dtype=self.folder.dtype)
-        return finite(name, tensor)
+        return finite(self.folder, name, tensor)
 
     def call_of(self, index: int) -> tuple[dict[str, Any], int]:
         """What the model hands a block besides hidden states, and how many sequences run at once."""

@@ -262,7 +262,7 @@ def _copy_rest(
     report = {}
     if schemes.head is not None:
         for name in _head_shapes(source, family):
-            W = finite(f"{name}.weight", source.tensor(f"{name}.weight").to(source.dtype))
+            W = finite(source, f"{name}.weight", source.tensor(f"{name}.weight").to(source.dtype))
             q, report[name] = quantize_rows(name, W, schemes.head, device)
             log.info("%s: relative error %.2e", name, report[name]["relative_error"])
             writer.add(f"{name}.safetensors", {f"{name}.weight": q})
@@ -271,7 +271,7 @@ def _copy_rest(
         rest = [name for name in rest if name not in done]
     writer.add(
         "rest.safetensors",
-        {name: finite(name, source.tensor(name).to(source.dtype)) for name in rest},
+        {name: finite(source, name, source.tensor(name).to(source.dtype)) for name in rest},
     )
     return report
 

@@ -149,7 +149,7 @@ def model_case(originals: Originals, place: Path, chance: Random) -> str:
             said, lambda: _code([*words, f"model.source={folder}", f"hydra.run.dir={out}"])
         )
     else:
-        _judge(said, run, names=[str(place / "model"), "tensor "])
+        _judge(said, run, names=[str(place / "model")])
     left = [f.name for f in out.rglob("*") if ".partial" in f.name] if out.exists() else []
     assert not left, (said, left)
     finished = (out / "metrics.json").exists()
