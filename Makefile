@@ -11,7 +11,7 @@ LLAMA_CPP := .node-llama-cpp
 LLAMA_CPP_SERVER := .venv-llama-cpp
 GPTQMODEL := .venv-gptqmodel
 
-.PHONY: help setup demo sweep test check test-gpu golden serve-check unpack-check bench-peers bench-int8 bench-cpu-kernels bench-kv bench-kv-speed bench-kernels bench-pruning bench-distill bench-cpu-decode bench-plan bench-gpu kills clean
+.PHONY: help setup demo sweep test check test-gpu golden serve-check unpack-check bench-peers bench-int8 bench-cpu-kernels bench-kv bench-kv-speed bench-kernels bench-pruning bench-distill bench-cpu-decode bench-plan bench-gpu kills audit fuzz clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -49,6 +49,17 @@ check: setup  ## ruff, mypy, import contracts, line count
 
 test-gpu: setup  ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu
+
+audit: setup  ## known weaknesses of the installed packages; needs the vulnerability service
+	@rm -f .audit.json
+	-@$(BIN)/pip-audit --skip-editable --progress-spinner off --format json --output .audit.json
+	@$(BIN)/python -m tests.audit .audit.json
+
+FUZZ_CASES := 5000
+FUZZ_SEED := $(shell date +%s)
+
+fuzz: setup  ## thousands of damaged folders, recipes and texts: an hour; FUZZ_SEED= for the same again
+	$(BIN)/pytest tests/fuzz --fuzz-cases $(FUZZ_CASES) --fuzz-seed $(FUZZ_SEED)
 
 golden: setup  ## rewrite tests/golden from this machine; review the diff
 	$(BIN)/pytest tests/test_pipeline.py --golden

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import re
 import signal
 import sys
+import tempfile
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from compress import processes
 from compress.commands import VERBS
 from compress.compose import (
     RECIPES,
+    check_flags,
     compose_settings,
     expand_shorthand,
     one_sentence,
@@ -31,7 +33,7 @@ from compress.compose import (
 )
 from compress.config import parse, settings_of
 from compress.disk import DiskError, check_free_bytes, writing
-from compress.errors import UserError
+from compress.errors import UserError, one_line
 from compress.run_folder import check_free, unfinished
 
 USER_ERROR = 2
@@ -81,7 +83,7 @@ def _code(words: list[str]) -> int:
     except UserError as error:
         # All processes of a stage stumble over the same mistake.
         if processes.is_main():
-            print(f"compress: {error}", file=sys.stderr)
+            print(f"compress: {one_line(error)}", file=sys.stderr)
         return USER_ERROR
     except SystemExit as stop:
         # Of argparse, or of Hydra after its traceback.
@@ -99,10 +101,8 @@ def run_recipes(words: list[str]) -> int:
     exit code: 1 if a candidate costs more than the gate allows."""
     words = expand_shorthand(words)
     asked = get_args_parser().parse_args(words)
-    combinations: list[list[str]] = []
-    if not (asked.help or asked.hydra_help or asked.info or asked.cfg):
-        combinations, more = _checked(asked.overrides, asked.multirun)
-        words += more
+    combinations, more = _checked(asked)
+    words += more
     register()
     finished: list[dict[str, Any]] = []
     limits: dict[str, float] = {}
@@ -123,7 +123,7 @@ def run_recipes(words: list[str]) -> int:
         except UserError as error:
             # Hydra would print a traceback; SystemExit passes through it.
             then = f"; {goes_on}" if isinstance(error, DiskError) else ""
-            print(f"compress: {error}{then}", file=sys.stderr)
+            print(f"compress: {one_line(error)}{then}", file=sys.stderr)
             sys.exit(USER_ERROR)
         except KeyboardInterrupt as stop:
             stop.add_note(goes_on)
@@ -146,24 +146,32 @@ def run_recipes(words: list[str]) -> int:
     return code
 
 
-def _checked(overrides: list[str], multirun: bool) -> tuple[list[list[str]], list[str]]:
+def _checked(asked: Namespace) -> tuple[list[list[str]], list[str]]:
     """The overrides of each job, every one checked, and what leads the same command to the run that it left
-    unfinished, if it did. Raises UserError."""
+    unfinished, if it did; none where Hydra is only asked what it knows. Raises UserError."""
+    check_flags(asked)
+    if asked.help or asked.hydra_help:
+        return [], []
+    if asked.info or asked.cfg:
+        # Before Hydra itself looks at what they say.
+        for overrides in _combinations(asked.overrides, asked.multirun):
+            compose_settings(overrides)
+        return [], []
     from compress.pipeline import check
 
-    _check_words(overrides)
-    run_dir = _check_output(overrides)
-    combinations = _combinations(overrides, multirun)
+    _check_words(asked.overrides)
+    run_dir = _check_output(asked.overrides)
+    combinations = _combinations(asked.overrides, asked.multirun)
     found: Path | None = None
     for job in combinations:
         recipes = [o.removeprefix("recipe=") for o in job if o.startswith("recipe=")]
         if not recipes:
             raise UserError(f"recipe= is missing: choose one of {', '.join(options('recipe'))}")
         settings = compose_settings(job)
-        if run_dir is None and not multirun:
+        if run_dir is None and not asked.multirun:
             words = [o for o in job if not o.startswith("hydra.")]
             found = unfinished(Path("outputs", settings.model.name, recipes[-1]), words)
-        check(parse(settings), None if multirun else found or run_dir)
+        check(parse(settings), None if asked.multirun else found or run_dir)
     if found is None:
         return combinations, []
     print(f"compress: goes on in {found}, which was left unfinished", file=sys.stderr)
@@ -179,19 +187,31 @@ def _check_words(overrides: list[str]) -> None:
 def _check_output(overrides: list[str]) -> Path | None:
     """The output folder, if one is named. Refuses one that cannot be written, or holds anything but an
     unfinished run, before Hydra touches it."""
-    chosen = dict(o.split("=", 1) for o in overrides if o.startswith("hydra."))
+    chosen = dict(o.split("=", 1) for o in overrides if o.startswith("hydra.") and "=" in o)
     run_dir = Path(chosen.get("hydra.run.dir", "outputs"))
+    for folder in (run_dir, Path(chosen.get("hydra.sweep.dir", "outputs"))):
+        _check_writable(folder)
     if "hydra.run.dir" in chosen:
         check_free(run_dir)
-    for folder in (run_dir, Path(chosen.get("hydra.sweep.dir", "outputs"))):
-        existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise UserError(f"{folder} cannot be written: choose another hydra.run.dir")
     # Where nothing is named, runs and sweeps are in one folder.
     named = [Path(chosen[key]) for key in ("hydra.run.dir", "hydra.sweep.dir") if key in chosen]
     for folder in named or [run_dir]:
         check_free_bytes(folder)
     return run_dir if "hydra.run.dir" in chosen else None
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises UserError if a folder cannot be made, or nothing can be written there."""
+    try:
+        existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+        # Permissions say too little: of a full or read-only file system, or one like /proc.
+        with tempfile.TemporaryDirectory(prefix=".compress-", dir=existing):
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{folder} cannot be written ({reason}): choose another hydra.run.dir"
+        ) from error
 
 
 def _combinations(overrides: list[str], multirun: bool) -> list[list[str]]:

@@ -7,3 +7,13 @@ class UserError(ValueError):
     The command line prints the sentence and exits with code 2. Everything else that goes wrong is a
     broken invariant and keeps its traceback.
     """
+
+
+def one_line(error: UserError) -> str:
+    """The sentence as it may be printed: names that a file brings may hold line breaks, and worse."""
+    return printable(" ".join(str(error).split()))
+
+
+def printable(line: str) -> str:
+    """A line with what a terminal does not show, or takes for a command, spelled out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)

@@ -27,7 +27,7 @@ from compress.distill.stage import check_launch, open_accelerator
 from compress.environment import environment, version_of
 from compress.errors import UserError
 from compress.export.audit import CHECKPOINT, audit, write_manifest
-from compress.export.formats import FORMATS, check_fits
+from compress.export.formats import FORMATS, Weights, check_fits
 from compress.kv_cache.stage import check as check_cache
 from compress.measure.accuracy import (
     check_texts,
@@ -40,6 +40,7 @@ from compress.measure.parts import Parts
 from compress.measure.size import measure_size
 from compress.measure.speed import check_engines, check_lengths, measure_decode, points_of
 from compress.measure.tasks import check_tasks
+from compress.model.check import check_model, check_tokens
 from compress.model.families import family_of
 from compress.model.folder import (
     ModelFolder,
@@ -58,6 +59,7 @@ from compress.plan.room import check_room
 from compress.plan.rows import engines_of
 from compress.prune.preview import previews
 from compress.prune.stage import check as check_prune
+from compress.quantize import record
 from compress.quantize.search import budget
 from compress.quantize.stage import linear_names, settle
 from compress.report.table import METRICS, table
@@ -97,7 +99,8 @@ def check(run: Run, out: Path | None = None) -> None:
     runs before the first one starts.
     """
     settings = run.settings
-    model = ModelFolder(resolve_model(settings.model.source, settings.model.revision))
+    model = ModelFolder(resolve_model(**_named(run)))
+    _check_folder(run, model)
     _check_processes(run)
     unserved = _check_stages(run, model)
     if run.needs_data:
@@ -117,6 +120,22 @@ def check(run: Run, out: Path | None = None) -> None:
         _check_taken(run, out, _fingerprints(run, _decisive(run, model)))
     for line in unserved:
         log.warning("not for every engine: %s", line)
+
+
+def _named(run: Run) -> dict[str, Any]:
+    """How a recipe names its model."""
+    model = run.settings.model
+    return {"source": model.source, "revision": model.revision, "allow_pickle": model.allow_pickle}
+
+
+def _check_folder(run: Run, model: ModelFolder) -> None:
+    """Raises UserError for a folder whose files do not fit its config.json."""
+    quantized = record.KEY in model.config or model.config.get("quantization_config") is not None
+    if quantized and "quantize" in run.settings.stages:
+        # Told as what it is, below.
+        return
+    weights = Weights(model)
+    check_model(model, weights.names, plain=weights.format == "plain")
 
 
 def _check_taken(run: Run, out: Path, fingerprints: dict[str, dict[str, Any]]) -> None:
@@ -207,11 +226,13 @@ def run_recipe(run: Run, name: str, out: Path, *, last: bool = True) -> dict[str
     computed with if the recipe does not fit model or data, or ``out`` holds something else.
     """
     settings = run.settings
-    model = ModelFolder(resolve_model(settings.model.source, settings.model.revision))
+    model = ModelFolder(resolve_model(**_named(run)))
     tokenizer = open_tokenizer(model)
     windows = {}
     if settings.eval is not None:
         windows = open_windows(settings.eval, tokenizer)
+        for blocks in windows.values():
+            check_tokens(blocks.tokens, model)
     decisive = _decisive(run, model)
     with opened(out, decisive):
         fingerprints = _fingerprints(run, decisive)
@@ -500,13 +521,12 @@ def _drawn(
     text: tuple[str, str, str], model: Path, sequences: int, length: int, seed: int
 ) -> TokenBlocks:
     """Kept from the check to the run, and from run to run of a sweep."""
-    return calibration_blocks(
-        load_mix(*text),
-        open_tokenizer(ModelFolder(model)),
-        sequences=sequences,
-        length=length,
-        seed=seed,
+    folder = ModelFolder(model)
+    blocks = calibration_blocks(
+        load_mix(*text), open_tokenizer(folder), sequences=sequences, length=length, seed=seed
     )
+    check_tokens(blocks.tokens, folder)
+    return blocks
 
 
 def _seen(tokens: Tensor | None, written: Tensor | None, most: int | None) -> Tensor | None:

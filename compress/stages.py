@@ -17,6 +17,7 @@ from compress.config import Run
 from compress.distill.plan import enough
 from compress.distill.stage import distill
 from compress.kv_cache.stage import quantize_cache
+from compress.model.check import check_tokens
 from compress.model.folder import ModelFolder
 from compress.model.sources import open_tokenizer
 from compress.prune.stage import prune
@@ -98,8 +99,11 @@ def _packed(
     text: tuple[str, str, str], model: Path, length: int, seed: int, most: int | None
 ) -> TokenBlocks:
     """Kept from the check to the run, and from run to run of a sweep."""
-    tokenizer = open_tokenizer(ModelFolder(model))
-    return training_blocks(load_mix(*text), tokenizer, length=length, seed=seed, most=most)
+    folder = ModelFolder(model)
+    tokenizer = open_tokenizer(folder)
+    blocks = training_blocks(load_mix(*text), tokenizer, length=length, seed=seed, most=most)
+    check_tokens(blocks.tokens, folder)
+    return blocks
 
 
 def _prune(work: Work) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from compress.errors import UserError
 from compress.model.families import Family
 from compress.model.folder import ModelFolder
-from compress.model.skeleton import assign, empty_model
+from compress.model.skeleton import assign, empty_model, finite
 
 
 @dataclass
@@ -143,8 +143,10 @@ class Walk:
             layer.to("meta")
 
     def _read(self, name: str) -> Tensor:
-        """A tensor in the model's dtype: some files keep norms or everything in float32."""
-        return self.source.tensor(name).to(device=self.device, dtype=self.folder.dtype)
+        """A tensor in the model's dtype: some files keep norms or everything in float32. Raises UserError if
+        it holds NaN or Inf."""
+        tensor = self.source.tensor(name).to(device=self.device, dtype=self.folder.dtype)
+        return finite(self.folder, name, tensor)
 
     def call_of(self, index: int) -> tuple[dict[str, Any], int]:
         """What the model hands a block besides hidden states, and how many sequences run at once."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compress.errors import UserError
 from compress.model.families import family_of
-from compress.model.folder import INDEX, ModelFolder, save_tensors, write_json
+from compress.model.folder import INDEX, ModelFolder, reading, save_tensors, write_json
 from compress.quantize.qtensor import QTensor
 from compress.quantize.scheme import Scheme, Schemes
 
@@ -110,14 +110,15 @@ def read_linear(record: ModelFolder, name: str) -> QTensor:
 
 
 def schemes_of(record: ModelFolder) -> Schemes:
-    """The schemes of a record. Raises UserError if another version of this tool wrote it."""
+    """The schemes of a record. Raises UserError if another version of this tool wrote it, or none."""
     found = record.config[KEY]
-    if found.get("version") != VERSION:
-        raise UserError(
-            f"{record.path} is a record of version {found.get('version')}, this one reads {VERSION}: "
-            "compress the model again"
-        )
-    return Schemes.from_config(found["schemes"])
+    with reading(f"{record.path}/config.json: {KEY}"):
+        if found.get("version") != VERSION:
+            raise UserError(
+                f"{record.path} is a record of version {found.get('version')}, this one reads {VERSION}: "
+                "compress the model again"
+            )
+        return Schemes.from_config(found["schemes"])
 
 
 def scheme_of(record: ModelFolder, name: str) -> Scheme:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from compress.errors import UserError
 from compress.model.families import Family, family_of
 from compress.model.folder import ModelFolder, Shapes
+from compress.model.skeleton import finite
 from compress.model.walk import Walk
 from compress.progress import track
 from compress.quantize.block import Block, Rounding, Transform, output_error
@@ -245,20 +246,12 @@ def _head_shapes(source: Shapes, family: Family) -> dict[str, tuple[int, int]]:
 def open_block(
     module: nn.Module, prefix: str, family: Family, schemes: Schemes, dtype: torch.dtype
 ) -> Block:
-    """A block with float32 working copies of its linears. Raises UserError on NaN or Inf weights."""
-    for name, parameter in module.named_parameters():
-        _finite(f"{prefix}.{name}", parameter)
+    """A block with float32 working copies of its linears."""
     own = {name: schemes.of(f"{prefix}.{name}") for name in family.linears}
     block = Block(module, family, own, dtype, weights={})
     for name in family.linears:
         block.weights[name] = block.part(name).weight.detach().to(torch.float32, copy=True)
     return block
-
-
-def _finite(name: str, tensor: Tensor) -> Tensor:
-    if not torch.isfinite(tensor).all():
-        raise UserError(f"tensor {name} holds NaN or Inf")
-    return tensor
 
 
 def _close(block: Block, quantized: Mapping[str, QTensor]) -> dict[str, Any]:
@@ -317,7 +310,7 @@ def _copy_rest(
     report = {}
     if schemes.head is not None:
         for name in _head_shapes(source, family):
-            W = _finite(f"{name}.weight", source.tensor(f"{name}.weight").to(source.dtype))
+            W = finite(source, f"{name}.weight", source.tensor(f"{name}.weight").to(source.dtype))
             q, report[name] = quantize_rows(name, W, schemes.head, device)
             log.info("%s: relative error %.2e", name, report[name]["relative_error"])
             writer.add(f"{name}.safetensors", {f"{name}.weight": q})
@@ -326,7 +319,7 @@ def _copy_rest(
         rest = [name for name in rest if name not in done]
     writer.add(
         "rest.safetensors",
-        {name: _finite(name, source.tensor(name).to(source.dtype)) for name in rest},
+        {name: finite(source, name, source.tensor(name).to(source.dtype)) for name in rest},
     )
     return report
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import UserError
+from compress.model.folder import read_json
 from eval.speed import pattern_of
 from eval.task_scores import headline, stderr_of
 
@@ -39,12 +39,12 @@ def find_runs(paths: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def _metrics(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as JSON: {error}") from None
-    if not isinstance(found, dict) or not found.keys() >= KEYS:
+    found = read_json(file)
+    if not found.keys() >= KEYS:
         raise UserError(f"{file} is not of a run of compress: it lacks {', '.join(sorted(KEYS))}")
+    dated = found["environment"]
+    if not isinstance(dated, dict) or not isinstance(dated.get("date"), str):
+        raise UserError(f"{file} is not of a run of compress: its environment has no date")
     return found
 
 
@@ -110,8 +110,8 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def plain_markdown(text: str) -> str:
-    """Text that may hold a name, so that it breaks no line and is no HTML."""
-    return text.replace("<", "&lt;").replace("\n", " ")
+    """Text that may hold a name, so that it breaks no line, and is no HTML, link or picture."""
+    return " ".join(text.splitlines()).replace("<", "&lt;").replace("](", "]&#40;")
 
 
 def cells(rows: list[Row]) -> list[list[str]]:

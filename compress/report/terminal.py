@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from compress.errors import printable
 from compress.report.best import answers
 from compress.report.gate import failures
 from compress.report.measures import (
@@ -49,7 +50,8 @@ def comparison(
         console.print(Text(f"\n{model}"))
         for sentence in sentences:
             console.print(Text(f"- {sentence}"))
-    return "\n".join(line.rstrip() for line in printed.getvalue().splitlines()) + "\n"
+    lines = printed.getvalue().removesuffix("\n").split("\n")
+    return "\n".join(printable(line.rstrip()) for line in lines) + "\n"
 
 
 def terminal_width(is_terminal: bool) -> int | None:
