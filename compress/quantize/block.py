@@ -5,7 +5,7 @@ W (out, in); H (in, in); s (in,)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -19,6 +19,9 @@ from compress.model.families import Family, Input
 from compress.model.walk import Activations
 from compress.quantize.qtensor import QTensor
 from compress.quantize.scheme import Grid, Scheme, make_grid
+
+# Numbers of a matrix that are worked on at a time, where each row is by itself.
+PART = 2**23
 
 
 @dataclass
@@ -216,7 +219,23 @@ def _given(value: Any) -> Any:
 
 def output_error(D: Tensor, H: Tensor) -> float:
     """Mean squared output error of a weight change D (out, in) on inputs with second moment H."""
-    return float(((D @ H) * D).sum())
+    return summed_error(row_parts(D), H, len(D))
+
+
+def summed_error(parts: Iterable[Tensor], H: Tensor, rows: int) -> float:
+    """The same of a change whose ``rows`` come in parts, which need not be in memory together. They are added
+    up in one piece, so that the sum does not depend on the parts."""
+    products, done = H.new_empty(rows, len(H)), 0
+    for D in parts:
+        torch.mul(D @ H, D, out=products[done : done + len(D)])
+        done += len(D)
+    assert done == rows, (done, rows)
+    return float(products.sum())
+
+
+def row_parts(W: Tensor) -> tuple[Tensor, ...]:
+    """The rows of W in parts of ``PART`` numbers: what is computed of one part takes little memory."""
+    return W.split(max(1, PART // W.shape[1]))
 
 
 def group_moments(H: Tensor, columns: int) -> Tensor:

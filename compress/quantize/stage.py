@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from compress.errors import UserError
 from compress.model.families import Family, family_of
 from compress.model.folder import ModelFolder, Shapes
+from compress.model.tensor_file import rows_of
 from compress.model.walk import Walk
 from compress.progress import track
 from compress.quantize.block import Block, Rounding, Transform, output_error
@@ -214,7 +215,8 @@ def _finite(name: str, tensor: Tensor) -> Tensor:
 
 
 def _close(block: Block, quantized: Mapping[str, QTensor]) -> dict[str, Any]:
-    """Put the quantized weights into the module and report each linear's relative output error.
+    """Put the quantized weights into the module and report each linear's relative output error. Its working
+    copy and its moments are let go.
 
     The error is taken in the transformed space, E|Wq x - W x|^2 / E|W x|^2, W after the transforms; it is
     of the weights alone, where a scheme rounds inputs too.
@@ -223,12 +225,14 @@ def _close(block: Block, quantized: Mapping[str, QTensor]) -> dict[str, Any]:
     for name, q in quantized.items():
         Wq = q.dequantize(block.dtype)
         entry = {"bits_per_weight": q.bits_per_weight}
-        if name in block.moments:
-            H, W = block.moments[name].second, block.weights[name]
+        W, moments = block.weights.pop(name), block.moments.pop(name, None)
+        if moments is not None:
+            H = moments.second
             before = output_error(W, H)
-            entry["relative_error"] = output_error(Wq.float() - W, H) / before if before else 0.0
-            if block.moments[name].tokens < W.shape[1]:
-                entry["few_tokens"] = block.moments[name].tokens
+            lost = output_error(Wq.float().sub_(W), H)
+            entry["relative_error"] = lost / before if before else 0.0
+            if moments.tokens < W.shape[1]:
+                entry["few_tokens"] = moments.tokens
         report["linears"][name] = entry
         block.place(name, Wq)
         block.place_inputs(name, q)
@@ -276,11 +280,18 @@ def _copy_rest(
         # Some files of tied models hold the shared matrix twice: here it is one.
         done = (f"{family.embedding}.weight", f"{family.head}.weight")
         rest = [name for name in rest if name not in done]
-    writer.add(
+    shapes = {name: source.shape(name) for name in rest}
+    writer.add_rows(
         "rest.safetensors",
-        {name: _finite(name, source.tensor(name).to(source.dtype)) for name in rest},
+        {name: (shapes[name], source.dtype, _finite_rows(source, name)) for name in rest},
     )
     return report
+
+
+def _finite_rows(source: ModelFolder, name: str) -> Iterator[Tensor]:
+    """A tensor in the model's dtype, some rows at a time. Raises UserError if it holds NaN or Inf."""
+    for rows in source.rows(name, rows_of(source.shape(name), source.dtype.itemsize)):
+        yield _finite(name, rows.to(source.dtype))
 
 
 def _error_text(report: Mapping[str, Any]) -> str:
