@@ -44,6 +44,7 @@ from compress.plan.hardware import hardware_here
 from compress.plan.loadable import refusals, warnings
 from compress.plan.predict import predict
 from compress.plan.rows import engines_of
+from compress.plan.whole import check_memory
 from compress.prune.preview import previews
 from compress.prune.stage import check as check_prune
 from compress.quantize.search import budget
@@ -76,6 +77,7 @@ def check(run: Run, out: Path | None = None) -> None:
     model = ModelFolder(resolve_model(settings.model.source, settings.model.revision))
     _check_processes(run)
     unserved = _check_stages(run, model)
+    check_memory(run, model)
     if run.needs_data:
         _calibration(run, model)
     elif settings.data.generated:

@@ -43,6 +43,12 @@ class Work:
     state: Path
     tokens: Tensor | None
 
+    @property
+    def spill(self) -> Path | None:
+        """The folder for hidden states, if the recipe keeps them on disk: beside the result, not in a /tmp
+        that may be memory."""
+        return self.target.parent if self.run.settings.spill else None
+
 
 # Stages that train with all processes of a run; the others are the main one's alone.
 DISTRIBUTED = frozenset({"distill"})
@@ -99,7 +105,12 @@ def _prune(work: Work) -> dict[str, Any]:
     assert work.run.prune is not None
     assert work.tokens is not None
     return prune(
-        work.source, work.target, work.run.prune, tokens=work.tokens, device=work.run.device
+        work.source,
+        work.target,
+        work.run.prune,
+        tokens=work.tokens,
+        device=work.run.device,
+        spill=work.spill,
     )
 
 
@@ -121,7 +132,9 @@ def _quantize(work: Work) -> dict[str, Any]:
     run, schemes, searched = work.run, work.run.schemes, dict[str, Any]()
     if run.search is not None:
         assert work.tokens is not None
-        schemes, found = choose(work.source, run.search, schemes, work.tokens, run.device)
+        schemes, found = choose(
+            work.source, run.search, schemes, work.tokens, run.device, work.spill
+        )
         searched = {"search": found}
     return searched | quantize(
         work.source,
@@ -131,20 +144,28 @@ def _quantize(work: Work) -> dict[str, Any]:
         transforms=run.transforms,
         roundings=run.roundings,
         device=run.device,
+        spill=work.spill,
     )
 
 
 def _repair(work: Work) -> dict[str, Any]:
     assert work.run.repair is not None
     assert work.tokens is not None
-    repaired = work.run.repair(work.source, work.model, work.target, work.tokens, work.run.device)
+    repaired = work.run.repair(
+        work.source, work.model, work.target, work.tokens, work.run.device, work.spill
+    )
     return {"repair": repaired}
 
 
 def _kv_cache(work: Work) -> dict[str, Any]:
     assert work.run.cache is not None
     return quantize_cache(
-        work.source, work.target, work.run.cache, tokens=work.tokens, device=work.run.device
+        work.source,
+        work.target,
+        work.run.cache,
+        tokens=work.tokens,
+        device=work.run.device,
+        spill=work.spill,
     )
 
 

@@ -40,8 +40,10 @@ def quantize_cache(
     *,
     tokens: Tensor | None,
     device: torch.device,
+    spill: Path | None = None,
 ) -> dict[str, Any]:
-    """Write ``source`` with its cache scheme to ``target``. tokens (sequences, length), if scales are fixed.
+    """Write ``source`` with its cache scheme to ``target``. tokens (sequences, length), if scales are fixed;
+    spill: a folder that hidden states are kept in, if not in memory.
 
     Returns what metrics.json keeps: the scheme, and the scales of every layer. Raises UserError for an
     unknown family, a head size that the scheme does not fit, a cache that is quantized already.
@@ -50,7 +52,7 @@ def quantize_cache(
     scales = None
     if scheme.static:
         assert tokens is not None, "scales need tokens"
-        scales = calibrate(source, scheme, tokens, device)
+        scales = calibrate(source, scheme, tokens, device, spill)
     target.mkdir(parents=True)
     source.copy_companions(target)
     weight_map = {name: source.file_of(name).name for name in source.names}
@@ -105,12 +107,16 @@ def _kv_heads(config: dict[str, Any]) -> int:
 
 
 def calibrate(
-    source: ModelFolder, scheme: CacheScheme, tokens: Tensor, device: torch.device
+    source: ModelFolder,
+    scheme: CacheScheme,
+    tokens: Tensor,
+    device: torch.device,
+    spill: Path | None = None,
 ) -> dict[str, Tensor]:
     """Scales by the largest |key| and |value| that calibration sees, as compressed-tensors stores them:
     float32 (1,), or (heads, 1, 1) with a scale for every head."""
     family = family_of(source.config)
-    walk = Walk(source, family, device, read=Unpacked(source))
+    walk = Walk(source, family, device, read=Unpacked(source), spill=spill)
     walk.embed(tokens)
     scales: dict[str, Tensor] = {}
     for index in track(range(len(walk)), "cache scales"):

@@ -52,9 +52,16 @@ def check(source: Shapes, knobs: Prune, sequences: int) -> None:
 
 
 def prune(
-    source: ModelFolder, target: Path, knobs: Prune, *, tokens: Tensor, device: torch.device
+    source: ModelFolder,
+    target: Path,
+    knobs: Prune,
+    *,
+    tokens: Tensor,
+    device: torch.device,
+    spill: Path | None = None,
 ) -> dict[str, Any]:
-    """Write the pruned model to ``target``. tokens: calibration tokens (sequences, length).
+    """Write the pruned model to ``target``. tokens: calibration tokens (sequences, length); spill: a folder
+    that hidden states are kept in, if not in memory.
 
     Returns what metrics.json keeps: the shape before and after, candidates with their divergence, the
     survey, and per block the relative errors of attention and MLP and how far its stream is from the
@@ -66,11 +73,13 @@ def prune(
     found = anatomy(source, family_of(source.config))
     candidates = wanted(found, knobs)
     start = time.perf_counter()
-    surveyed = survey(source, found, tokens, device, drop_one=knobs.depth == "perplexity")
+    surveyed = survey(
+        source, found, tokens, device, drop_one=knobs.depth == "perplexity", spill=spill
+    )
     log.info("surveyed %d blocks in %.1f s", found.shape.layers, time.perf_counter() - start)
     plans = [_plan(found, shape, surveyed, knobs) for shape in candidates]
     plan, trials = _judged(source, plans, tokens, device, target.parent)
-    blocks = cut(source, target, plan, tokens, device)
+    blocks = cut(source, target, plan, tokens, device, spill)
     shape = plan.shape
     old = found.shape
     return {

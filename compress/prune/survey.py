@@ -7,6 +7,7 @@ X (sequences, length, hidden)
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,15 +91,22 @@ def distance(X: Tensor, Y: Tensor) -> Tensor:
 
 @torch.no_grad()
 def survey(
-    source: ModelFolder, anatomy: Anatomy, tokens: Tensor, device: torch.device, *, drop_one: bool
+    source: ModelFolder,
+    anatomy: Anatomy,
+    tokens: Tensor,
+    device: torch.device,
+    *,
+    drop_one: bool,
+    spill: Path | None = None,
 ) -> Survey:
     """Look at every block with calibration tokens (sequences, length).
 
-    drop_one: also take the perplexity without each block, on DROP_ONE sequences. Raises UserError for
+    drop_one: also take the perplexity without each block, on DROP_ONE sequences. spill: a folder that hidden
+    states are kept in, if not in memory. Raises UserError for
     activations that are not finite.
     """
     family, shape = anatomy.family, anatomy.shape
-    walk = Walk(source, family, device)
+    walk = Walk(source, family, device, spill=spill)
     walk.embed(tokens)
     states = [_sample(walk.hidden)]
     influence: list[float] = []
@@ -109,21 +117,23 @@ def survey(
             activations = walk.enter(index)
             heads, neurons = Sizes(shape.heads, device), Sizes(shape.mlp, device)
             norms = [Sizes(shape.hidden, device) for _ in range(2)]
-            out, lost, count = torch.empty_like(activations.inputs), 0.0, 0
-            passage = Passage(
-                module, family, activations.inputs, activations.arguments, activations.rows
-            )
+            lost, count, finite = 0.0, 0, True
+            passage = Passage(module, family, activations)
             observers = {
                 family.attention_output: heads, family.mlp_output: neurons,
                 family.queries: norms[0], family.neurons[0]: norms[1],
             }  # fmt: skip
+            out = walk.states.like(activations.inputs)
+            places = out.split(activations.rows)
             with passage.watched({name: s.add for name, s in observers.items() if name}):
-                for x, y in passage.batches(activations.inputs, out):
-                    y.copy_(module(x, **activations.arguments))
+                for (x,), place in zip(passage.batches(passage.X), places, strict=True):
+                    y = module(x, **activations.arguments)
+                    walk.states.done(place.copy_(y))
                     lost += float(distance(x, y).double().sum())
                     count += x.shape[0] * x.shape[1]
+                    finite &= bool(torch.isfinite(y).all())
             walk.hidden = out
-        if not torch.isfinite(out).all():
+        if not finite:
             raise UserError(
                 f"{walk.prefix(index)} of {source.path} gives NaN or Inf on the calibration text"
             )
@@ -148,7 +158,8 @@ def survey(
 def _sample(X: Tensor | None) -> Tensor:
     assert X is not None
     flat = X.flatten(0, 1)
-    return flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE].cpu()
+    # A copy: a part of the states would keep all of them.
+    return flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE].to("cpu", copy=True)
 
 
 @torch.no_grad()

@@ -108,9 +108,9 @@ class Block:
         data = self.activations
         with self.attention_once(), collector.hooks():
             originals = None if twin is None else data.batches(_given(data.original))
-            for i, X in enumerate(data.batches(data.inputs)):
+            for X in data.batches(data.inputs):
                 if originals is not None:
-                    collector.run(_given(twin), originals[i], data.arguments)
+                    collector.run(_given(twin), next(originals), data.arguments)
                 collector.run(self.module, X, data.arguments)
         self.moments |= collector.means()
         for first in firsts:
@@ -130,8 +130,9 @@ class Block:
             yield
             return
         out, attention = self.part(name), self.part(name.rpartition(".")[0])
+        states = _given(self.activations).states
         if self._attended:
-            batches = iter(self._attended)
+            batches = states.read(self._attended)
             attention.forward = lambda *_, **__: (out(next(batches)), None)
             try:
                 yield
@@ -139,7 +140,7 @@ class Block:
                 del attention.forward
             return
         seen: list[Tensor] = []
-        handle = out.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        handle = out.register_forward_pre_hook(lambda _, args: seen.append(states.keep(args[0])))
         try:
             yield
             self._attended = seen

@@ -16,7 +16,7 @@ from compress.errors import UserError
 from compress.model.families import Family, family_of
 from compress.model.folder import ModelFolder, Shapes
 from compress.model.tensor_file import rows_of
-from compress.model.walk import Walk
+from compress.model.walk import Activations, Walk
 from compress.progress import track
 from compress.quantize.block import Block, Rounding, Transform, output_error
 from compress.quantize.head import quantize_rows
@@ -38,12 +38,14 @@ def quantize(
     transforms: Sequence[Transform],
     roundings: Sequence[Rounding],
     device: torch.device,
+    spill: Path | None = None,
 ) -> dict[str, Any]:
     """Quantize the linears of the decoder blocks.
 
     tokens: calibration tokens (sequences, length), or None if no method needs data. With tokens the
         inputs of a block come from the already quantized blocks before it, and errors are reported.
     roundings: the first picks the integers, each further one refines them
+    spill: a folder that hidden states are kept in, if not in memory
     Writes the record to ``target`` and returns what metrics.json keeps: per block its seconds and, if
     a method looks at the original, the drift from it; per linear its relative output error; how often
     damping was raised; which linears saw fewer tokens than they have inputs; outliers among the inputs, if
@@ -58,7 +60,7 @@ def quantize(
     inputs, outliers = schemes.linears.inputs, None
     if tokens is not None and inputs is not None:
         outliers = Outliers(family, inputs.threshold)
-    walk = Walk(source, family, device)
+    walk = Walk(source, family, device, spill=spill)
     original = any(method.needs_original for method in roundings)
     assert tokens is not None or not needs_data(schemes, transforms, roundings), (
         "methods need tokens"
@@ -83,7 +85,7 @@ def quantize(
             if block.activations is not None:
                 with block.attention_once():
                     walk.leave(index, block.activations)
-                report |= _drift(walk.hidden, walk.original)
+                report |= _drift(walk, block.activations)
             writer.add(f"block-{index:05d}.safetensors", _tensors(block, prefix, quantized))
         report["seconds"] = time.perf_counter() - start
         log.info("%s: %.1f s%s", prefix, report["seconds"], _error_text(report))
@@ -239,15 +241,20 @@ def _close(block: Block, quantized: Mapping[str, QTensor]) -> dict[str, Any]:
     return report
 
 
-def _drift(hidden: Tensor | None, original: Tensor | None) -> dict[str, float]:
+def _drift(walk: Walk, activations: Activations) -> dict[str, float]:
     """How far the compressed stream is from the original's, relative to each token's size, if both run.
 
     This is what gptaq and learned aim at; the errors of single linears count on compressed inputs.
     """
-    if hidden is None or original is None:
+    if walk.hidden is None or walk.original is None:
         return {}
-    lost = (hidden.float() - original.float()).pow(2).mean(-1)
-    return {"drift": float((lost / original.float().pow(2).mean(-1).clamp(min=1e-6)).mean())}
+    parts = zip(*map(activations.batches, (walk.hidden, walk.original)), strict=True)
+    shares = [
+        (hidden.float() - original.float()).pow(2).mean(-1)
+        / original.float().pow(2).mean(-1).clamp(min=1e-6)
+        for hidden, original in parts
+    ]
+    return {"drift": float(torch.cat(shares).mean())}
 
 
 def _tensors(block: Block, prefix: str, quantized: Mapping[str, QTensor]) -> dict[str, Any]:
