@@ -89,7 +89,7 @@ bench-cpu-kernels: setup  ## the CPU kernels beside torch's, as a share of what 
 bench-plan: setup  ## what compress plan predicts for the demo model, beside what is measured
 	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.benchmarks.plan_check
 
-memory-by-size: setup  ## peak memory of a compression by the size and the depth of the model: hours, 50 GB of disk
+memory-by-size: setup  ## peak memory of a compression by the size and the depth of the model: hours, 40 GB of disk
 	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.benchmarks.memory_by_size
 
 bench-pruning: setup  ## who chooses best, depth or width, repair at an equal budget: an hour and more on 2 cores
