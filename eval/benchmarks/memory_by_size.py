@@ -41,8 +41,8 @@ SIZES = ["smollm2-135m", "llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b"]
 DEPTHS = [f"llama-3.2-1b:{blocks}" for blocks in (4, 8, 16, 32)]
 FEW = ["transforms.awq_scale.grid=2", "transforms.awq_clip.steps=2"]
 SHARD_BYTES = 2**30
-# Bytes on disk beside those of the model: itself, a record with a byte for each code, the export, and a shard of
-# it twice.
+# Bytes on disk, in those of the model: itself, a record with a byte for each code, the export, and a shard of
+# that twice.
 ON_DISK = 2.3
 INTERVAL = 0.02
 # Of /proc/PID/status, by what they are called here.
