@@ -28,13 +28,14 @@ LLM_INT8 = Scheme(8, "channel", True, inputs=InputScheme(outliers="dynamic"))
 def test_one_tensor_at_a_time(
     name: str,
     make_model: Callable[..., ModelFolder],
+    tokens: torch.Tensor,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     quantize(
         make_model(),
         tmp_path / "record",
-        tokens=None,
+        tokens=tokens if name == "bitsandbytes" else None,
         schemes=Schemes(LLM_INT8 if name == "bitsandbytes" else INT4),
         transforms=[],
         roundings=[Nearest()],
