@@ -18,7 +18,14 @@ from compress.model.folder import ModelFolder, Shapes
 from compress.model.tensor_file import rows_of
 from compress.model.walk import Activations, Walk
 from compress.progress import track
-from compress.quantize.block import Block, Rounding, Transform, output_error
+from compress.quantize.block import (
+    Block,
+    Rounding,
+    Transform,
+    output_error,
+    row_parts,
+    summed_error,
+)
 from compress.quantize.head import quantize_rows
 from compress.quantize.outliers import Outliers
 from compress.quantize.qtensor import QTensor
@@ -231,7 +238,8 @@ def _close(block: Block, quantized: Mapping[str, QTensor]) -> dict[str, Any]:
         if moments is not None:
             H = moments.second
             before = output_error(W, H)
-            lost = output_error(Wq.float().sub_(W), H)
+            parts = zip(row_parts(Wq), row_parts(W), strict=True)
+            lost = summed_error((q_rows.float() - rows for q_rows, rows in parts), H, len(W))
             entry["relative_error"] = lost / before if before else 0.0
             if moments.tokens < W.shape[1]:
                 entry["few_tokens"] = moments.tokens
