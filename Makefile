@@ -11,7 +11,7 @@ LLAMA_CPP := .node-llama-cpp
 LLAMA_CPP_SERVER := .venv-llama-cpp
 GPTQMODEL := .venv-gptqmodel
 
-.PHONY: help setup demo sweep test check test-gpu golden serve-check unpack-check bench-peers bench-int8 bench-cpu-kernels bench-kv bench-kv-speed bench-kernels bench-pruning bench-distill bench-cpu-decode bench-plan bench-gpu kills audit fuzz clean
+.PHONY: help setup demo sweep test check test-gpu golden serve-check unpack-check bench-peers bench-int8 bench-cpu-kernels bench-kv bench-kv-speed bench-kernels bench-pruning bench-distill bench-cpu-decode bench-plan bench-gpu memory-by-size kills audit fuzz clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -99,6 +99,9 @@ bench-cpu-kernels: setup  ## the CPU kernels beside torch's, as a share of what 
 
 bench-plan: setup  ## what compress plan predicts for the demo model, beside what is measured
 	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.benchmarks.plan_check
+
+memory-by-size: setup  ## peak memory of a compression by the size and the depth of the model: hours, 40 GB of disk
+	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.benchmarks.memory_by_size
 
 bench-pruning: setup  ## who chooses best, depth or width, repair at an equal budget: an hour and more on 2 cores
 	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.benchmarks.pruning

@@ -89,32 +89,38 @@ class Moments:
         self.tokens += X.shape[0]
 
     def mean(self) -> Moments:
-        """The means over all tokens. Raises UserError if a sum is not finite."""
-        if not torch.isfinite(self.second).all():
+        """The means over all tokens, in the memory of the sums, which are used up: with 14,336 inputs a
+        square is 0.8 GB. Raises UserError if a sum is not finite."""
+        second = self.second
+        if not all(torch.isfinite(rows).all() for rows in second.split(ROWS)):
             raise UserError(
                 "the calibration activations are not finite: the model's weights are broken, or float16 "
                 "is too narrow for it and the model's dtype should be bfloat16"
             )
-        second = self.second.tril()
-        second += second.tril(-1).T
+        for start in range(0, len(second), ROWS):
+            rows = slice(start, start + ROWS)
+            block = second[rows, rows].tril()
+            second[rows, rows] = block + block.tril(-1).T
+            second[rows, rows.stop :] = second[rows.stop :, rows].T
+        if self.cross is not None:
+            self.cross.sub_(second).div_(self.tokens)
+        second /= self.tokens
         return replace(
             self,
-            second=second / self.tokens,
             magnitude=self.magnitude / self.tokens,
-            cross=None if self.cross is None else (self.cross - second) / self.tokens,
             above=None if self.above is None else self.above / self.tokens,
         )
 
     def scale(self, s: Tensor) -> None:
         """Make these the moments of x * s. s: (in,)"""
-        outer = s.unsqueeze(0) * s.unsqueeze(1)
-        self.second *= outer
+        for square in (self.second, self.cross):
+            if square is not None:
+                for rows, own in zip(square.split(ROWS), s.split(ROWS), strict=True):
+                    rows *= s.unsqueeze(0) * own.unsqueeze(1)
         self.magnitude *= s
         self.largest *= s
         # How often the scaled inputs pass the threshold is not known.
         self.above = None
-        if self.cross is not None:
-            self.cross *= outer
 
 
 @contextmanager

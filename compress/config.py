@@ -205,6 +205,8 @@ class RecipeConfig:
     plan: PlanConfig = field(default_factory=PlanConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     device: str = "auto"
+    # Hidden states between two blocks are kept in files of the run's folder, and not in memory.
+    spill: bool = False
 
 
 @dataclass(frozen=True)

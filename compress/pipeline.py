@@ -57,6 +57,7 @@ from compress.plan.loadable import refusals, warnings
 from compress.plan.predict import predict
 from compress.plan.room import check_room
 from compress.plan.rows import engines_of
+from compress.plan.whole import check_memory
 from compress.prune.preview import previews
 from compress.prune.stage import check as check_prune
 from compress.quantize import record
@@ -103,6 +104,7 @@ def check(run: Run, out: Path | None = None) -> None:
     _check_folder(run, model)
     _check_processes(run)
     unserved = _check_stages(run, model)
+    check_memory(run, model)
     if run.needs_data:
         _calibration(run, model)
     elif settings.data.generated:

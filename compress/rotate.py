@@ -28,7 +28,7 @@ from compress.model.folder import ModelFolder, Shapes, write_json
 from compress.model.walk import Walk
 from compress.progress import track
 from compress.quantize.record import KEY
-from compress.saved import NOWHERE, Saved, named
+from compress.saved import NOWHERE, Saved
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def rotate(
             _write_rest(source, family, R1, shards, blocks=len(walk))
         else:
             done = position.facts["done"]
-            shards.go_on(position.facts["shards"], position.under("pending"))
+            shards.go_on(position.facts["shards"])
             generator.set_state(position.tensors["generator"])
             log.info("rotate goes on after block %d of %d", done, len(walk))
         del position
@@ -79,10 +79,11 @@ def rotate(
                 rotate_block(module, family, R1, R2)
                 for name, parameter in module.named_parameters():
                     shards.add(f"{walk.prefix(index)}.{name}", parameter.data)
-            facts, pending = shards.position()
+            # A file a block, as a position has them.
+            shards.flush()
             saved.offer(
-                {"done": index + 1, "shards": facts},
-                {"generator": generator.get_state(), **named("pending", pending)},
+                {"done": index + 1, "shards": shards.position()},
+                {"generator": generator.get_state()},
             )
     source.copy_companions(target)
     shards.close(target)

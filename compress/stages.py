@@ -51,6 +51,12 @@ class Work:
     def saved(self) -> Saved:
         return Saved(self.state, self.fingerprint)
 
+    @property
+    def spill(self) -> Path | None:
+        """The folder for hidden states, if the recipe keeps them on disk: beside the result, not in a /tmp
+        that may be memory."""
+        return self.target.parent if self.run.settings.spill else None
+
 
 # Stages that train with all processes of a run; the others are the main one's alone.
 DISTRIBUTED = frozenset({"distill"})
@@ -116,6 +122,7 @@ def _prune(work: Work) -> dict[str, Any]:
         tokens=work.tokens,
         device=work.run.device,
         saved=work.saved,
+        spill=work.spill,
     )
 
 
@@ -139,7 +146,9 @@ def _quantize(work: Work) -> dict[str, Any]:
     if run.search is not None:
         assert work.tokens is not None
         saved = work.saved.part("search")
-        schemes, found = choose(work.source, run.search, schemes, work.tokens, run.device, saved)
+        schemes, found = choose(
+            work.source, run.search, schemes, work.tokens, run.device, saved, work.spill
+        )
         searched = {"search": found}
     return searched | quantize(
         work.source,
@@ -150,6 +159,7 @@ def _quantize(work: Work) -> dict[str, Any]:
         roundings=run.roundings,
         device=run.device,
         saved=work.saved.part("blocks"),
+        spill=work.spill,
     )
 
 
@@ -157,7 +167,13 @@ def _repair(work: Work) -> dict[str, Any]:
     assert work.run.repair is not None
     assert work.tokens is not None
     repaired = work.run.repair(
-        work.source, work.model, work.target, work.tokens, work.run.device, work.saved
+        work.source,
+        work.model,
+        work.target,
+        work.tokens,
+        work.run.device,
+        work.saved,
+        work.spill,
     )
     return {"repair": repaired}
 
@@ -171,6 +187,7 @@ def _kv_cache(work: Work) -> dict[str, Any]:
         tokens=work.tokens,
         device=work.run.device,
         saved=work.saved,
+        spill=work.spill,
     )
 
 

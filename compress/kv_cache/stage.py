@@ -40,9 +40,12 @@ def quantize_cache(
     tokens: Tensor | None,
     device: torch.device,
     saved: Saved = NOWHERE,
+    spill: Path | None = None,
 ) -> dict[str, Any]:
-    """Write ``source`` with its cache scheme to ``target``. tokens (sequences, length), if scales are fixed;
-    saved: where a killed one left those that it had.
+    """Write ``source`` with its cache scheme to ``target``.
+
+    tokens (sequences, length), if scales are fixed; saved: where a killed one left those that it had
+    spill: a folder that hidden states are kept in, if not in memory
 
     Returns what metrics.json keeps: the scheme, and the scales of every layer. Raises UserError for an
     unknown family, a head size that the scheme does not fit, a cache that is quantized already.
@@ -51,7 +54,7 @@ def quantize_cache(
     scales = None
     if scheme.static:
         assert tokens is not None, "scales need tokens"
-        scales = calibrate(source, scheme, tokens, device, saved)
+        scales = calibrate(source, scheme, tokens, device, saved, spill)
     target.mkdir(parents=True)
     source.copy_companions(target)
     weight_map = {name: source.file_of(name).name for name in source.names}
@@ -111,16 +114,18 @@ def calibrate(
     tokens: Tensor,
     device: torch.device,
     saved: Saved = NOWHERE,
+    spill: Path | None = None,
 ) -> dict[str, Tensor]:
     """Scales by the largest |key| and |value| that calibration sees, as compressed-tensors stores them:
     float32 (1,), or (heads, 1, 1) with a scale for every head."""
     family = family_of(source.config)
-    walk = Walk(source, family, device, read=Unpacked(source))
+    walk = Walk(source, family, device, read=Unpacked(source), spill=spill)
     walk.embed(tokens)
     scales: dict[str, Tensor] = {}
     position = saved.load()
     if position is not None:
-        walk.hidden, scales = position.tensors["hidden"].to(device), position.under("scales")
+        walk.hidden = walk.states.keep(position.tensors["hidden"])
+        scales = position.under("scales")
         log.info("kv_cache goes on after block %d of %d", position.facts["done"], len(walk))
     start = 0 if position is None else position.facts["done"]
     del position

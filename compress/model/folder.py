@@ -156,6 +156,23 @@ class ModelFolder:
         with self._open(self.file_of(name)) as f:
             return self._checked(name, lambda: f.get_tensor(name))
 
+    def rows(self, name: str, count: int) -> Iterator[Tensor]:
+        """The rows of a tensor, ``count`` at a time, each part read when its turn comes: of a tensor in a
+        safetensors file no more is in memory."""
+        file, shape = self.file_of(name), self.shape(name)
+        if not shape:
+            yield self.tensor(name)
+            return
+        if file.suffix == SUFFIX:
+            yield from self.tensor(name).split(count)
+            return
+        for start in range(0, shape[0], count):
+            # Opened anew: what was read stays in memory as long as the file is mapped.
+            with self._open(file) as f:
+                part = self._checked(name, lambda: f.get_slice(name))
+                yield part[start : start + count]
+            del part
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, from the header alone."""
         with self._open(self.file_of(name)) as f:

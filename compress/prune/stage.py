@@ -60,9 +60,10 @@ def prune(
     tokens: Tensor,
     device: torch.device,
     saved: Saved = NOWHERE,
+    spill: Path | None = None,
 ) -> dict[str, Any]:
     """Write the pruned model to ``target``. tokens: calibration tokens (sequences, length); saved: where a
-    killed one left what it had done.
+    killed one left what it had done; spill: a folder that hidden states are kept in, if not in memory.
 
     Returns what metrics.json keeps: the shape before and after, candidates with their divergence, the
     survey, and per block the relative errors of attention and MLP and how far its stream is from the
@@ -75,12 +76,18 @@ def prune(
     candidates = wanted(found, knobs)
     start = time.perf_counter()
     surveyed = survey(
-        source, found, tokens, device, drop_one=knobs.depth == "perplexity", saved=saved
+        source,
+        found,
+        tokens,
+        device,
+        drop_one=knobs.depth == "perplexity",
+        saved=saved,
+        spill=spill,
     )
     log.info("surveyed %d blocks in %.1f s", found.shape.layers, time.perf_counter() - start)
     plans = [_plan(found, shape, surveyed, knobs) for shape in candidates]
     plan, trials = _judged(source, plans, tokens, device, target.parent, saved.part("trials"))
-    blocks = cut(source, target, plan, tokens, device, saved.part("cut"))
+    blocks = cut(source, target, plan, tokens, device, saved.part("cut"), spill)
     shape = plan.shape
     old = found.shape
     return {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,14 +104,16 @@ def survey(
     *,
     drop_one: bool,
     saved: Saved = NOWHERE,
+    spill: Path | None = None,
 ) -> Survey:
     """Look at every block with calibration tokens (sequences, length).
 
     drop_one: also take the perplexity without each block, on DROP_ONE sequences
-    saved: where a killed one left what it had seen. Raises UserError for activations that are not finite.
+    saved: where a killed one left what it had seen; spill: a folder that hidden states are kept in, if not in
+    memory. Raises UserError for activations that are not finite.
     """
     family = anatomy.family
-    walk = Walk(source, family, device)
+    walk = Walk(source, family, device, spill=spill)
     walk.embed(tokens)
     seen = _Seen([_sample(walk.hidden)], torch.zeros(anatomy.shape.hidden, dtype=torch.float64))
     own = saved.part("survey")
@@ -157,7 +160,8 @@ class _Seen:
         if position is None:
             return
         self.influence, found = position.facts["influence"], position.tensors
-        walk.hidden, self.channels = (found[n].to(walk.device) for n in ("hidden", "channels"))
+        walk.hidden = walk.states.keep(found["hidden"])
+        self.channels = found["channels"].to(walk.device)
         self.heads, self.neurons = (list(found[n].to(walk.device)) for n in ("heads", "neurons"))
         self.states = list(found["states"])
         log.info("the survey goes on after block %d of %d", len(self.influence), len(walk))
@@ -170,21 +174,23 @@ def _look(walk: Walk, index: int, anatomy: Anatomy, seen: _Seen) -> None:
         activations = walk.enter(index)
         heads, neurons = Sizes(shape.heads, device), Sizes(shape.mlp, device)
         norms = [Sizes(shape.hidden, device) for _ in range(2)]
-        out, lost, count = torch.empty_like(activations.inputs), 0.0, 0
-        passage = Passage(
-            module, family, activations.inputs, activations.arguments, activations.rows
-        )
+        lost, count, finite = 0.0, 0, True
+        passage = Passage(module, family, activations)
         observers = {
             family.attention_output: heads, family.mlp_output: neurons,
             family.queries: norms[0], family.neurons[0]: norms[1],
         }  # fmt: skip
+        out = walk.states.like(activations.inputs)
+        places = out.split(activations.rows)
         with passage.watched({name: s.add for name, s in observers.items() if name}):
-            for x, y in passage.batches(activations.inputs, out):
-                y.copy_(module(x, **activations.arguments))
+            for (x,), place in zip(passage.batches(passage.X), places, strict=True):
+                y = module(x, **activations.arguments)
+                walk.states.done(place.copy_(y))
                 lost += float(distance(x, y).double().sum())
                 count += x.shape[0] * x.shape[1]
+                finite &= bool(torch.isfinite(y).all())
         walk.hidden = out
-    if not torch.isfinite(out).all():
+    if not finite:
         raise UserError(
             f"{walk.prefix(index)} of {walk.folder.path} gives NaN or Inf on the calibration text"
         )
@@ -198,7 +204,8 @@ def _look(walk: Walk, index: int, anatomy: Anatomy, seen: _Seen) -> None:
 def _sample(X: Tensor | None) -> Tensor:
     assert X is not None
     flat = X.flatten(0, 1)
-    return flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE].cpu()
+    # A copy: a part of the states would keep all of them.
+    return flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE].to("cpu", copy=True)
 
 
 @torch.no_grad()

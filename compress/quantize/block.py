@@ -5,7 +5,7 @@ W (out, in); H (in, in); s (in,)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -19,6 +19,9 @@ from compress.model.families import Family, Input
 from compress.model.walk import Activations
 from compress.quantize.qtensor import QTensor
 from compress.quantize.scheme import Grid, Scheme, make_grid
+
+# Numbers of a matrix that are worked on at a time, where each row is by itself.
+PART = 2**23
 
 
 @dataclass
@@ -105,9 +108,9 @@ class Block:
         data = self.activations
         with self.attention_once(), collector.hooks():
             originals = None if twin is None else data.batches(_given(data.original))
-            for i, X in enumerate(data.batches(data.inputs)):
+            for X in data.batches(data.inputs):
                 if originals is not None:
-                    collector.run(_given(twin), originals[i], data.arguments)
+                    collector.run(_given(twin), next(originals), data.arguments)
                 collector.run(self.module, X, data.arguments)
         self.moments |= collector.means()
         for first in firsts:
@@ -127,8 +130,9 @@ class Block:
             yield
             return
         out, attention = self.part(name), self.part(name.rpartition(".")[0])
+        states = _given(self.activations).states
         if self._attended:
-            batches = iter(self._attended)
+            batches = states.read(self._attended)
             attention.forward = lambda *_, **__: (out(next(batches)), None)
             try:
                 yield
@@ -136,7 +140,7 @@ class Block:
                 del attention.forward
             return
         seen: list[Tensor] = []
-        handle = out.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        handle = out.register_forward_pre_hook(lambda _, args: seen.append(states.keep(args[0])))
         try:
             yield
             self._attended = seen
@@ -216,7 +220,23 @@ def _given(value: Any) -> Any:
 
 def output_error(D: Tensor, H: Tensor) -> float:
     """Mean squared output error of a weight change D (out, in) on inputs with second moment H."""
-    return float(((D @ H) * D).sum())
+    return summed_error(row_parts(D), H, len(D))
+
+
+def summed_error(parts: Iterable[Tensor], H: Tensor, rows: int) -> float:
+    """The same of a change whose ``rows`` come in parts, which need not be in memory together. They are added
+    up in one piece, so that the sum does not depend on the parts."""
+    products, done = H.new_empty(rows, len(H)), 0
+    for D in parts:
+        torch.mul(D @ H, D, out=products[done : done + len(D)])
+        done += len(D)
+    assert done == rows, (done, rows)
+    return float(products.sum())
+
+
+def row_parts(W: Tensor) -> tuple[Tensor, ...]:
+    """The rows of W in parts of ``PART`` numbers: what is computed of one part takes little memory."""
+    return W.split(max(1, PART // W.shape[1]))
 
 
 def group_moments(H: Tensor, columns: int) -> Tensor:

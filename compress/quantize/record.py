@@ -8,15 +8,17 @@ config.json carries ``compress_record`` with the schemes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compress.errors import UserError
 from compress.model.families import family_of
 from compress.model.folder import INDEX, ModelFolder, reading, save_tensors, write_json
+from compress.model.tensor_file import TensorFile
 from compress.quantize.qtensor import QTensor
 from compress.quantize.scheme import Scheme, Schemes
 
@@ -24,6 +26,8 @@ KEY = "compress_record"
 VERSION = 3
 # The tensors of a quantized linear; the first two are always there.
 PARTS = ("codes", "scale", "zero", "divisor", "input_scale", "columns", "kept")
+# Shape and type of a tensor, and its rows in parts.
+Rows = tuple[tuple[int, ...], torch.dtype, Iterable[Tensor]]
 
 
 class RecordWriter:
@@ -55,6 +59,14 @@ class RecordWriter:
         flat = {name: tensor.cpu().contiguous() for name, tensor in flat.items()}
         save_tensors(self.path / file, flat)
         self.weight_map |= dict.fromkeys(flat, file)
+
+    def add_rows(self, file: str, tensors: Mapping[str, Rows]) -> None:
+        """Write one safetensors file of plain tensors, of which no more than a few rows are in memory."""
+        written = TensorFile(self.path / file)
+        for name, (shape, dtype, parts) in tensors.items():
+            written.add_rows(name, shape, dtype, parts)
+        written.close()
+        self.weight_map |= dict.fromkeys(tensors, file)
 
     def close(self) -> None:
         """Write index and config: before that the folder does not open."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from calibration.tokens import held_out
 from compress.errors import UserError
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder
+from compress.model.states import States
 from compress.progress import track
 from compress.quantize import record
 from compress.runtime.load import load_dense
@@ -76,10 +77,12 @@ class Kl:
         tokens: Tensor,
         device: torch.device,
         saved: Saved = NOWHERE,
+        spill: Path | None = None,
     ) -> dict[str, Any]:
         """Train the record ``source`` and write it to ``target``.
 
-        tokens: int64 (sequences, length); saved: where a killed one left its training
+        tokens: int64 (sequences, length); saved: where a killed one left its training; spill: a folder that
+        the original's final states are kept in, if not in memory
         Returns in nats per token the mean KL of every pass as it was while training (``kl``) and of
         the held-out sequences before and after every pass (``held_out_kl``), which of these states was
         kept (0 is the start), and how many tokens the training saw. Raises UserError as ``check`` does.
@@ -87,7 +90,9 @@ class Kl:
         self.check(source, len(tokens))
         tokens = tokens.to(device)
         teacher = load_dense(original, device, source.dtype)
-        goal = Goal(tokens, _final_states(teacher, tokens), _head_of(teacher))
+        states = States(device, spill)
+        states.settle(tokens.numel() * _head_of(teacher)[0].nbytes)
+        goal = Goal(tokens, _final_states(teacher, tokens, states), _head_of(teacher), states)
         del teacher
         student = Student(load_dense(source, device, source.dtype), source, goal)
         trained, held = held_out(len(tokens))
@@ -193,11 +198,12 @@ class _Pass:
 @dataclass(frozen=True)
 class Goal:
     """What the original makes of the tokens (sequences, length). states: its final ones, (sequences,
-    length, hidden); head: (vocabulary, hidden)"""
+    length, hidden); head: (vocabulary, hidden); room: where ``states`` are kept"""
 
     tokens: Tensor
     states: Tensor
     head: Tensor
+    room: States = field(default_factory=States)
 
 
 class Student:
@@ -232,7 +238,7 @@ class Student:
         return cast(Tensor, found.last_hidden_state)
 
     def _divergence(self, rows: Tensor, H: Tensor) -> tuple[float, Tensor]:
-        return divergence(H, self.head, self.goal.states[rows], self.goal.head)
+        return divergence(H, self.head, self.goal.room.pick(self.goal.states, rows), self.goal.head)
 
     def state(self) -> list[Tensor]:
         return [factor.detach().clone() for factor in self.factors]
@@ -272,13 +278,11 @@ def _share(step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def _final_states(model: Any, tokens: Tensor) -> Tensor:
-    return torch.cat(
-        [
-            model.model(input_ids=row.unsqueeze(0), use_cache=False).last_hidden_state
-            for row in tokens
-        ]
+def _final_states(model: Any, tokens: Tensor, states: States) -> Tensor:
+    parts = (
+        model.model(input_ids=row.unsqueeze(0), use_cache=False).last_hidden_state for row in tokens
     )
+    return states.joined(parts, len(tokens))
 
 
 @torch.no_grad()

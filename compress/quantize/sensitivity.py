@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,7 @@ def sensitivities(
     tokens: Tensor,
     device: torch.device,
     saved: Saved = NOWHERE,
+    spill: Path | None = None,
 ) -> tuple[list[list[float]], list[float]]:
     """KL(original || one group at so many bits) in nats per token, (groups, choices).
 
@@ -59,7 +61,7 @@ def sensitivities(
     first group at 8 bits has next to no divergence of its own.
     """
     family = family_of(source.config)
-    walk = Walk(source, family, device)
+    walk = Walk(source, family, device, spill=spill)
     position = saved.load()
     found: list[list[float]] = [] if position is None else position.facts["found"]
     floors: list[float] = [] if position is None else position.facts["floors"]
@@ -70,7 +72,7 @@ def sensitivities(
         goal = original.finish(0)
         if position is not None:
             log.info("the search of bits goes on after block %d of %d", len(floors), len(walk))
-            walk.hidden = position.tensors["hidden"].to(device)
+            walk.hidden = walk.states.keep(position.tensors["hidden"])
             del position
         for index in track(range(len(floors), len(walk)), "search bits"):
             start = time.perf_counter()
@@ -172,8 +174,10 @@ class _Original:
         X = self.walk.hidden
         assert X is not None
         for i in range(index, len(self.walk)):
-            X = self.walk.enter(i).forward(self.walk.layers[i], X)
-        return self.norm(X).flatten(0, -2).to(self.walk.folder.dtype)
+            entering = self.walk.enter(i)
+            X = entering.forward(self.walk.layers[i], X)
+        finals = [self.norm(x).flatten(0, -2) for x in entering.batches(X)]
+        return torch.cat(finals).to(self.walk.folder.dtype)
 
 
 @contextmanager
@@ -188,7 +192,7 @@ def _whole(walk: Walk) -> Iterator[_Original]:
     name = f"{family.final_norm}.weight"
     assign(model, name, folder.tensor(name).to(device=walk.device, dtype=folder.dtype))
     assert walk.hidden is not None
-    walk.hidden = walk.hidden.float()
+    walk.hidden = walk.enter(0).copy(walk.hidden, torch.float32)
     with ExitStack() as stack:
         for index in range(len(walk)):
             layer = stack.enter_context(walk.open(index))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,17 @@ from compress.errors import UserError
 from compress.model.families import Family, family_of
 from compress.model.folder import ModelFolder, Shapes
 from compress.model.skeleton import finite
-from compress.model.walk import Walk
+from compress.model.tensor_file import rows_of
+from compress.model.walk import Activations, Walk
 from compress.progress import track
-from compress.quantize.block import Block, Rounding, Transform, output_error
+from compress.quantize.block import (
+    Block,
+    Rounding,
+    Transform,
+    output_error,
+    row_parts,
+    summed_error,
+)
 from compress.quantize.head import quantize_rows
 from compress.quantize.outliers import Outliers
 from compress.quantize.qtensor import QTensor
@@ -30,7 +38,7 @@ from eval.memory import trim
 log = logging.getLogger(__name__)
 
 
-def quantize(
+def quantize(  # noqa: PLR0913
     source: ModelFolder,
     target: Path,
     *,
@@ -40,6 +48,7 @@ def quantize(
     roundings: Sequence[Rounding],
     device: torch.device,
     saved: Saved = NOWHERE,
+    spill: Path | None = None,
 ) -> dict[str, Any]:
     """Quantize the linears of the decoder blocks.
 
@@ -47,6 +56,7 @@ def quantize(
         inputs of a block come from the already quantized blocks before it, and errors are reported.
     roundings: the first picks the integers, each further one refines them
     saved: where a killed one left the blocks that it had done
+    spill: a folder that hidden states are kept in, if not in memory
     Writes the record to ``target`` and returns what metrics.json keeps: per block its seconds and, if
     a method looks at the original, the drift from it; per linear its relative output error; how often
     damping was raised; which linears saw fewer tokens than they have inputs; outliers among the inputs, if
@@ -60,7 +70,7 @@ def quantize(
     inputs, outliers = schemes.linears.inputs, None
     if tokens is not None and inputs is not None:
         outliers = Outliers(family, inputs.threshold)
-    walk = Walk(source, family, device)
+    walk = Walk(source, family, device, spill=spill)
     original = any(method.needs_original for method in roundings)
     assert tokens is not None or not needs_data(schemes, transforms, roundings), (
         "methods need tokens"
@@ -121,7 +131,7 @@ class _Work:
         self.writer.weight_map |= position.facts["weight_map"]
         for name in ("hidden", "original"):
             if name in position.tensors:
-                setattr(self.walk, name, position.tensors[name].to(self.walk.device))
+                setattr(self.walk, name, self.walk.states.keep(position.tensors[name]))
         if self.outliers is not None:
             self.outliers.go_on(position.facts["outliers"], position.under("outliers"))
         log.info("quantize goes on after block %d of %d", len(self.blocks), len(self.walk))
@@ -151,7 +161,7 @@ def _block(
         if block.activations is not None:
             with block.attention_once():
                 walk.leave(index, block.activations)
-            report |= _drift(walk.hidden, walk.original)
+            report |= _drift(walk, block.activations)
         work.writer.add(f"block-{index:05d}.safetensors", _tensors(block, prefix, quantized))
     report["seconds"] = time.perf_counter() - start
     log.info("%s: %.1f s%s", prefix, report["seconds"], _error_text(report))
@@ -255,7 +265,8 @@ def open_block(
 
 
 def _close(block: Block, quantized: Mapping[str, QTensor]) -> dict[str, Any]:
-    """Put the quantized weights into the module and report each linear's relative output error.
+    """Put the quantized weights into the module and report each linear's relative output error. Its working
+    copy and its moments are let go.
 
     The error is taken in the transformed space, E|Wq x - W x|^2 / E|W x|^2, W after the transforms; it is
     of the weights alone, where a scheme rounds inputs too.
@@ -264,27 +275,35 @@ def _close(block: Block, quantized: Mapping[str, QTensor]) -> dict[str, Any]:
     for name, q in quantized.items():
         Wq = q.dequantize(block.dtype)
         entry = {"bits_per_weight": q.bits_per_weight}
-        if name in block.moments:
-            H, W = block.moments[name].second, block.weights[name]
+        W, moments = block.weights.pop(name), block.moments.pop(name, None)
+        if moments is not None:
+            H = moments.second
             before = output_error(W, H)
-            entry["relative_error"] = output_error(Wq.float() - W, H) / before if before else 0.0
-            if block.moments[name].tokens < W.shape[1]:
-                entry["few_tokens"] = block.moments[name].tokens
+            parts = zip(row_parts(Wq), row_parts(W), strict=True)
+            lost = summed_error((q_rows.float() - rows for q_rows, rows in parts), H, len(W))
+            entry["relative_error"] = lost / before if before else 0.0
+            if moments.tokens < W.shape[1]:
+                entry["few_tokens"] = moments.tokens
         report["linears"][name] = entry
         block.place(name, Wq)
         block.place_inputs(name, q)
     return report
 
 
-def _drift(hidden: Tensor | None, original: Tensor | None) -> dict[str, float]:
+def _drift(walk: Walk, activations: Activations) -> dict[str, float]:
     """How far the compressed stream is from the original's, relative to each token's size, if both run.
 
     This is what gptaq and learned aim at; the errors of single linears count on compressed inputs.
     """
-    if hidden is None or original is None:
+    if walk.hidden is None or walk.original is None:
         return {}
-    lost = (hidden.float() - original.float()).pow(2).mean(-1)
-    return {"drift": float((lost / original.float().pow(2).mean(-1).clamp(min=1e-6)).mean())}
+    parts = zip(*map(activations.batches, (walk.hidden, walk.original)), strict=True)
+    shares = [
+        (hidden.float() - original.float()).pow(2).mean(-1)
+        / original.float().pow(2).mean(-1).clamp(min=1e-6)
+        for hidden, original in parts
+    ]
+    return {"drift": float(torch.cat(shares).mean())}
 
 
 def _tensors(block: Block, prefix: str, quantized: Mapping[str, QTensor]) -> dict[str, Any]:
@@ -317,11 +336,18 @@ def _copy_rest(
         # Some files of tied models hold the shared matrix twice: here it is one.
         done = (f"{family.embedding}.weight", f"{family.head}.weight")
         rest = [name for name in rest if name not in done]
-    writer.add(
+    shapes = {name: source.shape(name) for name in rest}
+    writer.add_rows(
         "rest.safetensors",
-        {name: finite(source, name, source.tensor(name).to(source.dtype)) for name in rest},
+        {name: (shapes[name], source.dtype, _finite_rows(source, name)) for name in rest},
     )
     return report
+
+
+def _finite_rows(source: ModelFolder, name: str) -> Iterator[Tensor]:
+    """A tensor in the model's dtype, some rows at a time. Raises UserError if it holds NaN or Inf."""
+    for rows in source.rows(name, rows_of(source.shape(name), source.dtype.itemsize)):
+        yield finite(source, name, rows.to(source.dtype))
 
 
 def _error_text(report: Mapping[str, Any]) -> str:

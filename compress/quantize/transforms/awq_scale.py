@@ -1,10 +1,11 @@
 """AWQ's activation-aware scaling (arXiv 2306.00978, section 3.2).
 
-W (out, in) all readers of one input, stacked; H (in, in); x, s (in,)
+W, D (out, in); H (in, in); x, s (in,)
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import UserError
-from compress.quantize.block import Block, output_error
+from compress.quantize.block import Block, row_parts, summed_error
 from compress.quantize.scheme import Scheme, fake_quantize, make_grid
 
 
@@ -37,10 +38,10 @@ class AwqScale:
         for shared in block.family.inputs:
             if not block.can_fold(shared):
                 continue
-            W = torch.cat([block.weights[name] for name in shared.linears])
+            readers = [block.weights[name] for name in shared.linears]
             moments = block.moments_of(shared.linears[0])
             s, exponent, ratio = self.search(
-                W, moments.second, moments.magnitude, block.scheme(shared), block.dtype
+                readers, moments.second, moments.magnitude, block.scheme(shared), block.dtype
             )
             block.fold(shared, s)
             block.notes[f"awq_scale.{'+'.join(shared.linears)}"] = {
@@ -49,20 +50,32 @@ class AwqScale:
             }
 
     def search(
-        self, W: Tensor, H: Tensor, x: Tensor, scheme: Scheme, dtype: torch.dtype
+        self, readers: list[Tensor], H: Tensor, x: Tensor, scheme: Scheme, dtype: torch.dtype
     ) -> tuple[Tensor, float, float]:
-        """The scale with the least output error.
+        """The scale with the least output error of all readers of an input, each (out, in).
 
         Returns s, its exponent, and its error as a share of the error without scaling.
         """
-        best, errors = torch.ones_like(x), []
+        best, errors, rows = torch.ones_like(x), [], sum(map(len, readers))
         for i in range(self.grid):
             s = x.pow(i / self.grid).clamp(min=1e-4)
             s /= (s.max() * s.min()).sqrt()
-            scaled = W * s
-            D = fake_quantize(scaled, make_grid(scaled, scheme, dtype), scheme).div_(s).sub_(W)
-            errors.append(output_error(D, H))
+            errors.append(summed_error(_changes(readers, s, scheme, dtype), H, rows))
             if errors[-1] == min(errors):
                 best = s
         exponent = errors.index(min(errors)) / self.grid
         return best, exponent, min(errors) / errors[0] if errors[0] else 1.0
+
+
+def _changes(
+    readers: list[Tensor], s: Tensor, scheme: Scheme, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """How rounding changes the weights if their columns are scaled by s, some rows at a time."""
+    # Elsewhere rows share numbers: a scale, or the divisor of all scales.
+    if not scheme.grouped_integers:
+        readers = [torch.cat(readers)]
+    for W in readers:
+        for rows in row_parts(W) if scheme.grouped_integers else (W,):
+            scaled = rows * s
+            grid = make_grid(scaled, scheme, dtype)
+            yield fake_quantize(scaled, grid, scheme).div_(s).sub_(rows)
