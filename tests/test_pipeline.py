@@ -646,6 +646,7 @@ def test_a_stage_may_leave_a_plain_model_of_another_shape(
     run = run_of(tiny, text_file, *words)
     run = replace(run, settings=replace(run.settings, stages=["narrow", *after]))
     monkeypatch.setitem(stages._STAGES, "narrow", narrowed)
+    monkeypatch.setitem(pipeline.KNOBS_OF, "narrow", ())
     metrics = pipeline.run_recipe(run, "narrow", tmp_path)
     assert verify(tmp_path / "checkpoint") == []
     base, candidate = metrics["base"], metrics["candidate"]

@@ -42,9 +42,9 @@ def scheme_of(folder: Shapes) -> CacheScheme | None:
     stated = (folder.config.get("quantization_config") or {}).get("kv_cache_scheme")
     if stated is None:
         return None
-    if not isinstance(stated, dict) or not isinstance(stated.get("strategy"), str):
-        raise UserError(f"{folder.path}/config.json: kv_cache_scheme states no strategy")
-    per = FLOATS.get(stated["strategy"])
+    if not isinstance(stated, dict):
+        raise UserError(f"{folder.path}/config.json: kv_cache_scheme is no object")
+    per = FLOATS.get(str(stated.get("strategy")))
     if (stated.get("type"), stated.get("num_bits")) != ("float", 8) or per is None:
         raise UserError(
             f"{folder.path}: kv_cache_scheme of {stated.get('type')}, {stated.get('num_bits')} bits, per "
