@@ -184,7 +184,10 @@ def load_texts(source: str, field: str, split: str) -> list[str]:
         )
     if field not in rows.column_names:
         raise UserError(f"{source} has no field {field!r}: it has {', '.join(rows.column_names)}")
-    values = list(rows[field])
+    try:
+        values = list(rows[field])
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source} has text in field {field!r} that is not UTF-8: {error}") from error
     if not all(value is None or isinstance(value, str) for value in values):
         raise UserError(f"{source} has values that are no text in field {field!r}")
     texts = [text for text in values if text and text.strip()]
