@@ -93,11 +93,11 @@ def test_prune(
 @pytest.mark.usefixtures("few_rows")
 def test_search_and_cache(tiny: ModelFolder, tokens: torch.Tensor, tmp_path: Path) -> None:
     search = Search(average_bits=3.5, choices=[3, 4])
-    found = [choose(tiny, search, INT4, tokens, CPU, spill)[1] for spill in (None, tmp_path)]
+    found = [choose(tiny, search, INT4, tokens, CPU, spill=spill)[1] for spill in (None, tmp_path)]
     assert without_seconds(found[0]) == without_seconds(found[1])
     fp8 = StateScheme(type="float", bits=8, per="tensor")
     scheme = CacheScheme(keys=fp8, values=fp8)
-    scales = [calibrate(tiny, scheme, tokens, CPU, spill) for spill in (None, tmp_path)]
+    scales = [calibrate(tiny, scheme, tokens, CPU, spill=spill) for spill in (None, tmp_path)]
     assert all(torch.equal(scales[0][name], scales[1][name]) for name in scales[1])
 
 

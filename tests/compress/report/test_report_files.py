@@ -309,7 +309,9 @@ def test_an_original_is_what_all_its_runs_measured() -> None:
 @pytest.mark.parametrize("text", ["{", "[]", '{"loss": 3}', "\xff"])
 def test_another_file_of_that_name_is_told(tmp_path: Path, text: str) -> None:
     (tmp_path / "metrics.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(UserError, match=r"metrics.json (is not valid JSON|does not hold|is not of a run)"):
+    with pytest.raises(
+        UserError, match=r"metrics.json (is not valid JSON|does not hold|is not of a run)"
+    ):
         find_runs([tmp_path])
 
 
