@@ -98,6 +98,8 @@ def quantizing(
     schemes: Schemes,
     transforms: list[Any],
     roundings: list[Any],
+    *,
+    spill: bool = False,
 ) -> Work:
     def work(target: Path, saved: Saved) -> dict[str, Any]:
         return quantize(
@@ -109,6 +111,8 @@ def quantizing(
             roundings=roundings,
             device=CPU,
             saved=saved,
+            # Where nobody saves they stay in memory.
+            spill=target.parent if spill and saved is not NOWHERE else None,
         )
 
     return work
@@ -139,6 +143,11 @@ def test_quantize(
     roundings: list[Any],
 ) -> None:
     same_in_the_end(quantizing(tiny, tokens, schemes, transforms, roundings), tmp_path, 3)
+
+
+def test_quantize_with_states_on_disk(tiny: ModelFolder, tokens: Tensor, tmp_path: Path) -> None:
+    work = quantizing(tiny, tokens, Schemes(INTS), [AwqScale()], [Gptaq()], spill=True)
+    same_in_the_end(work, tmp_path, 3)
 
 
 def test_quantize_without_data(tiny: ModelFolder, tmp_path: Path) -> None:
