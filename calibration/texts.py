@@ -187,7 +187,9 @@ def load_texts(source: str, field: str, split: str) -> list[str]:
     try:
         values = list(rows[field])
     except UnicodeDecodeError as error:
-        raise UserError(f"{source} has text in field {field!r} that is not UTF-8: {error}") from error
+        raise UserError(
+            f"{source} has text in field {field!r} that is not UTF-8: {error}"
+        ) from error
     if not all(value is None or isinstance(value, str) for value in values):
         raise UserError(f"{source} has values that are no text in field {field!r}")
     texts = [text for text in values if text and text.strip()]

@@ -18,7 +18,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from compress import processes
 from compress.commands import VERBS
@@ -112,7 +112,9 @@ def run_recipes(words: list[str]) -> int:
 
         choice = HydraConfig.get()
         out = Path(choice.runtime.output_dir)
-        name = run_name(choice.runtime.choices["recipe"], list(choice.overrides.task))
+        # As they were said: of a key that is set twice the first may name what is not there.
+        words: Any = OmegaConf.to_container(choice.overrides.task, resolve=False)
+        name = run_name(choice.runtime.choices["recipe"], words)
         goes_on = f"the same command with hydra.run.dir={out} goes on from there"
         try:
             last = len(finished) + 1 == len(combinations)

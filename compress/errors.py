@@ -1,5 +1,8 @@
 """The one exception that is for people: a mistake the user can mend."""
 
+# Characters of a sentence that are shown: a name in a file may be as long as the file.
+SHOWN = 1000
+
 
 class UserError(ValueError):
     """A wrong option, folder, or file, told in one sentence that names the thing and what is allowed.
@@ -11,7 +14,10 @@ class UserError(ValueError):
 
 def one_line(error: UserError) -> str:
     """The sentence as it may be printed: names that a file brings may hold line breaks, and worse."""
-    return printable(" ".join(str(error).split()))
+    text = " ".join(str(error).split())
+    if len(text) > SHOWN:
+        text = f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}"
+    return printable(text)
 
 
 def printable(line: str) -> str:

@@ -36,7 +36,8 @@ from torch import Tensor
 
 from compress.environment import PACKAGES, device_name, version_of
 from compress.errors import UserError
-from compress.model.folder import file_sha256, read_json, save_tensors, write_json
+from compress.model.folder import file_sha256, read_json, write_json
+from compress.model.tensor_file import TensorFile
 
 log = logging.getLogger(__name__)
 now = time.perf_counter
@@ -185,7 +186,11 @@ class Saved:
         target = self.path / f"{PREFIX}{self._count}"
         partial = target.with_name(target.name + PARTIAL)
         partial.mkdir(parents=True)
-        save_tensors(partial / TENSORS, given)
+        # Tensor by tensor: states that were spilled may be larger than the memory.
+        file = TensorFile(partial / TENSORS)
+        for name, tensor in given.items():
+            file.add(name, tensor)
+        file.close()
         checksums = {name: _checksum(t) for name, t in given.items()}
         write_json(
             partial / FACTS,

@@ -410,7 +410,10 @@ MISTAKES = [
         f"compares is neither a verb ({', '.join(VERBS)}) nor",
     ),
     (["recipe=rtn-int4", "scheme.bits=four"], "scheme.bits: Value 'four'"),
-    (["recipe=rtn-int4", f"hydra.run.dir={__file__}/x"], "cannot be written: choose another"),
+    (
+        ["recipe=rtn-int4", f"hydra.run.dir={__file__}/x"],
+        "cannot be written (Not a directory): choose another",
+    ),
     (["compare", "nowhere"], "there is no folder nowhere"),
     (["compare", "."], "no finished run below ."),
     (["compare", ".", "gate.kl=small"], "gate.kl=small is not allowed: choose a number"),
