@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from calibration.moments import Tokens
 from compress.errors import UserError
 from compress.quantize.block import Block, row_parts, summed_error
 from compress.quantize.scheme import Scheme, fake_quantize, make_grid
@@ -41,7 +42,7 @@ class AwqScale:
             readers = [block.weights[name] for name in shared.linears]
             moments = block.moments_of(shared.linears[0])
             s, exponent, ratio = self.search(
-                readers, moments.second, moments.magnitude, block.scheme(shared), block.dtype
+                readers, moments.H, moments.magnitude, block.scheme(shared), block.dtype
             )
             block.fold(shared, s)
             block.notes[f"awq_scale.{'+'.join(shared.linears)}"] = {
@@ -50,7 +51,12 @@ class AwqScale:
             }
 
     def search(
-        self, readers: list[Tensor], H: Tensor, x: Tensor, scheme: Scheme, dtype: torch.dtype
+        self,
+        readers: list[Tensor],
+        H: Tensor | Tokens,
+        x: Tensor,
+        scheme: Scheme,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, float, float]:
         """The scale with the least output error of all readers of an input, each (out, in).
 
