@@ -22,6 +22,9 @@ from compress.quantize.scheme import Grid, Scheme, make_grid
 
 # Numbers of a matrix that are worked on at a time, where each row is by itself.
 PART = 2**23
+# Of these, the numbers that go through elementwise work at a time: they and what is made of them stay in a
+# core's cache.
+PIECE = 2**17
 
 
 @dataclass
@@ -239,9 +242,9 @@ def summed_error(parts: Iterable[Tensor], H: Tensor | Tokens, rows: int) -> floa
     return float(products.sum())
 
 
-def row_parts(W: Tensor) -> tuple[Tensor, ...]:
-    """The rows of W in parts of ``PART`` numbers: what is computed of one part takes little memory."""
-    return W.split(max(1, PART // W.shape[1]))
+def row_parts(W: Tensor, numbers: int = PART) -> tuple[Tensor, ...]:
+    """The rows of W in parts of so many numbers: what is computed of one part takes little memory."""
+    return W.split(max(1, numbers // W.shape[1]))
 
 
 def group_moments(H: Tensor | Tokens, columns: int) -> Tensor:
