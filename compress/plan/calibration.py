@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from calibration.moments import are_few
 from compress.config import Run
 from compress.model.families import Family, family_of
 from compress.model.folder import Shapes
@@ -60,7 +61,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """The letters above, with the input squares: sum and largest of K^2 over the shared inputs."""
+    """The letters above, with the input squares: sum and largest of K^2 over the shared inputs; moments:
+    what is kept of them, K^2 numbers or the tokens; across: the most columns an error is multiplied by."""
 
     T: int
     length: int
@@ -71,6 +73,8 @@ class _Sizes:
     layers: int
     squares: int
     largest: int
+    moments: float
+    across: int
     stacked: int
     linear: int
     attended: int
@@ -116,6 +120,9 @@ def _sizes(run: Run, shapes: Shapes) -> _Sizes:
         layers=int(shapes.config["num_hidden_layers"]),
         squares=sum(k * k for k in inputs),
         largest=max(inputs) ** 2,
+        # Tokens are in 16 bits.
+        moments=sum(T * k * HALF / SINGLE if are_few(T, k) else k * k for k in inputs),
+        across=max(T if are_few(T, k) else k for k in inputs),
         stacked=max(sum(math.prod(size[n]) for n in i.linears) for i in family.inputs),
         linear=max(math.prod(s) for s in size.values()),
         attended=size[family.attention_output][1],
@@ -159,7 +166,7 @@ def _moments(run: Run, s: _Sizes) -> Iterator[tuple[str, float]]:
     code = CODE_WITH_DATA
     twins = 2 if any(method.needs_original for method in run.roundings) else 1
     states = twins * HALF * s.T * s.h + HALF * s.T * s.attended
-    seconds = SINGLE * s.squares * twins
+    seconds = SINGLE * s.moments * twins
     # Gate, up, their product and its parts; the inputs in float32 and their sizes; the residual stream.
     batch = s.B * (4 * HALF * s.m + (SINGLE + HALF) * s.m + 3 * HALF * s.h)
     yield "moments of a block's inputs", code + states + block + seconds + batch
@@ -176,6 +183,9 @@ def _moments(run: Run, s: _Sizes) -> Iterator[tuple[str, float]]:
             yield "learning how to round", code + states + block + seconds + learned
     if any(isinstance(method, Gptq | Gptaq) for method in run.roundings):
         factor = SQUARES * DOUBLE * s.largest + 6 * SINGLE * s.stacked
+        if are_few(s.T, math.isqrt(s.largest)):
+            # The square that is made of the tokens.
+            factor += SINGLE * s.largest
         yield "factoring second moments", code + states + block + rounded + seconds + factor
 
 
@@ -198,7 +208,7 @@ def _seconds(run: Run, s: _Sizes, hardware: Hardware) -> float:
 # Of a method on one block: passes over float32 weights, and operations in float32. A rounding to a grid is
 # some eight passes; D H D^T is two products.
 def _awq_scale(method: AwqScale, s: _Sizes) -> tuple[float, float]:
-    return 10 * method.grid, method.grid * 2 * s.P * math.sqrt(s.largest)
+    return 10 * method.grid, method.grid * 2 * s.P * s.across
 
 
 def _awq_clip(method: AwqClip, s: _Sizes) -> tuple[float, float]:

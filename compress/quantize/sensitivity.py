@@ -138,7 +138,7 @@ def _rounded(block: Block, shared: Input, bits: int) -> _Candidate:
     """The readers of an input at so many bits; without weights where none are going to run."""
     weights, error = {}, 0.0
     for name in shared.linears:
-        W, H = block.weights[name], block.moments_of(name).second
+        W, H = block.weights[name], block.moments_of(name).H
         scheme = replace(block.schemes[name], bits=bits)
         weights[name] = to_codes(W, GRIDS.search(W, H, scheme, block.dtype), scheme).dequantize(
             block.dtype

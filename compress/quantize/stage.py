@@ -277,10 +277,11 @@ def _close(block: Block, quantized: Mapping[str, QTensor]) -> dict[str, Any]:
         entry = {"bits_per_weight": q.bits_per_weight}
         W, moments = block.weights.pop(name), block.moments.pop(name, None)
         if moments is not None:
-            H = moments.second
-            before = output_error(W, H)
+            before = output_error(W, moments.H)
             parts = zip(row_parts(Wq), row_parts(W), strict=True)
-            lost = summed_error((q_rows.float() - rows for q_rows, rows in parts), H, len(W))
+            lost = summed_error(
+                (q_rows.float() - rows for q_rows, rows in parts), moments.H, len(W)
+            )
             entry["relative_error"] = lost / before if before else 0.0
             if moments.tokens < W.shape[1]:
                 entry["few_tokens"] = moments.tokens

@@ -12,8 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from calibration.moments import Tokens
 from compress.errors import UserError
-from compress.quantize.block import Block, row_parts, summed_error
+from compress.quantize.block import PART, PIECE, Block, row_parts, summed_error
 from compress.quantize.scheme import Scheme, fake_quantize, make_grid
 
 
@@ -41,7 +42,7 @@ class AwqScale:
             readers = [block.weights[name] for name in shared.linears]
             moments = block.moments_of(shared.linears[0])
             s, exponent, ratio = self.search(
-                readers, moments.second, moments.magnitude, block.scheme(shared), block.dtype
+                readers, moments.H, moments.magnitude, block.scheme(shared), block.dtype
             )
             block.fold(shared, s)
             block.notes[f"awq_scale.{'+'.join(shared.linears)}"] = {
@@ -50,7 +51,12 @@ class AwqScale:
             }
 
     def search(
-        self, readers: list[Tensor], H: Tensor, x: Tensor, scheme: Scheme, dtype: torch.dtype
+        self,
+        readers: list[Tensor],
+        H: Tensor | Tokens,
+        x: Tensor,
+        scheme: Scheme,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, float, float]:
         """The scale with the least output error of all readers of an input, each (out, in).
 
@@ -71,11 +77,22 @@ def _changes(
     readers: list[Tensor], s: Tensor, scheme: Scheme, dtype: torch.dtype
 ) -> Iterator[Tensor]:
     """How rounding changes the weights if their columns are scaled by s, some rows at a time."""
-    # Elsewhere rows share numbers: a scale, or the divisor of all scales.
     if not scheme.grouped_integers:
-        readers = [torch.cat(readers)]
+        # Rows share numbers: a scale, or the divisor of all scales.
+        W = torch.cat(readers)
+        yield _change(W, s, scheme, dtype)
+        return
     for W in readers:
-        for rows in row_parts(W) if scheme.grouped_integers else (W,):
-            scaled = rows * s
-            grid = make_grid(scaled, scheme, dtype)
-            yield fake_quantize(scaled, grid, scheme).div_(s).sub_(rows)
+        for part in row_parts(W):
+            D = torch.empty_like(part)
+            # On a GPU a part is one piece: there are no caches to keep to, and each call costs.
+            size = PIECE if part.device.type == "cpu" else PART
+            for rows, change in zip(row_parts(part, size), row_parts(D, size), strict=True):
+                change.copy_(_change(rows, s, scheme, dtype))
+            yield D
+
+
+def _change(W: Tensor, s: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
+    scaled = W * s
+    grid = make_grid(scaled, scheme, dtype)
+    return fake_quantize(scaled, grid, scheme).div_(s).sub_(W)

@@ -71,3 +71,16 @@ def test_states_of_the_original_beside_them() -> None:
     twice, _ = planned("llama-3.2-1b", "recipe=gptaq-int4")
     # Its states, and cross moments beside the second ones, of 64 x 512 tokens.
     assert twice.bytes - once.bytes == 64 * 512 * 2 * 2048 + 4 * (3 * 2048**2 + 8192**2)
+
+
+def test_few_tokens_are_kept_in_16_bits_instead_of_squares() -> None:
+    """1,024 tokens are fewer than half of 4,096 inputs, and of 14,336; 2,048 only of the latter."""
+    few, more = (
+        planned("llama-3.1-8b", "recipe=awq-int4", f"data.sequences={n}", "data.length=128")[0]
+        for n in (8, 16)
+    )
+    states = 2 * 1024 * (4096 + 4096)
+    kept = 2 * 1024 * 14336 + 3 * (4 * 4096**2 - 2 * 1024 * 4096)
+    assert few.what == more.what == "a search over a block's weights"
+    assert more.bytes - few.bytes == states + kept
+    assert few.seconds < more.seconds
