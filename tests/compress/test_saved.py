@@ -41,7 +41,7 @@ def test_a_position_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert {p.name for p in path.iterdir()} == {"position-3", "cost.json"}
 
 
-@pytest.mark.parametrize("moment", ["save_tensors", "sync", "rename", "rmtree"])
+@pytest.mark.parametrize("moment", ["TensorFile", "sync", "rename", "rmtree"])
 def test_a_kill_while_saving_leaves_a_whole_position(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
