@@ -11,7 +11,7 @@ LLAMA_CPP := .node-llama-cpp
 LLAMA_CPP_SERVER := .venv-llama-cpp
 GPTQMODEL := .venv-gptqmodel
 
-.PHONY: help setup demo sweep test check test-gpu golden serve-check unpack-check bench-peers bench-int8 bench-cpu-kernels bench-kv bench-kv-speed bench-kernels bench-pruning bench-distill bench-cpu-decode bench-plan bench-gpu clean
+.PHONY: help setup demo sweep test check test-gpu golden serve-check unpack-check bench-peers bench-int8 bench-cpu-kernels bench-kv bench-kv-speed bench-kernels bench-pruning bench-distill bench-cpu-decode bench-plan bench-gpu memory-by-size kills audit fuzz clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -49,6 +49,17 @@ check: setup  ## ruff, mypy, import contracts, line count
 
 test-gpu: setup  ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu
+
+audit: setup  ## known weaknesses of the installed packages; needs the vulnerability service
+	@rm -f .audit.json
+	-@$(BIN)/pip-audit --skip-editable --progress-spinner off --format json --output .audit.json
+	@$(BIN)/python -m tests.audit .audit.json
+
+FUZZ_CASES := 5000
+FUZZ_SEED := $(shell date +%s)
+
+fuzz: setup  ## thousands of damaged folders, recipes and texts: an hour; FUZZ_SEED= for the same again
+	$(BIN)/pytest tests/fuzz --fuzz-cases $(FUZZ_CASES) --fuzz-seed $(FUZZ_SEED)
 
 golden: setup  ## rewrite tests/golden from this machine; review the diff
 	$(BIN)/pytest tests/test_pipeline.py --golden
@@ -88,6 +99,9 @@ bench-cpu-kernels: setup  ## the CPU kernels beside torch's, as a share of what 
 
 bench-plan: setup  ## what compress plan predicts for the demo model, beside what is measured
 	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.benchmarks.plan_check
+
+memory-by-size: setup  ## peak memory of a compression by the size and the depth of the model: hours, 40 GB of disk
+	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.benchmarks.memory_by_size
 
 bench-pruning: setup  ## who chooses best, depth or width, repair at an equal budget: an hour and more on 2 cores
 	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.benchmarks.pruning
@@ -135,6 +149,9 @@ bench-gpu: setup  ## whole decode steps on the shapes of 8B, 1B and 13B models: 
 	$(GPU_BENCH) $(call CANDIDATES,llama-3.1-8b) 'speed.batches=[128,256]' speed.together=false --out outputs/decode-8b-large.json
 	$(GPU_BENCH) $(call CANDIDATES,llama-3.2-1b) 'speed.batches=[1,16]' --out outputs/decode-1b.json
 	$(GPU_BENCH) $(call CANDIDATES,llama-2-13b) 'speed.batches=[1,16]' --out outputs/decode-13b.json
+
+kills: setup  ## runs of a tiny model killed at random moments end in the bytes of undisturbed ones: ten minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m eval.faults.kills --kills 50 --out eval/results/kills
 
 clean:  ## remove the environments
 	rm -rf .venv $(VLLM) $(PEER) $(KV_PEERS) $(LLAMA_CPP) $(LLAMA_CPP_SERVER) $(GPTQMODEL)

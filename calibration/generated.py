@@ -6,6 +6,7 @@ corpus is needed, and the text is as general as the model.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from calibration.tokens import bos_prefix
+from compress.saved import NOWHERE, Saved
 
 # Sequences that are sampled together.
 BATCH = 64
@@ -20,11 +22,18 @@ BATCH = 64
 
 @torch.inference_mode()
 def generated_tokens(
-    model: Any, *, sequences: int, length: int, tokenizer: Any, seed: int
+    model: Any,
+    *,
+    sequences: int,
+    length: int,
+    tokenizer: Any,
+    seed: int,
+    saved: Saved = NOWHERE,
 ) -> Tensor:
     """Tokens int64 (sequences, length), sampled at temperature 1, on the model's device.
 
     model: a transformers model for causal language modelling
+    saved: where a killed one left the batches that it had written
     Sequences start with BOS if the tokenizer's texts do, then a random token of the tokenizer (a model may
     have untrained rows beyond). End-of-text is not sampled: every sequence has the whole length.
     """
@@ -32,7 +41,14 @@ def generated_tokens(
     first = torch.randint(len(tokenizer), (sequences, 1), generator=generator)
     bos = torch.tensor(bos_prefix(tokenizer), dtype=torch.int64).expand(sequences, -1)
     start = torch.cat([bos, first], dim=1)[:, :length]
-    return torch.cat([_continued(model, rows, length, generator) for rows in start.split(BATCH)])
+    position, found = saved.load(), list[Tensor]()
+    if position is not None:
+        found.append(position.tensors["tokens"].to(next(model.parameters()).device))
+        generator.set_state(position.tensors["generator"])
+    for rows in start.split(BATCH)[math.ceil(sum(map(len, found)) / BATCH) :]:
+        found.append(_continued(model, rows, length, generator))
+        saved.offer({}, {"tokens": torch.cat(found), "generator": generator.get_state()})
+    return torch.cat(found)
 
 
 def _continued(model: Any, rows: Tensor, length: int, generator: torch.Generator) -> Tensor:

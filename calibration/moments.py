@@ -4,7 +4,10 @@ For a linear y = W x and a changed weight W + D, the mean squared output error o
 tokens is exactly tr(D H D^T) with H = mean of x x^T. H does not grow with the number of tokens, so a
 search over many candidate weights costs the same for 64 sequences as for 4096.
 
-X (tokens, in); H, C (in, in)
+Of few tokens H is a large square of a small rank, and the same error is |D X^T|^2 / tokens: their X is
+kept as it is, which takes less memory and makes a candidate cheaper by in / tokens. What needs H has it made.
+
+X (tokens, in); H, C (in, in); A (tokens, in) with A^T A = H; s (in,)
 """
 
 from __future__ import annotations
@@ -23,22 +26,49 @@ from compress.errors import UserError
 ROWS = 512
 
 
+def are_few(tokens: int, inputs: int) -> bool:
+    """Whether so many tokens are kept rather than summed up: fewer than half the inputs of their linear.
+
+    A candidate's error costs tokens / in of what it does with H (measured: 0.06 at a sixteenth, 0.26 at a
+    quarter, 0.5 at half), and a search's float32 copy of them as much of its memory.
+    """
+    return 2 * tokens < inputs
+
+
+@dataclass
+class Tokens:
+    """H as the tokens that it is the mean of.
+
+    batches: X, and the same tokens in the original model if cross moments are collected; in the dtype in
+        which they came, so that nothing is lost
+    s: float32 (in,), what their columns are to be multiplied by
+    """
+
+    batches: list[tuple[Tensor, Tensor | None]]
+    s: Tensor
+
+    def root(self) -> Tensor:
+        """A, float32 (tokens, in)."""
+        X = torch.cat([X.float() for X, _ in self.batches])
+        return X.mul_(self.s / len(X) ** 0.5)
+
+
 @dataclass
 class Moments:
     """Running sums over the tokens that passed a linear's input.
 
-    second: float32 (in, in), mean of x x^T once ``mean()`` was called; before, the lower triangle of a
-        sum, with blocks of ``ROWS`` on the diagonal
+    H: mean of x x^T, either float32 (in, in), which it is once ``mean()`` was called; before, the lower
+        triangle of a sum, with blocks of ``ROWS`` on the diagonal. Or the tokens themselves, if they are few
     magnitude: float32 (in,), mean |x| per input column, likewise
     largest: float32 (in,), largest |x| per input column
     above: float32 (in,), share of tokens with |x| >= threshold per input column, a count before
         ``mean()``; None without a threshold
     cross: float32 (in, in), mean of (x' - x) x^T, where x' is the same token's input in the original
-        model; None if it was not collected
+        model; None if it was not collected, or the tokens are kept (``summed`` has it then)
     tokens: how many rows were added
     """
 
-    second: Tensor
+    H: Tensor | Tokens
     magnitude: Tensor
     largest: Tensor
     cross: Tensor | None = None
@@ -53,30 +83,49 @@ class Moments:
         device: torch.device,
         cross: bool = False,
         threshold: float | None = None,
+        tokens: int | None = None,
     ) -> Moments:
-        square = torch.zeros(in_features, in_features, device=device)
+        """Moments of nothing yet. tokens: how many will come; they are summed up if that is not known."""
+        kept = tokens is not None and are_few(tokens, in_features)
+        square = (in_features, in_features)
         magnitude, largest, above = (torch.zeros(in_features, device=device) for _ in range(3))
         return cls(
-            square,
+            Tokens([], torch.ones_like(magnitude)) if kept else torch.zeros(square, device=device),
             magnitude,
             largest,
-            torch.zeros_like(square) if cross else None,
+            torch.zeros(square, device=device) if cross and not kept else None,
             None if threshold is None else above,
             threshold,
         )
 
+    @property
+    def second(self) -> Tensor:
+        """H as float32 (in, in), made anew each time if the tokens are kept."""
+        H = self.summed().H
+        assert isinstance(H, Tensor)
+        return H
+
+    def summed(self) -> Moments:
+        """The same with squares, as if the tokens had been summed up when they came."""
+        if not isinstance(self.H, Tokens):
+            return self
+        cross = self.H.batches[0][1] is not None
+        sums = Moments.zeros(len(self.magnitude), self.magnitude.device, cross)
+        for X, original in self.H.batches:
+            sums.add(X, original)
+        sums = sums.mean()
+        sums.scale(self.H.s)
+        return replace(self, H=sums.H, cross=sums.cross)
+
     def add(self, X: Tensor, original: Tensor | None = None) -> None:
         """Add tokens X (..., in), and with them their inputs in the original model, same shape."""
         X = X.flatten(0, -2)
-        with exact_products(X.dtype):
-            Xf = X.float()
-            # Symmetric: the lower triangle is enough until the mean is taken.
-            for start in range(0, X.shape[1], ROWS):
-                rows = slice(start, start + ROWS)
-                self.second[rows, : rows.stop].addmm_(Xf[:, rows].T, Xf[:, : rows.stop])
-            if self.cross is not None:
-                assert original is not None
-                self.cross.addmm_(original.flatten(0, -2).float().T, Xf)
+        original = None if original is None else original.flatten(0, -2)
+        if isinstance(self.H, Tokens):
+            # Copies: what passes through a block is not ours.
+            self.H.batches.append((X.clone(), None if original is None else original.clone()))
+        else:
+            self._add_products(self.H, X, original)
         size = X.abs()
         self.magnitude += size.sum(0, dtype=torch.float32)
         peaks = size.amax(0).float()
@@ -88,33 +137,62 @@ class Moments:
             self.above[columns] += (size[:, columns] >= self.threshold).sum(0)
         self.tokens += X.shape[0]
 
+    def _add_products(self, second: Tensor, X: Tensor, original: Tensor | None) -> None:
+        with exact_products(X.dtype):
+            Xf = X.float()
+            # Symmetric: the lower triangle is enough until the mean is taken.
+            for start in range(0, X.shape[1], ROWS):
+                rows = slice(start, start + ROWS)
+                second[rows, : rows.stop].addmm_(Xf[:, rows].T, Xf[:, : rows.stop])
+            if self.cross is not None:
+                assert original is not None
+                self.cross.addmm_(original.float().T, Xf)
+
     def mean(self) -> Moments:
-        """The means over all tokens. Raises UserError if a sum is not finite."""
-        if not torch.isfinite(self.second).all():
-            raise UserError(
-                "the calibration activations are not finite: the model's weights are broken, or float16 "
-                "is too narrow for it and the model's dtype should be bfloat16"
-            )
-        second = self.second.tril()
-        second += second.tril(-1).T
+        """The means over all tokens, in the memory of the sums, which are used up: with 14,336 inputs a
+        square is 0.8 GB. Raises UserError if a sum is not finite."""
+        if isinstance(self.H, Tokens):
+            # The diagonal: no other sum is larger.
+            _check_finite(X.float().square().sum(0) for X, _ in self.H.batches)
+        else:
+            _check_finite(self.H.split(ROWS))
+            self._average(self.H)
         return replace(
             self,
-            second=second / self.tokens,
             magnitude=self.magnitude / self.tokens,
-            cross=None if self.cross is None else (self.cross - second) / self.tokens,
             above=None if self.above is None else self.above / self.tokens,
         )
 
+    def _average(self, second: Tensor) -> None:
+        for start in range(0, len(second), ROWS):
+            rows = slice(start, start + ROWS)
+            block = second[rows, rows].tril()
+            second[rows, rows] = block + block.tril(-1).T
+            second[rows, rows.stop :] = second[rows.stop :, rows].T
+        if self.cross is not None:
+            self.cross.sub_(second).div_(self.tokens)
+        second /= self.tokens
+
     def scale(self, s: Tensor) -> None:
         """Make these the moments of x * s. s: (in,)"""
-        outer = s.unsqueeze(0) * s.unsqueeze(1)
-        self.second *= outer
+        if isinstance(self.H, Tokens):
+            self.H.s = self.H.s * s
+        for square in (self.H, self.cross):
+            if isinstance(square, Tensor):
+                for rows, own in zip(square.split(ROWS), s.split(ROWS), strict=True):
+                    rows *= s.unsqueeze(0) * own.unsqueeze(1)
         self.magnitude *= s
         self.largest *= s
         # How often the scaled inputs pass the threshold is not known.
         self.above = None
-        if self.cross is not None:
-            self.cross *= outer
+
+
+def _check_finite(sums: Iterable[Tensor]) -> None:
+    if not all(torch.isfinite(rows).all() for rows in sums):
+        raise UserError(
+            "the calibration activations are not finite: the model's weights are broken, or float16 "
+            "is too narrow for it and the model's dtype should be bfloat16"
+        )
 
 
 @contextmanager
@@ -147,7 +225,8 @@ class Collector:
     linears: local name -> module; shared: names that read one tensor (q, k, v ...), which is counted
     once, at the first of them, in the order in which they run. originals: the same linears in a copy
     of the block that keeps its original weights; with it the cross moments are collected too, and
-    ``run`` is called with the copy first, for every batch. threshold: counts the larger inputs.
+    ``run`` is called with the copy first, for every batch. threshold: counts the larger inputs. tokens: how
+    many will come, if that is known.
     """
 
     def __init__(
@@ -156,6 +235,7 @@ class Collector:
         shared: Iterable[tuple[str, ...]],
         originals: Mapping[str, nn.Linear] | None = None,
         threshold: float | None = None,
+        tokens: int | None = None,
     ):
         self._shared = list(shared)
         self._linears, self._originals = linears, originals
@@ -165,6 +245,7 @@ class Collector:
                 linears[names[0]].weight.device,
                 cross=originals is not None,
                 threshold=threshold,
+                tokens=tokens,
             )
             for names in self._shared
         }

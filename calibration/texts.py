@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.utils.extract import Extractor
 
 from compress.errors import UserError
 from compress.user_cache import cache_dir
@@ -168,16 +169,7 @@ def load_texts(source: str, field: str, split: str) -> list[str]:
         datasets.disable_progress_bars()
     path = _packaged_file(source) if source in PACKAGED else Path(source)
     if path.suffix in LOADERS:
-        if not path.exists():
-            raise UserError(f"text file {path} does not exist")
-        options = {"sample_by": "document"} if LOADERS[path.suffix] == "text" else {}
-        try:
-            rows = datasets.load_dataset(
-                LOADERS[path.suffix], data_files=str(path), split="train", **options
-            )
-        except (datasets.exceptions.DatasetGenerationError, StopIteration, ValueError) as error:
-            reason = str(error.__cause__ or error).partition("\n")[0] or "it is empty"
-            raise UserError(f"text file {path} cannot be read: {reason}") from error
+        rows = _file_rows(path)
     elif _looks_like_hub_name(source):
         name, _, configuration = source.partition(":")
         try:
@@ -192,13 +184,38 @@ def load_texts(source: str, field: str, split: str) -> list[str]:
         )
     if field not in rows.column_names:
         raise UserError(f"{source} has no field {field!r}: it has {', '.join(rows.column_names)}")
-    values = list(rows[field])
+    try:
+        values = list(rows[field])
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{source} has text in field {field!r} that is not UTF-8: {error}"
+        ) from error
     if not all(value is None or isinstance(value, str) for value in values):
         raise UserError(f"{source} has values that are no text in field {field!r}")
     texts = [text for text in values if text and text.strip()]
     if not texts:
         raise UserError(f"{source} holds no text in field {field!r}")
     return texts
+
+
+def _file_rows(path: Path) -> Any:
+    """The rows of a file. Raises UserError if it is missing, packed, or not what its suffix says."""
+    if not os.path.isfile(path):
+        raise UserError(f"text file {path} does not exist")
+    # It would be unpacked wherever its content leads, however large that is.
+    if (packed := Extractor.infer_extractor_format(path)) is not None:
+        raise UserError(f"text file {path} is packed ({packed}): unpack it first")
+    # Its errors are told below, in one line.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    options = {"sample_by": "document"} if LOADERS[path.suffix] == "text" else {}
+    try:
+        return datasets.load_dataset(
+            LOADERS[path.suffix], data_files=str(path), split="train", **options
+        )
+    except Exception as error:
+        # Over a broken file the library and those below it raise whatever they stumble over.
+        reason = str(error.__cause__ or error).partition("\n")[0] or "it is empty"
+        raise UserError(f"text file {path} cannot be read: {reason}") from error
 
 
 def _looks_like_hub_name(source: str) -> bool:

@@ -138,10 +138,8 @@ def evaluation_windows(
 
 def bos_prefix(tokenizer: Any) -> list[int]:
     """[bos] if the tokenizer starts every text with it, else []."""
-    ids = tokenizer("a").input_ids
-    return (
-        ids[:1] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
-    )
+    ids, bos = tokenizer("a").input_ids, tokenizer.bos_token_id
+    return ids[:1] if bos is not None and ids[:1] == [bos] else []
 
 
 def _stream(texts: Iterable[str], tokenizer: Any, at_least: int | None) -> Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import os
+import logging
 import re
 import signal
 import sys
+import tempfile
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,13 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from compress import processes
 from compress.commands import VERBS
 from compress.compose import (
     RECIPES,
+    check_flags,
     compose_settings,
     expand_shorthand,
     one_sentence,
@@ -29,8 +32,9 @@ from compress.compose import (
     register,
 )
 from compress.config import parse, settings_of
-from compress.errors import UserError
-from compress.run_folder import check_free
+from compress.disk import DiskError, check_free_bytes, writing
+from compress.errors import UserError, one_line
+from compress.run_folder import check_free, unfinished
 
 USER_ERROR = 2
 # A candidate costs more than the gate allows.
@@ -45,6 +49,8 @@ def main() -> None:
     """Entry of ``compress`` and ``python -m compress``; of each process, where a launcher starts several."""
     # As Ctrl-C: what is unfinished is cleared away, child processes are ended.
     signal.signal(signal.SIGTERM, _stop)
+    # A log that has no room is no reason for tracebacks: what the run writes next says so.
+    logging.raiseExceptions = False
     try:
         # So that each sees when another one ends.
         processes.wait()
@@ -77,7 +83,7 @@ def _code(words: list[str]) -> int:
     except UserError as error:
         # All processes of a stage stumble over the same mistake.
         if processes.is_main():
-            print(f"compress: {error}", file=sys.stderr)
+            print(f"compress: {one_line(error)}", file=sys.stderr)
         return USER_ERROR
     except SystemExit as stop:
         # Of argparse, or of Hydra after its traceback.
@@ -95,17 +101,8 @@ def run_recipes(words: list[str]) -> int:
     exit code: 1 if a candidate costs more than the gate allows."""
     words = expand_shorthand(words)
     asked = get_args_parser().parse_args(words)
-    combinations: list[list[str]] = []
-    if not (asked.help or asked.hydra_help or asked.info or asked.cfg):
-        from compress.pipeline import check
-
-        _check_words(asked.overrides)
-        run_dir = _check_output(asked.overrides)
-        combinations = _combinations(asked.overrides, asked.multirun)
-        for overrides in combinations:
-            if not any(o.startswith("recipe=") for o in overrides):
-                raise UserError(f"recipe= is missing: choose one of {', '.join(options('recipe'))}")
-            check(parse(compose_settings(overrides)), None if asked.multirun else run_dir)
+    combinations, more = _checked(asked)
+    words += more
     register()
     finished: list[dict[str, Any]] = []
     limits: dict[str, float] = {}
@@ -115,20 +112,23 @@ def run_recipes(words: list[str]) -> int:
 
         choice = HydraConfig.get()
         out = Path(choice.runtime.output_dir)
-        name = run_name(choice.runtime.choices["recipe"], list(choice.overrides.task))
+        # As they were said: of a key that is set twice the first may name what is not there.
+        words: Any = OmegaConf.to_container(choice.overrides.task, resolve=False)
+        name = run_name(choice.runtime.choices["recipe"], words)
+        goes_on = f"the same command with hydra.run.dir={out} goes on from there"
         try:
             last = len(finished) + 1 == len(combinations)
             run = parse(settings_of(config))
-            finished.append(run_recipe(run, name, out, last=last))
+            with writing(out):
+                finished.append(run_recipe(run, name, out, last=last))
             limits.update(run.settings.gate.limits)
         except UserError as error:
             # Hydra would print a traceback; SystemExit passes through it.
-            print(f"compress: {error}", file=sys.stderr)
+            then = f"; {goes_on}" if isinstance(error, DiskError) else ""
+            print(f"compress: {one_line(error)}{then}", file=sys.stderr)
             sys.exit(USER_ERROR)
         except KeyboardInterrupt as stop:
-            stop.add_note(
-                f"the same recipe with hydra.run.dir={out} goes on from its finished stages"
-            )
+            stop.add_note(goes_on)
             raise
 
     sys.argv = [sys.argv[0], *words]
@@ -148,6 +148,38 @@ def run_recipes(words: list[str]) -> int:
     return code
 
 
+def _checked(asked: Namespace) -> tuple[list[list[str]], list[str]]:
+    """The overrides of each job, every one checked, and what leads the same command to the run that it left
+    unfinished, if it did; none where Hydra is only asked what it knows. Raises UserError."""
+    check_flags(asked)
+    if asked.help or asked.hydra_help:
+        return [], []
+    if asked.info or asked.cfg:
+        # Before Hydra itself looks at what they say.
+        for overrides in _combinations(asked.overrides, asked.multirun):
+            compose_settings(overrides)
+        return [], []
+    from compress.pipeline import check
+
+    _check_words(asked.overrides)
+    run_dir = _check_output(asked.overrides)
+    combinations = _combinations(asked.overrides, asked.multirun)
+    found: Path | None = None
+    for job in combinations:
+        recipes = [o.removeprefix("recipe=") for o in job if o.startswith("recipe=")]
+        if not recipes:
+            raise UserError(f"recipe= is missing: choose one of {', '.join(options('recipe'))}")
+        settings = compose_settings(job)
+        if run_dir is None and not asked.multirun:
+            words = [o for o in job if not o.startswith("hydra.")]
+            found = unfinished(Path("outputs", settings.model.name, recipes[-1]), words)
+        check(parse(settings), None if asked.multirun else found or run_dir)
+    if found is None:
+        return combinations, []
+    print(f"compress: goes on in {found}, which was left unfinished", file=sys.stderr)
+    return combinations, [f"hydra.run.dir='{found}'"]
+
+
 def _check_words(overrides: list[str]) -> None:
     for word in overrides:
         if "=" not in word and not word.startswith("~"):
@@ -157,15 +189,31 @@ def _check_words(overrides: list[str]) -> None:
 def _check_output(overrides: list[str]) -> Path | None:
     """The output folder, if one is named. Refuses one that cannot be written, or holds anything but an
     unfinished run, before Hydra touches it."""
-    chosen = dict(o.split("=", 1) for o in overrides if o.startswith("hydra."))
+    chosen = dict(o.split("=", 1) for o in overrides if o.startswith("hydra.") and "=" in o)
     run_dir = Path(chosen.get("hydra.run.dir", "outputs"))
+    for folder in (run_dir, Path(chosen.get("hydra.sweep.dir", "outputs"))):
+        _check_writable(folder)
     if "hydra.run.dir" in chosen:
         check_free(run_dir)
-    for folder in (run_dir, Path(chosen.get("hydra.sweep.dir", "outputs"))):
-        existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise UserError(f"{folder} cannot be written: choose another hydra.run.dir")
+    # Where nothing is named, runs and sweeps are in one folder.
+    named = [Path(chosen[key]) for key in ("hydra.run.dir", "hydra.sweep.dir") if key in chosen]
+    for folder in named or [run_dir]:
+        check_free_bytes(folder)
     return run_dir if "hydra.run.dir" in chosen else None
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises UserError if a folder cannot be made, or nothing can be written there."""
+    try:
+        existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+        # Permissions say too little: of a full or read-only file system, or one like /proc.
+        with tempfile.TemporaryDirectory(prefix=".compress-", dir=existing):
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{folder} cannot be written ({reason}): choose another hydra.run.dir"
+        ) from error
 
 
 def _combinations(overrides: list[str], multirun: bool) -> list[list[str]]:

@@ -5,19 +5,23 @@ This file, ``__main__`` and ``config.settings_of`` are the only places that see 
 
 from __future__ import annotations
 
+import functools
 import re
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from compress.config import RecipeConfig, settings_of
 from compress.errors import UserError
+from compress.model.folder import STUMBLES
 from compress.model.shapes import PREFIX
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -26,10 +30,81 @@ GROUPS = [folder.name for folder in RECIPES.iterdir() if folder.is_dir()]
 SHORTHAND = {"model": ("folder", "model.source"), "data": ("text", "data.source")}
 
 
+# What a command line may set of Hydra's own, and what beside that stays as recipes/config.yaml has it:
+# most of it names code to run, or files to write.
+FREE = ("run.dir", "sweep.dir", "sweep.subdir", "verbose")
+FIXED = (
+    "callbacks",
+    "launcher",
+    "sweeper",
+    "searchpath",
+    "hydra_logging",
+    "job_logging",
+    "output_subdir",
+    "job.name",
+    "job.chdir",
+    "job.env_set",
+    "job.env_copy",
+    *FREE,
+)
+# What is resolved where Hydra itself reads it, if it is not one of these.
+FOREIGN = re.compile(r"\$\{(?!now:|hydra:|hydra\.|model\.)")
+# Its flags that read settings from elsewhere, the last one from a pickle.
+FLAGS = ("config_path", "config_name", "config_dir", "package", "experimental_rerun")
+
+
 def register() -> None:
     """Make the schema and the resolver known to Hydra. Calling it again changes nothing."""
     ConfigStore.instance().store(name="schema", node=RecipeConfig)
     OmegaConf.register_new_resolver("basename", _basename, replace=True)
+    # Settings end up in files that are handed on; the environment holds what nobody else should see.
+    OmegaConf.clear_resolver("oc.env")
+
+
+def check_flags(asked: Namespace) -> None:
+    """Raises UserError for a flag of Hydra's that would have settings come from elsewhere than recipes/."""
+    for flag in FLAGS:
+        if getattr(asked, flag, None):
+            raise UserError(
+                f"--{flag.replace('_', '-')} is not allowed: recipes are the files in {RECIPES}, and "
+                "KEY=VALUE changes what they say"
+            )
+
+
+def _check_words(overrides: Sequence[str]) -> list[str]:
+    """The keys that are set. Raises UserError for one that changes what Hydra itself does."""
+    for word in overrides:
+        if word.startswith("hydra.") and FOREIGN.search(word):
+            raise UserError(
+                f"{word} is not allowed: in it ${{now:...}} and ${{model.name}} may stand"
+            )
+    words = [word.partition("=")[0].lstrip("+~") for word in overrides]
+    for word in words:
+        section, _, key = word.replace("/", ".").partition(".")
+        if section == "hydra" and key not in FREE:
+            known = ", ".join(f"hydra.{name}" for name in FREE)
+            raise UserError(f"{word} is not allowed: of Hydra's own settings {known} may be set")
+    return words
+
+
+def _check_hydra(hydra: DictConfig, words: Sequence[str]) -> None:
+    """Raises UserError if a recipe changes what Hydra itself does. words: the keys that are set beside it"""
+    for key in FIXED:
+        if f"hydra.{key}" not in words and _plain(hydra, key) != _plain(_hydra_of_config(), key):
+            raise UserError(f"a recipe changes hydra.{key}, which only recipes/config.yaml may say")
+
+
+def _plain(hydra: DictConfig, key: str) -> Any:
+    found = OmegaConf.to_container(hydra, resolve=False)
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found
+
+
+@functools.cache
+def _hydra_of_config() -> DictConfig:
+    """What recipes/config.yaml says of Hydra; called within its initialization."""
+    return compose("config", return_hydra_config=True).hydra
 
 
 def _basename(path: str) -> str:
@@ -81,13 +156,41 @@ def _like_path(value: str) -> bool:
 def compose_settings(overrides: list[str]) -> RecipeConfig:
     """The settings that these overrides give. Raises UserError, one sentence, if they do not fit."""
     register()
+    words = _check_words(overrides)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(RECIPES), version_base="1.3"):
-            return settings_of(compose("config", overrides=overrides))
+            config = _composed(overrides)
+            _check_hydra(config.hydra, words)
+            with open_dict(config):
+                del config["hydra"]
+            return settings_of(config)
     except (HydraException, OmegaConfBaseException) as error:
         GlobalHydra.instance().clear()
         raise UserError(one_sentence(error, overrides)) from error
+
+
+def _composed(overrides: list[str]) -> DictConfig:
+    """Raises UserError for words over which Hydra stumbles without an error of its own."""
+    try:
+        return compose("config", overrides=overrides, return_hydra_config=True)
+    except STUMBLES as error:
+        if isinstance(error, HydraException | OmegaConfBaseException):
+            raise
+        words = ", ".join(word for word in overrides if _stumbles(word)) or ", ".join(overrides)
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{words} has another form than its key ({reason}): compress --help has the groups and lists"
+        ) from error
+
+
+def _stumbles(word: str) -> bool:
+    """Whether a word fails by itself."""
+    try:
+        compose("config", overrides=[word])
+    except (*STUMBLES, HydraException):
+        return True
+    return False
 
 
 def one_sentence(error: BaseException, overrides: Sequence[str]) -> str:
@@ -117,7 +220,10 @@ def _known_keys(key: str, overrides: Sequence[str]) -> list[str]:
     """The keys beside ``key`` in its innermost section that exists, with the same groups chosen."""
     groups = [o for o in overrides if o.partition("=")[0] in GROUPS]
     with initialize_config_dir(config_dir=str(RECIPES), version_base="1.3"):
-        section = compose("config", overrides=groups)
+        try:
+            section = compose("config", overrides=groups)
+        except (*STUMBLES, HydraException):
+            section = compose("config")
     for part in key.split(".")[:-1]:
         if not isinstance(section.get(part), DictConfig):
             break

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -37,11 +37,13 @@ from eval.retrieval import MOST_FACTS
 
 @dataclass
 class ModelConfig:
-    """source: a folder, owner/name on the hub, or gguf-package:NAME; name: how outputs are filed."""
+    """source: a folder, owner/name on the hub, or gguf-package:NAME; name: how outputs are filed.
+    allow_pickle: weights in .bin or .pt alone are read, as tensors and nothing else."""
 
     name: str = MISSING
     source: str = MISSING
     revision: str | None = None
+    allow_pickle: bool = False
 
 
 @dataclass
@@ -203,6 +205,8 @@ class RecipeConfig:
     plan: PlanConfig = field(default_factory=PlanConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     device: str = "auto"
+    # Hidden states between two blocks are kept in files of the run's folder, and not in memory.
+    spill: bool = False
 
 
 @dataclass(frozen=True)
@@ -239,8 +243,19 @@ def settings_of(config: DictConfig) -> RecipeConfig:
     """The settings of a composed config, counts checked. Raises UserError."""
     settings = OmegaConf.to_object(config)
     assert isinstance(settings, RecipeConfig), type(settings)
+    _check_known(settings)
     _check_sizes(settings)
     return settings
+
+
+def _check_known(section: Any, prefix: str = "") -> None:
+    """Raises UserError for a key that the schema lacks: with a plus in front Hydra adds it all the same."""
+    known = [f.name for f in fields(section)]
+    for name, value in vars(section).items():
+        if name not in known:
+            raise UserError(f"{prefix}{name} is not a known key: known are {', '.join(known)}")
+        if is_dataclass(value):
+            _check_known(value, f"{prefix}{name}.")
 
 
 def parse(settings: RecipeConfig) -> Run:
@@ -496,9 +511,17 @@ def _check_sizes(settings: RecipeConfig) -> None:
         _check_context(settings.context)
     if settings.speed is not None:
         _check_speed(settings.speed)
+    _check_model_name(settings)
     _check_batches("plan.batches", settings.plan.batches)
     _check_names("serve.engines", settings.serve.engines, tuple(SERVING))
     _check_gate(settings.gate, settings.eval)
+
+
+def _check_model_name(settings: RecipeConfig) -> None:
+    """Raises UserError for a name that would file outputs elsewhere."""
+    name = settings.model.name
+    if "/" in name or name in ("", ".", "..") or not name.isprintable():
+        raise UserError(f"model.name={name!r} is not allowed: choose the name of one folder")
 
 
 def _check_eval(evaluation: EvalConfig) -> None:

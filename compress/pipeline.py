@@ -6,11 +6,14 @@ import functools
 import hashlib
 import json
 import logging
+import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,7 +27,7 @@ from compress.distill.stage import check_launch, open_accelerator
 from compress.environment import environment, version_of
 from compress.errors import UserError
 from compress.export.audit import CHECKPOINT, audit, write_manifest
-from compress.export.formats import FORMATS, check_fits
+from compress.export.formats import FORMATS, Weights, check_fits
 from compress.kv_cache.stage import check as check_cache
 from compress.measure.accuracy import (
     check_texts,
@@ -33,26 +36,39 @@ from compress.measure.accuracy import (
     open_windows,
 )
 from compress.measure.context import check_context, measure_context
+from compress.measure.parts import Parts
 from compress.measure.size import measure_size
 from compress.measure.speed import check_engines, check_lengths, measure_decode, points_of
 from compress.measure.tasks import check_tasks
+from compress.model.check import check_model, check_tokens
 from compress.model.families import family_of
-from compress.model.folder import ModelFolder, Shapes, read_json, save_tensors, write_json
+from compress.model.folder import (
+    ModelFolder,
+    Shapes,
+    file_sha256,
+    read_json,
+    save_tensors,
+    write_json,
+)
 from compress.model.sources import open_tokenizer, resolve_model
 from compress.pictures import draw
 from compress.plan.hardware import hardware_here
 from compress.plan.loadable import refusals, warnings
 from compress.plan.predict import predict
+from compress.plan.room import check_room
 from compress.plan.rows import engines_of
+from compress.plan.whole import check_memory
 from compress.prune.preview import previews
 from compress.prune.stage import check as check_prune
+from compress.quantize import record
 from compress.quantize.search import budget
 from compress.quantize.stage import linear_names, settle
 from compress.report.table import METRICS, table
 from compress.report.verdict import verdict
 from compress.rotate import rotated_sizes
-from compress.run_folder import RUN, Step, check_same, opened, step, whole
+from compress.run_folder import RUN, Step, check_unheld, keep_same, opened, step, whole
 from compress.runtime.load import load_dense
+from compress.saved import Saved, code, cost_of, here
 from compress.serve.card import write_cards
 from compress.stages import Work, run_stage, training_text
 from eval.memory import reset_peak, rss
@@ -62,20 +78,33 @@ log = logging.getLogger(__name__)
 # Steps of a run beside its stages: text that the original writes, in one file, and the export.
 GENERATE, WRITTEN = "generate", "tokens.safetensors"
 # With others of these the same recipe may come out otherwise.
+# Settings that decide what a stage leaves, beside the text that it looks at.
+KNOBS_OF = {
+    "prune": ("prune",),
+    "distill": ("distill",),
+    "rotate": (),
+    "quantize": ("scheme", "head", "search", "transforms", "rounding"),
+    "repair": ("repair",),
+    "kv_cache": ("kv_cache",),
+}
 DECISIVE_VERSIONS = ("compress", "torch", "transformers", "safetensors")
+# What is measured so far.
+MEASURED = "measured.state"
 
 
 def check(run: Run, out: Path | None = None) -> None:
     """Raises UserError if the recipe does not fit its model, a text or task does not exist, or ``out`` holds
-    an unfinished run that is another one.
+    an unfinished run that another process works on.
 
-    Writes no output, and reads no weights but to tell that run by their hash: a sweep checks all its runs
-    before the first one starts.
+    Writes no output, and reads no weights but to tell what is there by their hash: a sweep checks all its
+    runs before the first one starts.
     """
     settings = run.settings
-    model = ModelFolder(resolve_model(settings.model.source, settings.model.revision))
+    model = ModelFolder(resolve_model(**_named(run)))
+    _check_folder(run, model)
     _check_processes(run)
     unserved = _check_stages(run, model)
+    check_memory(run, model)
     if run.needs_data:
         _calibration(run, model)
     elif settings.data.generated:
@@ -89,18 +118,36 @@ def check(run: Run, out: Path | None = None) -> None:
         check_engines(settings.speed)
         check_lengths({"the model": model}, settings.speed)
     if out is not None and (out / RUN).exists():
-        check_same(out, _decisive(run, model))
-        _check_taken(run, out)
+        check_unheld(out)
+        _check_taken(run, out, _fingerprints(run, _decisive(run, model)))
     for line in unserved:
         log.warning("not for every engine: %s", line)
 
 
-def _check_taken(run: Run, out: Path) -> None:
-    """Raises UserError if an earlier start made checkpoint/ in another format than the first one of now."""
+def _named(run: Run) -> dict[str, Any]:
+    """How a recipe names its model."""
+    model = run.settings.model
+    return {"source": model.source, "revision": model.revision, "allow_pickle": model.allow_pickle}
+
+
+def _check_folder(run: Run, model: ModelFolder) -> None:
+    """Raises UserError for a folder whose files do not fit its config.json."""
+    quantized = record.KEY in model.config or model.config.get("quantization_config") is not None
+    if quantized and "quantize" in run.settings.stages:
+        # Told as what it is, below.
+        return
+    weights = Weights(model)
+    check_model(model, weights.names, plain=weights.format == "plain")
+
+
+def _check_taken(run: Run, out: Path, fingerprints: dict[str, dict[str, Any]]) -> None:
+    """Raises UserError if an earlier start made checkpoint/ of the same in another format than the first one
+    of now."""
     if not (out / CHECKPOINT).exists():
         return
-    found = read_json(out / f"{CHECKPOINT}.json")["report"]["format"]
-    if found != run.first_format:
+    made = read_json(out / f"{CHECKPOINT}.json")
+    found, same = made["report"]["format"], made.get("fingerprint") == fingerprints[CHECKPOINT]
+    if same and found != run.first_format:
         raise UserError(
             f"{out / CHECKPOINT} is there in {found} already: name that first, as in "
             f"export=[{found},{run.first_format}], or choose another hydra.run.dir"
@@ -176,19 +223,26 @@ def run_recipe(run: Run, name: str, out: Path, *, last: bool = True) -> dict[str
     """Compress, export, audit, evaluate, measure. Returns what it wrote to metrics.json.
 
     ``out`` gets a folder for each stage, checkpoint/ in the first format, checkpoint-NAME/ in each other,
-    metrics.json and table.md; each appears under its name only when it is whole. What a killed run of the
-    same recipe left whole in ``out`` is taken over. Raises UserError before any weight is computed with if
-    the recipe does not fit model or data, or ``out`` holds something else.
+    metrics.json and table.md; each appears under its name only when it is whole. What a killed run left in
+    ``out`` is taken over as far as this one would make the same. Raises UserError before any weight is
+    computed with if the recipe does not fit model or data, or ``out`` holds something else.
     """
     settings = run.settings
-    model = ModelFolder(resolve_model(settings.model.source, settings.model.revision))
+    model = ModelFolder(resolve_model(**_named(run)))
     tokenizer = open_tokenizer(model)
     windows = {}
     if settings.eval is not None:
         windows = open_windows(settings.eval, tokenizer)
-    with opened(out, _decisive(run, model)):
-        _check_taken(run, out)
-        compression, exports = _compress(run, model, tokenizer, out)
+        for blocks in windows.values():
+            check_tokens(blocks.tokens, model)
+    decisive = _decisive(run, model)
+    with opened(out, decisive):
+        fingerprints = _fingerprints(run, decisive)
+        keep_same(out, fingerprints)
+        _check_taken(run, out, fingerprints)
+        shapes = [model] if run.prune is None else list(previews(model, run.prune))
+        check_room(run, shapes, out, _folders(settings.export))
+        compression, exports = _compress(run, model, tokenizer, out, fingerprints)
         if last:
             processes.release(0)
         checkpoint = ModelFolder(out / CHECKPOINT)
@@ -198,6 +252,7 @@ def run_recipe(run: Run, name: str, out: Path, *, last: bool = True) -> dict[str
         }
         sections = _measured(run, checkpoint, model, windows, tokenizer, out)
         compression |= sections.pop("compression", {})
+        measuring = sections.pop("measuring")
         for row, found in sections.items():
             rows[row] |= found
         judged = verdict(rows["candidate"], rows["base"], settings.gate.limits)
@@ -211,6 +266,7 @@ def run_recipe(run: Run, name: str, out: Path, *, last: bool = True) -> dict[str
             "recipe": asdict(settings),
             "compression": compression,
             "exports": exports,
+            "measuring": measuring,
             **rows,
             "environment": environment(run.device),
         }
@@ -218,8 +274,9 @@ def run_recipe(run: Run, name: str, out: Path, *, last: bool = True) -> dict[str
             write_json(partial, metrics)
             # Before the run counts as finished: one that is killed here goes on.
             write_cards(metrics, model, out)
-        draw(compression, rows, out)
-        (out / "table.md").write_text(table([metrics]), encoding="utf-8")
+            draw(compression, rows, out)
+            (out / "table.md").write_text(table([metrics]), encoding="utf-8")
+        shutil.rmtree(out / MEASURED, ignore_errors=True)
     return metrics
 
 
@@ -231,12 +288,23 @@ def _measured(
     tokenizer: Any,
     out: Path,
 ) -> dict[str, dict[str, Any]]:
-    """Sections of metrics.json for the rows ``base`` and ``candidate``, and for ``compression``."""
-    settings = run.settings
+    """Sections of metrics.json: rows ``base`` and ``candidate``, what joins ``compression``, ``measuring``.
+    What an earlier start measured is not measured again."""
+    settings, start = run.settings, time.perf_counter()
     rows: dict[str, dict[str, Any]] = {"base": {}, "candidate": {}, "compression": {}}
+    folders = {"checkpoint": checkpoint.fingerprint, "model": model.fingerprint}
+    parts = Parts(Saved(out / MEASURED, folders | here(run.device)))
     if settings.eval is not None:
+        asked = [asdict(settings.eval), {text: w.sha256 for text, w in windows.items()}]
+        tokenized = {file.name: file_sha256(file) for file in model.companions()}
         accuracy = measure_accuracy(
-            checkpoint, model, windows, settings.eval, tokenizer, run.device
+            checkpoint,
+            model,
+            windows,
+            settings.eval,
+            tokenizer,
+            run.device,
+            parts.of("accuracy", [*asked, tokenized]),
         )
         for row, found in accuracy.rows.items():
             rows[row] |= found
@@ -244,20 +312,44 @@ def _measured(
         if settings.eval.block_tokens is not None and "quantize" in settings.stages:
             quantized = _quantized(settings.stages, model, out)
             rows["compression"]["block_kl"] = measure_blocks(
-                checkpoint, quantized, windows, settings.eval, run.device
+                checkpoint,
+                quantized,
+                windows,
+                settings.eval,
+                run.device,
+                parts.of("blocks", asked),
             )
     if settings.context is not None:
         log.info("measuring accuracy at length")
-        at_length = measure_context(checkpoint, model, settings.context, tokenizer, run.device)
+        at_length = measure_context(
+            checkpoint,
+            model,
+            settings.context,
+            tokenizer,
+            run.device,
+            parts.of("context", asdict(settings.context)),
+        )
         for row, found in at_length.items():
             rows[row]["context"] = found
     if settings.speed is not None:
         log.info("measuring decode speed")
-        speed = measure_decode({"base": model, "candidate": checkpoint}, settings.speed, run.device)
+        speed = measure_decode(
+            {"base": model, "candidate": checkpoint},
+            settings.speed,
+            run.device,
+            parts.of("speed", asdict(settings.speed)),
+        )
         for row, engines in speed.items():
             first, *others = engines.values()
             rows[row]["speed"] = {**first, "other_engines": others}
         _add_predicted(rows, {"base": model, "candidate": checkpoint}, run)
+    # Of a run that was killed and went on: this process.
+    cost = cost_of(out / MEASURED)
+    rows["measuring"] = {
+        "seconds": time.perf_counter() - start,
+        "resumed": parts.taken,
+        "state": None if cost is None else asdict(cost),
+    }
     return rows
 
 
@@ -283,7 +375,11 @@ def _quantized(stages: list[str], model: ModelFolder, out: Path) -> ModelFolder:
 
 
 def _compress(
-    run: Run, model: ModelFolder, tokenizer: Any, out: Path
+    run: Run,
+    model: ModelFolder,
+    tokenizer: Any,
+    out: Path,
+    fingerprints: dict[str, dict[str, Any]],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run the stages, each from a folder to a folder; export the last one's record in every format, audit it,
     write its manifest. Returns the sections ``compression`` and ``exports`` of metrics.json."""
@@ -292,9 +388,13 @@ def _compress(
     data = _calibration(run, model)
     tokens, written = None if data is None else data.tokens, None
     steps: dict[str, Step] = {}
-    if tokens is not None and run.settings.data.generated:
+    if GENERATE in fingerprints:
+        own = fingerprints[GENERATE]
         steps[GENERATE] = step(
-            out, GENERATE, lambda target, _: _generate(run, model, tokenizer, target)
+            out,
+            GENERATE,
+            lambda target, state: _generate(run, model, tokenizer, target, _saved(run, state, own)),
+            own,
         )
         written = load_file(out / GENERATE / WRITTEN)["tokens"]
     current = model
@@ -302,7 +402,7 @@ def _compress(
         before_repair = stage != "repair" and "repair" in run.settings.stages
         most = run.settings.data.generated_before_repair if before_repair else None
         seen = _seen(tokens, written, most)
-        steps[stage] = _stage(stage, run, model, current, out, seen)
+        steps[stage] = _stage(stage, run, model, current, out, seen, fingerprints[stage])
         current = ModelFolder(out / stage)
     reports: dict[str, Any] = {}
     for found in steps.values():
@@ -313,11 +413,11 @@ def _compress(
         "recipe": _recipe_hash(run, reports.get("scheme")),
     }
     seconds = {name: found.seconds for name, found in steps.items()}
-    folders = dict.fromkeys(run.settings.export, CHECKPOINT)
-    folders |= {name: beside(name) for name in list(folders)[1:]}
     exports = {}
-    for name, folder in folders.items():
-        steps[folder], exports[name] = export(name, current, out, folder, origin)
+    for name, folder in _folders(run.settings.export).items():
+        steps[folder], exports[name] = export(
+            name, current, out, folder, origin, fingerprints[folder]
+        )
     taken = [name for name, found in steps.items() if found.taken]
     total = time.perf_counter() - start + sum(steps[name].seconds for name in taken)
     log.info("compressed and audited in %.1f s: %s", total, out / CHECKPOINT)
@@ -327,6 +427,7 @@ def _compress(
         "seconds": total,
         "stage_seconds": seconds,
         "resumed": taken,
+        "state": _state_cost(steps, total),
         # In a sweep the process is not fresh: what was resident before counts in the peak.
         "start_rss": start_rss,
         "peak_rss": max(found.peak_rss for found in steps.values()),
@@ -340,14 +441,43 @@ def _compress(
     return compression, exports
 
 
+def _state_cost(steps: dict[str, Step], total: float) -> dict[str, Any]:
+    """What it cost that the run could be killed: the most ``bytes`` on disk at once, ``seconds`` of writing,
+    their ``share`` of the total."""
+    found = [made.state for made in steps.values() if made.state is not None]
+    seconds = sum(cost["seconds"] for cost in found)
+    return {
+        "saves": sum(cost["saves"] for cost in found),
+        "bytes": max((cost["bytes"] for cost in found), default=0),
+        "seconds": seconds,
+        "share": seconds / total,
+    }
+
+
 def _stage(
-    name: str, run: Run, model: ModelFolder, source: ModelFolder, out: Path, tokens: Tensor | None
+    name: str,
+    run: Run,
+    model: ModelFolder,
+    source: ModelFolder,
+    out: Path,
+    tokens: Tensor | None,
+    fingerprint: dict[str, Any],
 ) -> Step:
+    known = fingerprint | here(run.device)
     return step(
         out,
         name,
-        lambda target, state: run_stage(name, Work(run, model, source, target, state, tokens)),
+        lambda target, state: run_stage(
+            name, Work(run, model, source, target, state, known, tokens)
+        ),
+        fingerprint,
     )
+
+
+def _folders(exports: Iterable[str]) -> dict[str, str]:
+    """The folder of each format: the first is the one that is measured."""
+    first, *others = dict.fromkeys(exports)
+    return {first: CHECKPOINT} | {name: beside(name) for name in others}
 
 
 def beside(export: str) -> str:
@@ -356,11 +486,16 @@ def beside(export: str) -> str:
 
 
 def export(
-    name: str, record: ModelFolder, out: Path, folder: str, origin: dict[str, Any]
+    name: str,
+    record: ModelFolder,
+    out: Path,
+    folder: str,
+    origin: dict[str, Any],
+    fingerprint: dict[str, Any] | None = None,
 ) -> tuple[Step, dict[str, Any]]:
     """A step of a run: write a record to ``folder`` in the format ``name``, compare it with the record, write
     its manifest. Returns the step, and what ``exports`` of metrics.json says of it."""
-    made = step(out, folder, lambda target, _: _export(name, record, target, origin))
+    made = step(out, folder, lambda target, _: _export(name, record, target, origin), fingerprint)
     size = measure_size(ModelFolder(out / folder))
     return made, {"folder": folder, "size": size, "audit": made.report["audit"]}
 
@@ -388,13 +523,12 @@ def _drawn(
     text: tuple[str, str, str], model: Path, sequences: int, length: int, seed: int
 ) -> TokenBlocks:
     """Kept from the check to the run, and from run to run of a sweep."""
-    return calibration_blocks(
-        load_mix(*text),
-        open_tokenizer(ModelFolder(model)),
-        sequences=sequences,
-        length=length,
-        seed=seed,
+    folder = ModelFolder(model)
+    blocks = calibration_blocks(
+        load_mix(*text), open_tokenizer(folder), sequences=sequences, length=length, seed=seed
     )
+    check_tokens(blocks.tokens, folder)
+    return blocks
 
 
 def _seen(tokens: Tensor | None, written: Tensor | None, most: int | None) -> Tensor | None:
@@ -404,7 +538,9 @@ def _seen(tokens: Tensor | None, written: Tensor | None, most: int | None) -> Te
     return interleave(tokens, written[:most])
 
 
-def _generate(run: Run, model: ModelFolder, tokenizer: Any, target: Path) -> dict[str, Any]:
+def _generate(
+    run: Run, model: ModelFolder, tokenizer: Any, target: Path, saved: Saved
+) -> dict[str, Any]:
     """Write calibration sequences that the original makes itself: they join the tokens of every stage."""
     data = run.settings.data
     tokens = generated_tokens(
@@ -413,6 +549,7 @@ def _generate(run: Run, model: ModelFolder, tokenizer: Any, target: Path) -> dic
         length=data.length,
         tokenizer=tokenizer,
         seed=data.seed,
+        saved=saved,
     )
     target.mkdir()
     save_tensors(target / WRITTEN, {"tokens": tokens.cpu()})
@@ -443,7 +580,7 @@ def _decisive_settings(run: Run) -> dict[str, Any]:
 
 
 def _decisive(run: Run, model: ModelFolder) -> dict[str, Any]:
-    """All that decides the bytes of a run's folders: two runs that agree in it are the same run."""
+    """All that decides the bytes of a run's folders."""
     data = _calibration(run, model)
     settings = _decisive_settings(run)
     settings["data"] |= {"sha256": None if data is None else data.sha256}
@@ -454,8 +591,38 @@ def _decisive(run: Run, model: ModelFolder) -> dict[str, Any]:
         **settings,
         "scheme": run.settings.scheme,
         "device": run.device.type,
+        "threads": torch.get_num_threads(),
         "versions": {name: version_of(name) for name in DECISIVE_VERSIONS},
+        "code": code(),
     }
+
+
+def _fingerprints(run: Run, decisive: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What decides each step of a run, in order: its own settings, what is common, and the step before."""
+    settings, data = run.settings, decisive["data"]
+    if not run.needs_data:
+        data = {"seed": data["seed"]}
+    own: dict[str, dict[str, Any]] = {}
+    if run.needs_data and settings.data.generated:
+        own[GENERATE] = {"data": data}
+    for stage in settings.stages:
+        own[stage] = {key: decisive[key] for key in KNOBS_OF[stage]}
+        # Training has a text of its own, which its knobs name; turning looks at none.
+        textless = stage in ("rotate", "distill")
+        own[stage]["data"] = {"seed": data["seed"]} if textless else data
+    own |= {folder: {} for folder in _folders(run.settings.export).values()}
+    common = {key: decisive[key] for key in ("model", "device", "versions", "code")}
+    before, found = {"step": "model", "sha256": decisive["model"]["fingerprint"]}, {}
+    for name, fingerprint in own.items():
+        found[name] = fingerprint | common | {"after": before}
+        if name not in _folders(run.settings.export).values():
+            text = json.dumps(found[name])
+            before = {"step": name, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return found
+
+
+def _saved(run: Run, state: Path, fingerprint: dict[str, Any]) -> Saved:
+    return Saved(state, fingerprint | here(run.device))
 
 
 def _recipe_hash(run: Run, scheme: dict[str, Any] | None) -> str:

@@ -28,6 +28,7 @@ from compress.model.folder import ModelFolder, Shapes, write_json
 from compress.model.walk import Walk
 from compress.progress import track
 from compress.quantize.record import KEY
+from compress.saved import NOWHERE, Saved
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +38,12 @@ ROWS = 8192
 SHARD_BYTES = 2**30
 
 
-def rotate(source: ModelFolder, target: Path, *, seed: int = 0) -> dict[str, Any]:
+def rotate(
+    source: ModelFolder, target: Path, *, seed: int = 0, saved: Saved = NOWHERE
+) -> dict[str, Any]:
     """Fold R1 and R2 into the weights of ``source`` and write the result to ``target``.
+
+    saved: where a killed one left the blocks that it had done
 
     All norms become ones. Head and embedding become two matrices, since only the head takes the
     final norm. Products are taken in float64 and rounded once to the model's dtype.
@@ -53,19 +58,35 @@ def rotate(source: ModelFolder, target: Path, *, seed: int = 0) -> dict[str, Any
     generator = torch.Generator().manual_seed(seed)
     R1 = rotation(hidden_size, generator)
 
-    target.mkdir(parents=True)
+    position = saved.load()
+    with saved.files(target) as folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        shards = ShardWriter(folder, SHARD_BYTES)
+        if position is None:
+            done = 0
+            _write_rest(source, family, R1, shards, blocks=len(walk))
+        else:
+            done = position.facts["done"]
+            shards.go_on(position.facts["shards"])
+            generator.set_state(position.tensors["generator"])
+            log.info("rotate goes on after block %d of %d", done, len(walk))
+        del position
+        for index in track(range(done, len(walk)), "rotate blocks"):
+            with walk.open(index) as module, torch.no_grad():
+                channels = source.shape(f"{walk.prefix(index)}.{family.values}.weight")[0]
+                heads = range(channels // head_size)
+                R2 = torch.stack([rotation(head_size, generator) for _ in heads])
+                rotate_block(module, family, R1, R2)
+                for name, parameter in module.named_parameters():
+                    shards.add(f"{walk.prefix(index)}.{name}", parameter.data)
+            # A file a block, as a position has them.
+            shards.flush()
+            saved.offer(
+                {"done": index + 1, "shards": shards.position()},
+                {"generator": generator.get_state()},
+            )
     source.copy_companions(target)
-    shards = ShardWriter(target, SHARD_BYTES)
-    _write_rest(source, family, R1, shards, blocks=len(walk))
-    for index in track(range(len(walk)), "rotate blocks"):
-        with walk.open(index) as module, torch.no_grad():
-            channels = source.shape(f"{walk.prefix(index)}.{family.values}.weight")[0]
-            heads = range(channels // head_size)
-            R2 = torch.stack([rotation(head_size, generator) for _ in heads])
-            rotate_block(module, family, R1, R2)
-            for name, parameter in module.named_parameters():
-                shards.add(f"{walk.prefix(index)}.{name}", parameter.data)
-    shards.close()
+    shards.close(target)
     # The config comes last: before that the folder does not open.
     write_json(target / "config.json", {**source.config, "tie_word_embeddings": False})
     log.info("rotated %d blocks: hidden size %d, head size %d", len(walk), hidden_size, head_size)

@@ -2,7 +2,10 @@
 
 ``run.json`` says what decides the results, and is locked while a process works in the folder. A step (the
 generated text, a stage, the checkpoint) is a folder NAME with its report NAME.json beside it; both appear
-under these names only when they are whole. NAME.state is a step's own scratch folder.
+under these names only when they are whole and on the disk. NAME.state is what an unfinished one goes on from.
+
+A report holds the fingerprint of its step: what decided it, and what it started from. A step is taken over
+if that is still the same; the first that differs is made anew, with all that are behind it.
 """
 
 from __future__ import annotations
@@ -15,19 +18,22 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import yaml
+
+from compress.disk import writing
 from compress.errors import UserError
 from compress.model.folder import read_json, write_json
 from compress.report.table import METRICS
+from compress.saved import changes, cost_of, sync, sync_names
 from eval.memory import give_back, peak_cuda, peak_rss
 
 log = logging.getLogger(__name__)
 
 RUN = "run.json"
-VERSION = 1
 # What the command line leaves in a folder before a run begins in it.
 BEFORE = (".hydra", "compress.log")
 
@@ -36,7 +42,7 @@ BEFORE = (".hydra", "compress.log")
 class Step:
     """What a step left: its report, its seconds, the peak bytes of the process that made it so far.
 
-    taken: it was made by an earlier start
+    taken: it was made by an earlier start; state: what its state cost, see ``saved.Cost``
     """
 
     report: dict[str, Any]
@@ -44,6 +50,8 @@ class Step:
     peak_rss: int
     peak_cuda: int | None
     taken: bool
+    state: dict[str, Any] | None = None
+    fingerprint: dict[str, Any] | None = None
 
 
 def check_free(out: Path) -> None:
@@ -56,32 +64,42 @@ def check_free(out: Path) -> None:
         raise UserError(f"{out} is not empty: choose another hydra.run.dir")
 
 
-def check_same(out: Path, decisive: dict[str, Any]) -> None:
-    """Raises UserError if the unfinished run in ``out`` would end otherwise, or is being worked on.
+def unfinished(folder: Path, overrides: list[str]) -> Path | None:
+    """The newest unfinished run in a folder of runs that the same words asked for, and nobody works on."""
+    for run in sorted(folder.glob(f"*/{RUN}"), reverse=True):
+        asked = run.parent / ".hydra" / "overrides.yaml"
+        if (run.parent / METRICS).exists() or not asked.exists():
+            continue
+        if yaml.safe_load(asked.read_text(encoding="utf-8")) != overrides:
+            continue
+        with contextlib.suppress(UserError):
+            check_unheld(run.parent)
+            return run.parent
+    return None
 
-    decisive: what decides the results of a run, nested, JSON
-    """
+
+def check_unheld(out: Path) -> None:
+    """Raises UserError if another process works in the folder of an unfinished run."""
     with (out / RUN).open("r+", encoding="utf-8") as file:
         _lock(file, out)
-        _compare(out, decisive)
 
 
 @contextlib.contextmanager
 def opened(out: Path, decisive: dict[str, Any]) -> Iterator[None]:
     """Hold the folder of a run, new or left by a killed one, for this process.
 
+    decisive: what decides the results, nested, JSON, for people to read
     What killed processes left half-written is cleared away. Raises UserError as ``check_free`` and
-    ``check_same`` do.
+    ``check_unheld`` do.
     """
     check_free(out)
     out.mkdir(parents=True, exist_ok=True)
     with (out / RUN).open("a+", encoding="utf-8") as file:
         _lock(file, out)
-        _compare(out, decisive)
-        # Written once and in place: a file that replaced it would not be the one that is locked.
-        if file.tell() == 0:
-            file.write(_text(decisive))
-            file.flush()
+        # In place: a file that replaced it would not be the one that is locked.
+        file.truncate(0)
+        file.write(json.dumps(decisive, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
         _clear(out)
         yield
 
@@ -115,44 +133,58 @@ def _lock(file: IO[str], out: Path) -> None:
         ) from None
 
 
-def _text(decisive: dict[str, Any]) -> str:
-    return json.dumps({"version": VERSION, **decisive}, indent=2, ensure_ascii=False) + "\n"
+def keep_same(out: Path, steps: dict[str, dict[str, Any]]) -> None:
+    """Leave only what an earlier start made as this run would: a warning says where it differs.
+
+    steps: the fingerprint of each step of the run, nested, JSON, in order; each holds that of the one before
+    """
+    anew = False
+    for name, fingerprint in steps.items():
+        if not anew and (out / name).exists():
+            changed = _changed(out, name, fingerprint)
+            if changed:
+                log.warning("%s starts anew: %s", name, changed)
+                anew = True
+        if anew:
+            _discard(out, name)
+    for report in out.glob("*.json"):
+        if report.stem in steps or not (out / report.stem).is_dir():
+            continue
+        # Of a stage that the recipe has no more; further formats of the same record stay.
+        known = read_json(report).get("fingerprint")
+        if known is not None and all(changes(known, own) for own in steps.values()):
+            log.info("%s is no step of this run: removed", report.stem)
+            _discard(out, report.stem)
 
 
-def _compare(out: Path, decisive: dict[str, Any]) -> None:
-    """An empty file is that of a process killed before it wrote a word: it fits any run."""
-    if (out / RUN).stat().st_size == 0:
-        return
-    found = _difference(read_json(out / RUN), json.loads(_text(decisive)))
-    if found is not None:
-        key, theirs, ours = found
-        raise UserError(
-            f"{out} holds an unfinished run with {key}={theirs}, this one has {ours}: choose another "
-            "hydra.run.dir"
-        )
+def _changed(out: Path, name: str, fingerprint: dict[str, Any]) -> str:
+    """How a step that is there differs from what would be made, in words; empty if it does not."""
+    known = read_json(out / f"{name}.json").get("fingerprint")
+    return changes(known, fingerprint) if known else "another version of this program made it"
 
 
-def _difference(known: Any, asked: Any, key: str = "") -> tuple[str, Any, Any] | None:
-    """The first key that differs, dotted, with both values; of sections that hold different names, or
-    the same in another order, the names."""
-    if not (isinstance(known, dict) and isinstance(asked, dict)):
-        return None if known == asked else (key, known, asked)
-    if list(known) != list(asked) and key:
-        return key, list(known), list(asked)
-    for name in dict.fromkeys([*known, *asked]):
-        inner = f"{key}.{name}" if key else name
-        found = _difference(known.get(name), asked.get(name), inner)
-        if found is not None:
-            return found
-    return None
+def _discard(out: Path, name: str) -> None:
+    """Remove a step and its state. A kill on the way leaves nothing that counts as one."""
+    for path in (out / name, out / f"{name}.state"):
+        if path.exists():
+            leftover = path.with_name(f"{path.name}.{os.getpid()}.partial")
+            path.rename(leftover)
+            _remove(leftover)
+    (out / f"{name}.json").unlink(missing_ok=True)
 
 
-def step(out: Path, name: str, make: Callable[[Path, Path], dict[str, Any]]) -> Step:
+def step(
+    out: Path,
+    name: str,
+    make: Callable[[Path, Path], dict[str, Any]],
+    fingerprint: dict[str, Any] | None = None,
+) -> Step:
     """Take over the step ``name`` if an earlier start made it, else make it.
 
     make: (target, state) -> report: writes the folder ``target``, which does not exist yet, and may keep in
     the folder ``state`` what it needs to go on after being killed; ``state`` exists if it did so before, and
     is removed once the step is whole.
+    fingerprint: what ``keep_same`` is going to ask for
     """
     folder, report, state = out / name, out / f"{name}.json", out / f"{name}.state"
     taken = folder.exists()
@@ -165,8 +197,16 @@ def step(out: Path, name: str, make: Callable[[Path, Path], dict[str, Any]]) -> 
             give_back()
             # Before the folder has its name: a finished step always has its report.
             with whole(report) as partial:
-                facts = {"seconds": time.perf_counter() - began, "peak_rss": peak_rss()}
-                write_json(partial, {**facts, "peak_cuda": peak_cuda(), "report": found})
+                cost = cost_of(state)
+                facts = {
+                    "seconds": time.perf_counter() - began,
+                    "peak_rss": peak_rss(),
+                    "peak_cuda": peak_cuda(),
+                    "state": None if cost is None else asdict(cost),
+                    "fingerprint": fingerprint,
+                    "report": found,
+                }
+                write_json(partial, facts)
     if state.exists():
         shutil.rmtree(state)
     return Step(**read_json(report), taken=taken)
@@ -174,11 +214,17 @@ def step(out: Path, name: str, make: Callable[[Path, Path], dict[str, Any]]) -> 
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Write beside, rename at the end; on any failure nothing of this process is left."""
+    """Write beside, rename at the end; on any failure nothing of this process is left.
+
+    What has the name is on the disk: a power cut leaves it whole, or not there.
+    """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        yield partial
+        with writing(partial):
+            yield partial
+            sync(partial)
         partial.rename(path)
+        sync_names(path.parent)
     except BaseException:
         _remove(partial)
         raise

@@ -17,12 +17,14 @@ from compress.config import Run
 from compress.distill.plan import enough
 from compress.distill.stage import distill
 from compress.kv_cache.stage import quantize_cache
+from compress.model.check import check_tokens
 from compress.model.folder import ModelFolder
 from compress.model.sources import open_tokenizer
 from compress.prune.stage import prune
 from compress.quantize.search import choose
 from compress.quantize.stage import quantize
 from compress.rotate import rotate
+from compress.saved import Saved
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Work:
     target: the folder to write, which does not exist yet
     state: a folder to go on from after being killed, which the stage makes if it wants one; it is there if
         an earlier start of the same stage left it, and is removed once the stage is whole
+    fingerprint: what must be the same for the state to be gone on from
     tokens: int64 (sequences, length), or None if nothing looks at data
     """
 
@@ -41,7 +44,18 @@ class Work:
     source: ModelFolder
     target: Path
     state: Path
+    fingerprint: dict[str, Any]
     tokens: Tensor | None
+
+    @property
+    def saved(self) -> Saved:
+        return Saved(self.state, self.fingerprint)
+
+    @property
+    def spill(self) -> Path | None:
+        """The folder for hidden states, if the recipe keeps them on disk: beside the result, not in a /tmp
+        that may be memory."""
+        return self.target.parent if self.run.settings.spill else None
 
 
 # Stages that train with all processes of a run; the others are the main one's alone.
@@ -91,15 +105,24 @@ def _packed(
     text: tuple[str, str, str], model: Path, length: int, seed: int, most: int | None
 ) -> TokenBlocks:
     """Kept from the check to the run, and from run to run of a sweep."""
-    tokenizer = open_tokenizer(ModelFolder(model))
-    return training_blocks(load_mix(*text), tokenizer, length=length, seed=seed, most=most)
+    folder = ModelFolder(model)
+    tokenizer = open_tokenizer(folder)
+    blocks = training_blocks(load_mix(*text), tokenizer, length=length, seed=seed, most=most)
+    check_tokens(blocks.tokens, folder)
+    return blocks
 
 
 def _prune(work: Work) -> dict[str, Any]:
     assert work.run.prune is not None
     assert work.tokens is not None
     return prune(
-        work.source, work.target, work.run.prune, tokens=work.tokens, device=work.run.device
+        work.source,
+        work.target,
+        work.run.prune,
+        tokens=work.tokens,
+        device=work.run.device,
+        saved=work.saved,
+        spill=work.spill,
     )
 
 
@@ -114,14 +137,18 @@ def _distill(work: Work) -> dict[str, Any]:
 
 
 def _rotate(work: Work) -> dict[str, Any]:
-    return {"rotate": rotate(work.source, work.target, seed=work.run.settings.data.seed)}
+    seed = work.run.settings.data.seed
+    return {"rotate": rotate(work.source, work.target, seed=seed, saved=work.saved)}
 
 
 def _quantize(work: Work) -> dict[str, Any]:
     run, schemes, searched = work.run, work.run.schemes, dict[str, Any]()
     if run.search is not None:
         assert work.tokens is not None
-        schemes, found = choose(work.source, run.search, schemes, work.tokens, run.device)
+        saved = work.saved.part("search")
+        schemes, found = choose(
+            work.source, run.search, schemes, work.tokens, run.device, saved, work.spill
+        )
         searched = {"search": found}
     return searched | quantize(
         work.source,
@@ -131,20 +158,36 @@ def _quantize(work: Work) -> dict[str, Any]:
         transforms=run.transforms,
         roundings=run.roundings,
         device=run.device,
+        saved=work.saved.part("blocks"),
+        spill=work.spill,
     )
 
 
 def _repair(work: Work) -> dict[str, Any]:
     assert work.run.repair is not None
     assert work.tokens is not None
-    repaired = work.run.repair(work.source, work.model, work.target, work.tokens, work.run.device)
+    repaired = work.run.repair(
+        work.source,
+        work.model,
+        work.target,
+        work.tokens,
+        work.run.device,
+        work.saved,
+        work.spill,
+    )
     return {"repair": repaired}
 
 
 def _kv_cache(work: Work) -> dict[str, Any]:
     assert work.run.cache is not None
     return quantize_cache(
-        work.source, work.target, work.run.cache, tokens=work.tokens, device=work.run.device
+        work.source,
+        work.target,
+        work.run.cache,
+        tokens=work.tokens,
+        device=work.run.device,
+        saved=work.saved,
+        spill=work.spill,
     )
 
 

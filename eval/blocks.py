@@ -8,12 +8,14 @@ tokens (1, window); hidden states (1, window, hidden)
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from eval.parts import Once, always
 from eval.text import ROWS, token_kl
 
 
@@ -24,24 +26,47 @@ def block_divergence(
     candidate_blocks: Sequence[nn.Module],
     logits_of: Callable[[Tensor], Tensor],
     windows: Iterable[Tensor],
+    once: Once = always,
 ) -> list[float]:
     """The mean KL of every block in nats per token, over all positions but the last of a window.
 
     base: the original model, called with tokens; base_blocks: its decoder blocks, in order;
     candidate_blocks: those of the candidate, which must read and write the same hidden states
     logits_of: final hidden states (before the final norm) -> logits, in the original
+    A block on a window is a part of ``once``.
     """
     totals, count = [0.0] * len(base_blocks), 0
-    for tokens in windows:
-        calls = block_calls(base, base_blocks, tokens.unsqueeze(0))
-        last = base_blocks[-1](calls[-1][0], **calls[-1][1])
+    for w, tokens in enumerate(windows):
+        read = _Window(base, base_blocks, tokens)
         count += len(tokens) - 1
         for i, block in enumerate(candidate_blocks):
-            X = block(calls[i][0], **calls[i][1])
-            for j in range(i + 1, len(base_blocks)):
-                X = base_blocks[j](X, **calls[j][1])
-            totals[i] += _divergence(last[0, :-1], X[0, :-1], logits_of)
+            part = functools.partial(read.divergence, i, block, logits_of)
+            totals[i] += once(f"window {w}, block {i}", part)
     return [total / count for total in totals]
+
+
+class _Window:
+    """What the original makes of a window, computed when it is first asked for."""
+
+    def __init__(self, base: Any, blocks: Sequence[nn.Module], tokens: Tensor):
+        self._base, self._blocks, self._tokens = base, blocks, tokens
+
+    @functools.cached_property
+    def _calls(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        return block_calls(self._base, self._blocks, self._tokens.unsqueeze(0))
+
+    @functools.cached_property
+    def _last(self) -> Tensor:
+        X, arguments = self._calls[-1]
+        return self._blocks[-1](X, **arguments)
+
+    def divergence(self, i: int, block: nn.Module, logits_of: Callable[[Tensor], Tensor]) -> float:
+        """The sum over positions with ``block`` in place of block i."""
+        last, (X, arguments) = self._last, self._calls[i]
+        X = block(X, **arguments)
+        for other, (_, arguments) in zip(self._blocks[i + 1 :], self._calls[i + 1 :], strict=True):
+            X = other(X, **arguments)
+        return _divergence(last[0, :-1], X[0, :-1], logits_of)
 
 
 def block_calls(

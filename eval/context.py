@@ -9,6 +9,7 @@ tokens int64 (window,); logits (count, n, vocabulary)
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from eval.parts import Once, always
 from eval.text import mean_and_stderr, token_kl, token_nll
 
 # Tokens that all readers see before the next ones: bounds the logits in memory.
@@ -44,41 +46,26 @@ def by_position(
     candidates: Mapping[str, Callable[[], Reader]],
     windows: Iterable[Tensor],
     buckets: int,
+    once: Once = always,
 ) -> dict[str, dict[str, Any]]:
     """Divergence of each candidate from ``base`` in ``buckets`` equal parts of the windows.
 
     Returns for each candidate kl and kl_stderr (nats per token, over windows), kl_p99, top1, and
     lists over the buckets bucket_kl, bucket_kl_stderr and bucket_nll_difference (candidate - base,
     nats); cache_bytes at the end of a window. The base's own have perplexity and bucket_perplexity.
-    All hold ``tokens`` and ``windows``.
+    All hold ``tokens`` and ``windows``. A window is a part of ``once``.
     """
     kl: dict[str, list[Tensor]] = {name: [] for name in candidates}
     top1: dict[str, list[Tensor]] = {name: [] for name in candidates}
     nll: dict[str, list[Tensor]] = {name: [] for name in ("base", *candidates)}
     size: dict[str, int] = {}
-    for tokens in windows:
-        readers = {"base": base()} | {name: new() for name, new in candidates.items()}
-        parts: dict[str, list[Tensor]] = {}
-        for start in range(0, len(tokens), PIECE):
-            piece = tokens[start : start + PIECE]
-            # The last token of a piece predicts the first of the next one.
-            targets = tokens[start + 1 : start + PIECE + 1]
-            original = _log_probs(readers["base"], piece)[: len(targets)]
-            targets = targets.to(original.device)
-            parts.setdefault("base nll", []).append(token_nll(original, targets))
-            for name in candidates:
-                found = _log_probs(readers[name], piece)[: len(targets)]
-                parts.setdefault(f"{name} nll", []).append(token_nll(found, targets))
-                parts.setdefault(f"{name} kl", []).append(token_kl(original, found))
-                same = (original.argmax(-1) == found.argmax(-1)).float()
-                parts.setdefault(f"{name} top1", []).append(same)
-        rows = {key: torch.cat(value).cpu() for key, value in parts.items()}
+    for i, tokens in enumerate(windows):
+        rows, size = once(f"window {i}", functools.partial(_read_window, base, candidates, tokens))
         for name, collected in nll.items():
             collected.append(rows[f"{name} nll"])
         for name in candidates:
             kl[name].append(rows[f"{name} kl"])
             top1[name].append(rows[f"{name} top1"])
-        size = {name: reader.nbytes for name, reader in readers.items()}
     counts = {"tokens": sum(map(len, nll["base"])), "windows": len(nll["base"])}
     results: dict[str, dict[str, Any]] = {
         "base": {
@@ -104,6 +91,30 @@ def by_position(
     for name, result in results.items():
         result |= {"cache_bytes": size[name], **counts}
     return results
+
+
+def _read_window(
+    base: Callable[[], Reader], candidates: Mapping[str, Callable[[], Reader]], tokens: Tensor
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Figures of every predicted token (window - 1,), "NAME nll" of all, "NAME kl" and "NAME top1" of the
+    candidates, and the bytes of each cache at the end."""
+    readers = {"base": base()} | {name: new() for name, new in candidates.items()}
+    parts: dict[str, list[Tensor]] = {}
+    for start in range(0, len(tokens), PIECE):
+        piece = tokens[start : start + PIECE]
+        # The last token of a piece predicts the first of the next one.
+        targets = tokens[start + 1 : start + PIECE + 1]
+        original = _log_probs(readers["base"], piece)[: len(targets)]
+        targets = targets.to(original.device)
+        parts.setdefault("base nll", []).append(token_nll(original, targets))
+        for name in candidates:
+            found = _log_probs(readers[name], piece)[: len(targets)]
+            parts.setdefault(f"{name} nll", []).append(token_nll(found, targets))
+            parts.setdefault(f"{name} kl", []).append(token_kl(original, found))
+            same = (original.argmax(-1) == found.argmax(-1)).float()
+            parts.setdefault(f"{name} top1", []).append(same)
+    rows = {key: torch.cat(value).cpu() for key, value in parts.items()}
+    return rows, {name: reader.nbytes for name, reader in readers.items()}
 
 
 def _log_probs(reader: Reader, piece: Tensor) -> Tensor:

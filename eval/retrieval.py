@@ -10,6 +10,7 @@ tokens int64 (n,)
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import Tensor
 from calibration.tokens import bos_prefix
 from compress.errors import UserError
 from eval.context import Reader
+from eval.parts import Once, always
 
 PLACES = (
     "Lisbon", "Oslo", "Cairo", "Lima", "Dublin", "Kyoto", "Vienna", "Nairobi", "Havana", "Prague", "Seoul",
@@ -120,18 +122,24 @@ def score(
     readers: Mapping[str, Callable[[], Reader]],
     haystacks: Iterable[Haystack],
     done: Callable[[], None] = lambda: None,
+    once: Once = always,
 ) -> dict[str, dict[str, list[int]]]:
-    """For each reader and kind of fact, 1 for every answer found and 0 for every other, in order."""
+    """For each reader and kind of fact, 1 for every answer found and 0 for every other, in order. What a
+    reader answers of a haystack is a part of ``once``."""
     found: dict[str, dict[str, list[int]]] = {name: {} for name in readers}
-    for haystack in haystacks:
+    for i, haystack in enumerate(haystacks):
         for name, new in readers.items():
-            reader = new()
-            reader(haystack.tokens.unsqueeze(0))
-            for question in haystack.questions:
-                right = _answered(reader.fork(), question)
-                found[name].setdefault(question.kind, []).append(int(right))
+            right = once(f"haystack {i}, {name}", functools.partial(_answers, new, haystack))
+            for question, hit in zip(haystack.questions, right, strict=True):
+                found[name].setdefault(question.kind, []).append(hit)
         done()
     return found
+
+
+def _answers(new: Callable[[], Reader], haystack: Haystack) -> list[int]:
+    reader = new()
+    reader(haystack.tokens.unsqueeze(0))
+    return [int(_answered(reader.fork(), question)) for question in haystack.questions]
 
 
 def _answered(reader: Reader, question: Question) -> bool:

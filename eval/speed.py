@@ -26,6 +26,7 @@ that cannot be opened: the others are measured all the same.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -45,6 +46,7 @@ from torch import Tensor
 
 from eval.bandwidth import read_bandwidth, read_kernel
 from eval.memory import allocated_cuda, give_back, mark_peak, peak_cuda, peak_rss, rss
+from eval.parts import Once, always, within
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +159,7 @@ class Load:
 
 
 def measure_speed(
-    decoders: Mapping[str, Callable[[], Decoder]], load: Load
+    decoders: Mapping[str, Callable[[], Decoder]], load: Load, once: Once = always
 ) -> dict[str, dict[str, Any]]:
     """Speed and memory of each candidate under the same load.
 
@@ -170,14 +172,15 @@ def measure_speed(
     e2e_ms_iqr, itl_by_position {positions, p50_ms, p90_ms}, meets_limits (share of the timed requests),
     goodput_rps, peak_rss, peak_cuda, kernels, bytes_per_step, read_gb_s, share_of_roofline, rounds}, medians
     over the rounds, or with {refused}, a sentence. ``rounds`` keeps every round's TTFT, tokens/s and end to
-    end for ratios, and of a mix the sizes that were drawn.
+    end for ratios, and of a mix the sizes that were drawn. A point is a part of ``once``; what is told of a
+    candidate's load is of the process that measured the first one.
 
     Raises RuntimeError with a child's own message if nothing at all was measured.
     """
     groups = [dict(decoders)] if load.together else [{name: f} for name, f in decoders.items()]
     results: dict[str, dict[str, Any]] = {}
     for group in groups:
-        results |= _measure(group, load)
+        results |= _measure(group, load, within(once, *group))
     reasons = [
         f"measuring {name}: {point['refused']}"
         for name, result in results.items()
@@ -192,26 +195,36 @@ def measure_speed(
 
 
 def _measure(
-    decoders: Mapping[str, Callable[[], Decoder]], load: Load
+    decoders: Mapping[str, Callable[[], Decoder]], load: Load, once: Once
 ) -> dict[str, dict[str, Any]]:
     """Candidates in memory at one time."""
+    results: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
-        candidates = [
-            # One after the other: they would slow down each other's load otherwise.
-            stack.enter_context(_Candidate(name, open_decoder, load))
-            for name, open_decoder in decoders.items()
-        ]
+
+        @functools.cache
+        def candidates() -> list[_Candidate]:
+            return [
+                # One after the other: they would slow down each other's load otherwise.
+                stack.enter_context(_Candidate(name, open_decoder, load))
+                for name, open_decoder in decoders.items()
+            ]
+
+        def measured(point: Point) -> dict[str, dict[str, dict[str, Any]]]:
+            answers = _requests(candidates(), point, load)
+            return {
+                c.name: {"load": c.facts, "point": _summary(point, found, load.limits)}
+                for c, found in zip(candidates(), answers, strict=True)
+            }
+
         for point in load.points:
             told = []
-            for candidate, answers in zip(
-                candidates, _requests(candidates, point, load), strict=True
-            ):
-                found = _summary(point, answers, load.limits)
-                candidate.points.append(found)
-                speed = "refused" if "refused" in found else f"{found['tokens_per_s']:.1f}"
-                told.append(f"{candidate.name} {speed}")
+            for name, found in once(str(point), functools.partial(measured, point)).items():
+                result = results.setdefault(name, {**found["load"], "points": []})
+                result["points"].append(found["point"])
+                speed = found["point"].get("tokens_per_s")
+                told.append(f"{name} {'refused' if speed is None else f'{speed:.1f}'}")
             log.info("%s, tokens/s: %s", point, "; ".join(told))
-        return {c.name: {**c.facts, "points": c.points} for c in candidates}
+    return results
 
 
 class _Candidate:
@@ -222,7 +235,6 @@ class _Candidate:
 
     def __init__(self, name: str, open_decoder: Callable[[], Decoder], load: Load):
         self.name = name
-        self.points: list[dict[str, Any]] = []
         self.facts: dict[str, Any] = {}
         self._arguments = (open_decoder, load)
         self._died = False

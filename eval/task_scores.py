@@ -7,10 +7,12 @@ hf`` and ``--model vllm`` do, so that scores are those that anybody gets from th
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
+import itertools
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,8 +22,10 @@ import numpy as np
 import torch
 
 from compress.errors import UserError
+from compress.progress import track
 from eval.engines.vllm_decode import set_environment
 from eval.paired import flips
+from eval.parts import Once, always
 
 TASKS = Path(__file__).parent / "tasks"
 # lm-eval's own defaults for its seeds, stated because results depend on them.
@@ -143,12 +147,14 @@ def score_tasks(
     limit: int | None,
     fewshot: int | None = None,
     chat_template: bool = False,
+    once: Once = always,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Samples]]:
     """Accuracy of each task with its standard error, and how each question was answered.
 
     lm: as from ``open_model``; limit: questions per task, the first ones, None for all; fewshot: examples
     before each question, None for as many as the task asks for; chat_template: put questions as the
-    tokenizer's template puts a user's words. Raises UserError as ``load_tasks`` does.
+    tokenizer's template puts a user's words. The answers to some batches of requests are a part of ``once``.
+    Raises UserError as ``load_tasks`` does.
 
     Returns task -> {questions (asked), of (all there are), limit, fewshot, chat_template, and each metric
     with its METRIC_stderr}, and task -> samples in the order of the questions. A group has the metrics that
@@ -158,7 +164,7 @@ def score_tasks(
 
     loaded = load_tasks(tasks)
     found = simple_evaluate(
-        lm,
+        _in_parts(lm, once),
         tasks=list(loaded.rows.values()),
         limit=limit,
         num_fewshot=fewshot,
@@ -183,6 +189,75 @@ def score_tasks(
             for sample in _samples(task, found["samples"][task.task_name])
         ]
     return scores, samples
+
+
+# Batches of a part, and requests of a batch where a model batches by itself.
+BATCHES, BATCH = 4, 64
+
+
+def _in_parts(lm: Any, once: Once) -> Any:
+    """The lm-eval model with its answers asked for in parts of some batches. A part holds whole batches, as
+    lm-eval's own model puts them together, so that every answer is the one it has without parts: what is
+    padded beside what changes a sum in its last bits."""
+    parted, batch = copy.copy(lm), lm.batch_size
+    size = BATCHES * (batch if isinstance(batch, int) else BATCH)
+
+    def likelihoods(requests: Sequence[Any], **options: Any) -> list[Any]:
+        """requests: (texts, tokens of the context, tokens of what follows)"""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, (_, context, following) in enumerate(requests):
+            # Those that differ in the last token alone are read once.
+            groups.setdefault((*context, *following[:-1]), []).append(i)
+
+        def place(group: list[int]) -> tuple[int, list[int]]:
+            tokens = [*requests[group[0]][1], *requests[group[0]][2]]
+            return -len(tokens), tokens
+
+        ordered = sorted(groups.values(), key=place)
+        chosen = [
+            list(itertools.chain(*ordered[i : i + size])) for i in range(0, len(ordered), size)
+        ]
+        return _asked(lm._loglikelihood_tokens, "likelihoods", requests, chosen, once, options)
+
+    def written(requests: Sequence[Any], **options: Any) -> list[str]:
+        """requests: lm-eval's, each a text and how to go on from it"""
+        kinds: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            kinds.setdefault(repr(request.args[1]), []).append(i)
+
+        def place(i: int) -> tuple[int, str]:
+            return -len(lm.tok_encode(requests[i].args[0])), requests[i].args[0]
+
+        chosen = []
+        for kind in kinds.values():
+            kind.sort(key=place)
+            chosen += [kind[i : i + size] for i in range(0, len(kind), size)]
+        return _asked(lm.generate_until, "written", requests, chosen, once, options)
+
+    parted._loglikelihood_tokens, parted.generate_until = likelihoods, written
+    return parted
+
+
+def _asked(
+    answer: Callable[..., list[Any]],
+    kind: str,
+    requests: Sequence[Any],
+    chosen: list[list[int]],
+    once: Once,
+    options: Mapping[str, Any],
+) -> list[Any]:
+    """The answers to all requests. chosen: the requests of each part, by place"""
+    found: dict[int, Any] = {}
+    for part in track(chosen, f"answers, {kind}"):
+        asked = [requests[i] for i in part]
+        # A name that tells what is asked: parts of other requests are others.
+        words = repr([getattr(request, "args", request) for request in asked])
+        name = f"{kind} {hashlib.sha256(words.encode()).hexdigest()}"
+        ask = functools.partial(answer, asked, **{**options, "disable_tqdm": True})
+        for i, one in zip(part, once(name, ask), strict=True):
+            # A pair, where the part was kept as a list.
+            found[i] = tuple(one) if isinstance(one, list) else one
+    return [found[i] for i in range(len(requests))]
 
 
 # The metrics that stand for a task in a table, the first that it has; all are in its scores.

@@ -11,6 +11,7 @@ tokens (window,); logits (window, vocabulary); per-token results float32 (window
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from eval.paired import paired
+from eval.parts import Once, always
 
 # tokens (1, window) -> logits (1, window, vocabulary)
 LogitsOf = Callable[[Tensor], Tensor]
@@ -49,16 +51,22 @@ class Tokens:
 
 @torch.no_grad()
 def read_text(
-    models: Mapping[str, LogitsOf], windows: Iterable[Tensor], base: str | None = None
+    models: Mapping[str, LogitsOf],
+    windows: Iterable[Tensor],
+    base: str | None = None,
+    once: Once = always,
 ) -> dict[str, Tokens]:
-    """Every model over the same windows, once. base: which of them is the original of the others."""
+    """Every model over the same windows, once. base: which of them is the original of the others. A window is
+    a part of ``once``."""
     found = {name: Tokens([], [], []) for name in models}
-    for tokens in windows:
+
+    def read(tokens: Tensor) -> dict[str, dict[str, Tensor]]:
         row = tokens.unsqueeze(0)
         # Without a name, so that the logits of one window are gone before the next one's come.
-        for name, parts in _window(
-            {name: model(row)[0] for name, model in models.items()}, tokens, base
-        ).items():
+        return _window({name: model(row)[0] for name, model in models.items()}, tokens, base)
+
+    for i, tokens in enumerate(windows):
+        for name, parts in once(f"window {i}", functools.partial(read, tokens)).items():
             for column, part in parts.items():
                 getattr(found[name], column).append(part)
     return found

@@ -176,7 +176,7 @@ def _object(text: str, where: str) -> Row:
     """Parts of parts are named as usage.prompt_tokens."""
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: one object a line is") from error
     if not isinstance(found, dict):
         raise UserError(f"{where} is not an object in JSON, as {{...}}")
@@ -212,7 +212,7 @@ def _count(row: Row, column: str | None, where: str) -> int:
     value = row.get(str(column))
     try:
         number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not number.is_integer() or not 0 <= number <= MOST:
         told = "nothing" if value in (None, "") else value
@@ -224,7 +224,7 @@ def _seconds(value: Any, column: str, where: str) -> float:
     """Of seconds, or milliseconds since 1970, or a time as 2025-01-31T12:00:00, in UTC if it does not say."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = _moment(value)
     if isinstance(value, bool) or not math.isfinite(number):
         told = "nothing" if value in (None, "") else value
@@ -237,9 +237,9 @@ def _seconds(value: Any, column: str, where: str) -> float:
 def _moment(value: Any) -> float:
     try:
         found = datetime.fromisoformat(str(value))
-    except ValueError:
+        return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
         return math.nan
-    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
 
 
 def describe(traffic: Traffic) -> dict[str, Any]:

@@ -121,6 +121,8 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--golden", action="store_true", help="rewrite tests/golden from this run")
+    parser.addoption("--fuzz-cases", type=int, help="damaged inputs in tests/fuzz, in all")
+    parser.addoption("--fuzz-seed", type=int, default=0, help="which they are")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -409,7 +410,10 @@ MISTAKES = [
         f"compares is neither a verb ({', '.join(VERBS)}) nor",
     ),
     (["recipe=rtn-int4", "scheme.bits=four"], "scheme.bits: Value 'four'"),
-    (["recipe=rtn-int4", f"hydra.run.dir={__file__}/x"], "cannot be written: choose another"),
+    (
+        ["recipe=rtn-int4", f"hydra.run.dir={__file__}/x"],
+        "cannot be written (Not a directory): choose another",
+    ),
     (["compare", "nowhere"], "there is no folder nowhere"),
     (["compare", "."], "no finished run below ."),
     (["compare", ".", "gate.kl=small"], "gate.kl=small is not allowed: choose a number"),
@@ -577,38 +581,78 @@ def test_an_interrupt_ends_in_one_line_and_leaves_no_result(
     assert "Traceback" not in rest
     stopped = [line for line in rest.splitlines() if "compress: stopped" in line]
     assert stopped == [
-        f"compress: stopped; the same recipe with hydra.run.dir={tmp_path / 'out'} goes on from its "
-        "finished stages"
+        f"compress: stopped; the same command with hydra.run.dir={tmp_path / 'out'} goes on from there"
     ]
     assert not (tmp_path / "out" / "metrics.json").exists()
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(
+PROGRAM = """
+import os, signal, sys
+from compress import saved
+from compress.__main__ import main
+
+saved.TIMES, save, left = 0, saved.Saved.save, [int(os.environ["SAVES"])]
+
+def deadly(self, *words):
+    save(self, *words)
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL"]))
+
+saved.Saved.save = deadly
+main()
+"""
+
+
+def program(
+    words: list[str], cwd: Path, saves: int = 0, by: str = "SIGKILL"
+) -> subprocess.CompletedProcess[str]:
+    """The command line, in a process that gets a signal after so many saves."""
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM, *words],
+        cwd=cwd,
+        env={**os.environ, "SAVES": str(saves), "SIGNAL": by},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_killed_and_interrupted_run_goes_on_to_the_same_bytes(
     tiny: ModelFolder, text_file: Path, tmp_path: Path
 ) -> None:
+    """By SIGKILL after a block, then by Ctrl-C after the next."""
     words = ["recipe=awq-int4", f"model={tiny.path}", f"data={text_file}", "eval=none"]
     words += ["data.sequences=4", "data.length=64", "scheme.group_size=32", "speed=none"]
     words += ["stages=[rotate,quantize]"]
-    killed, once = tmp_path / "killed", tmp_path / "once"
-    process = started([*words, f"hydra.run.dir={killed}"], tmp_path, "model.layers.0: ")
-    process.kill()
-    process.wait(60)
-    assert [file.name.split(".")[0] for file in killed.glob("*.partial")] == ["quantize"]
-    other = compress(*words, "data.seed=1", f"hydra.run.dir={killed}", cwd=tmp_path)
-    assert (other.returncode, other.stderr) == (
-        2,
-        f"compress: {killed} holds an unfinished run with data.seed=0, this one has 1: choose another "
-        "hydra.run.dir\n",
+    assert program(words, tmp_path, 4).returncode == -signal.SIGKILL
+    (out,) = (tmp_path / "outputs" / "model" / "awq-int4").iterdir()
+    assert (out / "rotate").is_dir()
+    assert (out / "quantize.state" / "blocks" / "position-1").is_dir()
+    stopped = program(words, tmp_path, 1, "SIGINT")
+    assert stopped.returncode == 130
+    assert f"compress: goes on in {out.relative_to(tmp_path)}, which was left" in stopped.stderr
+    assert "rotate: taken over from an earlier start" in stopped.stderr
+    assert "quantize goes on after block 1 of 3" in stopped.stderr
+    (line,) = [line for line in stopped.stderr.splitlines() if "compress: stopped" in line]
+    assert (
+        line == f"compress: stopped; the same command with hydra.run.dir={out} goes on from there"
     )
-    for out in (killed, once):
-        done = compress(*words, f"hydra.run.dir={out}", cwd=tmp_path)
+    assert not list(out.glob("*.partial"))
+    once = tmp_path / "once"
+    for folder, more in ((out, []), (once, [f"hydra.run.dir={once}"])):
+        done = program([*words, *more], tmp_path)
         assert done.returncode == 0, done.stderr
-        assert ("rotate: taken over from an earlier start" in done.stderr) == (out == killed)
-    assert checkpoint_bytes(killed) == checkpoint_bytes(once)
-    assert {file.name for file in killed.iterdir()} == {file.name for file in once.iterdir()}
-    metrics = json.loads((killed / "metrics.json").read_text())
-    assert metrics["compression"]["resumed"] == ["rotate"]
-    assert list(metrics["compression"]["stage_seconds"]) == ["rotate", "quantize"]
+        assert ("quantize goes on after block 2 of 3" in done.stderr) == (folder == out)
+    assert checkpoint_bytes(out) == checkpoint_bytes(once)
+    assert {file.name for file in out.iterdir()} == {file.name for file in once.iterdir()}
+    found = json.loads((out / "metrics.json").read_text())["compression"]
+    assert found["resumed"] == ["rotate"]
+    assert list(found["stage_seconds"]) == ["rotate", "quantize"]
+    # Of rotate all three blocks, of quantize those of the last start.
+    assert found["state"]["saves"] == 3 + 1
+    assert found["state"]["bytes"] > 0
+    assert 0 < found["state"]["share"] < 1
 
 
 def test_help_explains_groups_and_shows_examples(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from compress.quantize.scheme import Scheme, Schemes
 from compress.quantize.stage import quantize, settle
 from compress.quantize.transforms import AwqClip, AwqScale, Opt, Smooth
 from compress.runtime.load import load_dense
+from compress.saved import changes
 from tests.conftest import byte_tokenizer, write_model
 from tests.exported import checkpoint_bytes
 
@@ -156,71 +157,79 @@ def test_after_compression_only_measuring_is_done_again(
         pipeline.run_recipe(run, "awq", tmp_path)
 
 
-def test_another_recipe_does_not_go_on_there(
+def test_another_recipe_starts_anew_where_it_differs(
     tiny: ModelFolder,
     make_model: Callable[..., ModelFolder],
     text_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with monkeypatch.context() as broken:
-        broken.setattr(stages, "_STAGES", {})
-        with pytest.raises(KeyError):
-            pipeline.run_recipe(run_of(tiny, text_file), "awq", tmp_path)
-    left = {file.name for file in tmp_path.iterdir()}
-    other = f"{tmp_path} holds an unfinished run with {{}}: choose another hydra.run.dir"
-    for word, difference in (
-        ("data.seed=1", "data.seed=0, this one has 1"),
-        ("scheme.bits=3", "scheme.bits=4, this one has 3"),
-        (
-            "transforms=[awq_clip,awq_scale]",
-            "transforms=['awq_scale', 'awq_clip'], this one has ['awq_clip', 'awq_scale']",
-        ),
+    """And ends as if nothing had been there."""
+    out, rotated = tmp_path / "out", "stages=[rotate,quantize]"
+
+    def killed(recipe: pipeline.Run) -> list[str]:
+        """What was said of a run that ends at the audit of its checkpoint."""
+        caplog.clear()
+        with monkeypatch.context() as broken:
+            broken.setattr(pipeline, "audit", lambda *_: 1 / 0)
+            pipeline.check(recipe, out)
+            with pytest.raises(ZeroDivisionError):
+                pipeline.run_recipe(recipe, "run", out)
+        return [line for line in caplog.messages if "anew" in line]
+
+    assert killed(run_of(tiny, text_file, rotated)) == []
+    assert killed(run_of(tiny, text_file, rotated)) == []
+    for word, said in (
+        ("scheme.bits=3", "scheme.bits was 4, is 3"),
         (
             "transforms.awq_scale.grid=3",
-            "transforms.awq_scale.grid=20, this one has 3",
+            "scheme.bits was 3, is 4, transforms.awq_scale.grid was 20, is 3",
         ),
-        ("head=int4", "head=None, this one has {"),
     ):
-        with pytest.raises(UserError) as refused:
-            pipeline.check(run_of(tiny, text_file, word), tmp_path)
-        assert str(refused.value).startswith(other.format(difference).partition("{")[0]), word
+        (line,) = killed(run_of(tiny, text_file, rotated, word))
+        assert line == f"quantize starts anew: {said}"
+        assert (out / "rotate").exists()
     bigger = make_model(num_hidden_layers=4)
-    with pytest.raises(UserError, match=f"model.fingerprint={tiny.fingerprint}, this one has"):
-        pipeline.run_recipe(run_of(bigger, text_file), "awq", tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == left
-    pipeline.check(run_of(tiny, text_file, "eval=standard", "eval.texts=[]"), tmp_path)
+    (line,) = killed(run_of(bigger, text_file, rotated))
+    assert line.startswith("rotate starts anew: model.fingerprint is another")
+    with monkeypatch.context() as changed:
+        changed.setattr(pipeline, "code", lambda: "0" * 64)
+        (line,) = killed(run_of(bigger, text_file, rotated))
+    assert line.startswith("rotate starts anew: code is another")
+    recipe = run_of(tiny, text_file, "scheme.bits=3")
+    for folder in (out, tmp_path / "once"):
+        metrics = pipeline.run_recipe(recipe, "run", folder)
+        assert metrics["compression"]["resumed"] == []
+    assert checkpoint_bytes(out) == checkpoint_bytes(tmp_path / "once")
+    names = [{file.name for file in path.iterdir()} for path in (out, tmp_path / "once")]
+    assert names[0] == names[1]
 
 
 DISTILLED = ["stages=[quantize,distill]", "distill=kl", "distill.length=32"]
 
 
-def test_what_may_change_in_a_distillation_that_goes_on(
-    tiny: ModelFolder, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_may_change_in_a_distillation_that_goes_on(tiny: ModelFolder, text_file: Path) -> None:
     """How often it saves and logs; the minutes only where they are the budget."""
 
     def asked(*words: str) -> pipeline.Run:
         return run_of(tiny, text_file, *DISTILLED, *words)
 
+    def of(recipe: pipeline.Run) -> dict[str, Any]:
+        return pipeline._fingerprints(recipe, pipeline._decisive(recipe, tiny))
+
     free = ["distill.save_every=3", "distill.log_every=7"]
-    monkeypatch.setattr(stages, "_STAGES", {})
     for budget, may_change in (("distill.steps=4", True), ("distill.minutes=30", False)):
-        out = tmp_path / budget
-        with pytest.raises(KeyError):
-            pipeline.run_recipe(asked(budget), "run", out)
-        pipeline.check(asked(budget, *free), out)
+        asked_for = of(asked(budget))
+        assert of(asked(budget, *free)) == asked_for
         assert pipeline._recipe_hash(asked(budget, *free), None) == pipeline._recipe_hash(
             asked(budget), None
         )
-        with pytest.raises(UserError, match=r"with distill\.rate=0\.0002, this one has 0\.1"):
-            pipeline.check(asked(budget, "distill.rate=0.1"), out)
-        other = asked(budget, "distill.minutes=10")
-        if may_change:
-            pipeline.check(other, out)
-        else:
-            with pytest.raises(UserError, match=r"with distill\.minutes=30\.0, this one has 10"):
-                pipeline.check(other, out)
+        other = of(asked(budget, "distill.rate=0.1"))
+        assert other["quantize"] == asked_for["quantize"]
+        assert changes(asked_for["distill"], other["distill"]) == "distill.rate was 0.0002, is 0.1"
+        assert other["checkpoint"] != asked_for["checkpoint"]
+        assert (of(asked(budget, "distill.minutes=10")) == asked_for) == may_change
 
 
 @pytest.mark.parametrize(
@@ -637,6 +646,7 @@ def test_a_stage_may_leave_a_plain_model_of_another_shape(
     run = run_of(tiny, text_file, *words)
     run = replace(run, settings=replace(run.settings, stages=["narrow", *after]))
     monkeypatch.setitem(stages._STAGES, "narrow", narrowed)
+    monkeypatch.setitem(pipeline.KNOBS_OF, "narrow", ())
     metrics = pipeline.run_recipe(run, "narrow", tmp_path)
     assert verify(tmp_path / "checkpoint") == []
     base, candidate = metrics["base"], metrics["candidate"]

@@ -6,15 +6,17 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from compress.commands.traffic import traffic_words
 from compress.commands.words import plain
 from compress.errors import UserError
-from compress.report.files import write_report
+from compress.model.folder import STUMBLES, reading
+from compress.report.files import report_texts, write_report
 from compress.report.gate import failures, read_limits
 from compress.report.served import served_sections
 from compress.report.serving import traffic_sections
-from compress.report.table import find_runs
+from compress.report.table import METRICS, find_runs
 from compress.report.terminal import comparison, terminal_width
 
 
@@ -43,15 +45,33 @@ def main(words: list[str]) -> int:
     if asked.out is not None:
         _check_out(asked.out)
     runs = find_runs(folders)
-    sections = [] if told is None else traffic_sections(told.open(), runs)
-    print(comparison(runs, limits, terminal_width(sys.stdout.isatty())), end="")
+    try:
+        sections = [] if told is None else traffic_sections(told.open(), runs)
+        shown = comparison(runs, limits, terminal_width(sys.stdout.isatty()))
+        files = []
+        if asked.out is not None:
+            files = write_report(runs, limits, asked.out, [*served_sections(runs), *sections])
+    except UserError:
+        raise
+    except STUMBLES:
+        _check_runs(runs, limits)
+        raise
+    print(shown, end="")
     for section in sections:
         print(f"\n{section.title}\n\n{section.text}", end="")
     if asked.out is not None:
-        files = write_report(runs, limits, asked.out, [*served_sections(runs), *sections])
         print(f"\nWritten: {', '.join(map(str, files))}")
     failed = [failures(run["candidate"], run["base"], limits or {}) for run in runs]
     return int(all(failed))
+
+
+def _check_runs(runs: list[dict[str, Any]], limits: dict[str, float] | None) -> None:
+    """Raises UserError for a metrics.json that is not as a run writes it; called where one was stumbled
+    over."""
+    for run in runs:
+        with reading(Path(run["folder"]) / METRICS):
+            comparison([run], limits, terminal_width(False))
+            report_texts([run], limits, Path(run["folder"]))
 
 
 def _check_out(out: Path) -> None:

@@ -13,6 +13,7 @@ from compress.errors import UserError
 from compress.measure.accuracy import check_texts, measure_accuracy, open_windows
 from compress.measure.size import measure_size
 from compress.measure.tasks import check_tasks
+from compress.model.check import check_tokens
 from compress.model.folder import ModelFolder
 from compress.model.sources import open_tokenizer, resolve_model
 from compress.report.verdict import passed, verdict
@@ -35,8 +36,9 @@ def main(words: list[str]) -> int:
     settings = compose_settings(expand_shorthand(asked.overrides))
     if settings.eval is None:
         raise UserError("eval=none leaves nothing to evaluate")
-    folder = ModelFolder(resolve_model(asked.folder, None))
-    base = None if asked.base is None else ModelFolder(resolve_model(asked.base, None))
+    pickle = settings.model.allow_pickle
+    folder = ModelFolder(resolve_model(asked.folder, None, pickle))
+    base = None if asked.base is None else ModelFolder(resolve_model(asked.base, None, pickle))
     if base is not None and base.config.get("vocab_size") != folder.config.get("vocab_size"):
         raise UserError(
             f"{asked.base} has another vocabulary than {asked.folder}: choose its original"
@@ -48,6 +50,8 @@ def main(words: list[str]) -> int:
     tokenizer = open_tokenizer(original)
     check_texts(settings.eval, folder)
     windows = open_windows(settings.eval, tokenizer)
+    for blocks in windows.values():
+        check_tokens(blocks.tokens, original)
     check_tasks(settings.eval, original)
     size = measure_size(folder)
     accuracy = measure_accuracy(

@@ -65,7 +65,8 @@ def plan(settings: RecipeConfig) -> dict[str, Any]:
     """Everything that --json prints. Raises UserError for what is not known, or does not fit together."""
     assert settings.hardware is not None
     hardware, wanted = hardware_of(settings.hardware, again=True), settings.plan
-    shapes = open_shapes(settings.model.source, settings.model.revision)
+    model = settings.model
+    shapes = open_shapes(model.source, model.revision, model.allow_pickle)
     device = torch.device(CPU) if hardware.name == CPU else None
     base = on_disk(shapes, device) if isinstance(shapes, ModelFolder) else as_planned(shapes, None)
     found: dict[str, Any] = {
@@ -84,7 +85,7 @@ def plan(settings: RecipeConfig) -> dict[str, Any]:
     return found | {"engines": engines, "unserved": unserved}
 
 
-def open_shapes(source: str, revision: str | None) -> Shapes:
+def open_shapes(source: str, revision: str | None, allow_pickle: bool = False) -> Shapes:
     """A folder, or the shapes of a config alone: of a hub name only config.json is looked at.
 
     Raises UserError for a config alone that is of a quantized model: what is stored is in its files' headers.
@@ -94,7 +95,7 @@ def open_shapes(source: str, revision: str | None) -> Shapes:
     elif is_hub_name(source):
         shapes = ShapeFolder(str(config_of_hub(source, revision)))
     else:
-        return ModelFolder(resolve_model(source, revision))
+        return ModelFolder(resolve_model(source, revision, allow_pickle))
     if "quantization_config" in shapes.config:
         raise UserError(
             f"{source} is quantized: a config alone says nothing of its bytes, give the folder of its files"

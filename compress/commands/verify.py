@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from compress.commands.words import plain
+from compress.errors import printable
 from compress.export import audit
 
 
@@ -16,6 +17,6 @@ def main(words: list[str]) -> int:
     asked = parser.parse_args(words)
     problems = audit.verify(asked.folder)
     for problem in problems:
-        print(problem)
+        print(printable(problem))
     print(f"{asked.folder}: {'broken' if problems else 'verified'}")
     return 1 if problems else 0

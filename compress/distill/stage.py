@@ -8,7 +8,6 @@ record the integers are picked anew on the grids it has (see ``latent``).
 from __future__ import annotations
 
 import logging
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from compress.errors import UserError
 from compress.export.shards import ShardWriter
 from compress.model.folder import ModelFolder, write_json
 from compress.quantize import record
+from compress.saved import here
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def distill(
     text = Text(blocks, trained, held[:SEQUENCES])
     fingerprint = _fingerprint(source, original, blocks, knobs) | {
         "processes": accelerator.num_processes,
-        "device": device.type,
+        **here(device),
     }
 
     steps = steps_of(knobs, blocks.shape[1])
@@ -159,7 +159,6 @@ def _fingerprint(
         "original": original.fingerprint,
         "blocks": sha256(blocks),
         "knobs": knobs.decisive,
-        "versions": {name: version(name) for name in ("torch", "transformers")},
     }
 
 

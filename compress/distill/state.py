@@ -9,13 +9,16 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from compress.errors import UserError
 from compress.model.folder import read_json, write_json
+from compress.saved import Cost, changes, size_of, sync, sync_names
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +60,14 @@ class State:
     def __init__(self, path: Path, fingerprint: dict[str, Any], accelerator: Any):
         """fingerprint: what must be the same for a state to be gone on from, as JSON"""
         self.path, self.fingerprint, self.accelerator = path, fingerprint, accelerator
+        self._cost = Cost()
 
     def resume(self) -> Progress:
         """Load the newest state of the same training; a fresh Progress if there is none. Another
         training's is removed, with a warning that says what differs."""
         if self.accelerator.is_main_process:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._cost.clear(self.path)
             self._clear()
         self.accelerator.wait_for_everyone()
         found = self._states()
@@ -82,16 +87,19 @@ class State:
         states = self._states()
         for folder in states[:-1]:
             shutil.rmtree(folder)
-        if states:
-            saved = read_json(states[-1] / PROGRESS)["fingerprint"]
-            keys = sorted(saved.keys() | self.fingerprint.keys())
-            if other := [key for key in keys if saved.get(key) != self.fingerprint.get(key)]:
-                log.warning(
-                    "distill starts anew: the state in %s is of a run with other %s",
-                    self.path,
-                    ", ".join(other),
-                )
-                shutil.rmtree(states[-1])
+        if states and (why := self._unfit(states[-1])):
+            log.warning("distill starts anew: %s", why)
+            shutil.rmtree(states[-1])
+
+    def _unfit(self, folder: Path) -> str:
+        """Why a state cannot be gone on from; empty if it can."""
+        try:
+            saved = read_json(folder / PROGRESS)
+            if saved["sizes"] != _sizes(folder):
+                return "its state cannot be read: files of it are not as they were written"
+            return changes(saved["fingerprint"], self.fingerprint)
+        except (UserError, KeyError) as error:
+            return f"its state cannot be read: {error}"
 
     def _states(self) -> list[Path]:
         """Whole states, oldest first."""
@@ -102,15 +110,21 @@ class State:
         """Write the state after ``progress.step`` and remove those before it."""
         target = self.path / f"{PREFIX}{progress.step}"
         partial = target.with_name(target.name + PARTIAL)
+        start = time.perf_counter()
         # Every process writes its part.
         self.accelerator.save_state(str(partial))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self._note(partial, progress)
+            sync(partial)
+            before = self._states()
             partial.rename(target)
-            for folder in self._states():
-                if folder != target:
-                    shutil.rmtree(folder)
+            sync_names(self.path)
+            on_disk = sum(map(size_of, (target, *before)))
+            for folder in before:
+                shutil.rmtree(folder)
+            self._cost.add(on_disk, time.perf_counter() - start)
+            self._cost.write(self.path)
         self.accelerator.wait_for_everyone()
 
     def note(self, progress: Progress) -> None:
@@ -119,7 +133,21 @@ class State:
             self._note(self._states()[-1], progress)
 
     def _note(self, folder: Path, progress: Progress) -> None:
-        content = {"fingerprint": self.fingerprint, "progress": asdict(progress)}
+        content = {
+            "fingerprint": self.fingerprint,
+            "sizes": _sizes(folder),
+            "progress": asdict(progress),
+        }
         beside = folder / f"{PROGRESS}{PARTIAL}"
         write_json(beside, content)
+        sync(beside)
         beside.replace(folder / PROGRESS)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file of a state but the one that says so: a file that was cut off has fewer."""
+    return {
+        file.name: file.stat().st_size
+        for file in sorted(folder.iterdir())
+        if not file.name.startswith(PROGRESS)
+    }

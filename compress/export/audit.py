@@ -19,7 +19,7 @@ from compress.errors import UserError
 from compress.export.formats import FORMATS, Weights
 from compress.kv_cache.folder import is_scale, scheme_of, stated_scheme
 from compress.model.families import family_of
-from compress.model.folder import ModelFolder, file_sha256, read_json, write_json
+from compress.model.folder import ModelFolder, file_sha256, read_json, reading, write_json
 from compress.quantize.qtensor import QTensor
 from compress.quantize.record import PARTS, schemes_of
 from compress.quantize.record import scheme_of as scheme_of_linear
@@ -199,14 +199,21 @@ def verify(path: Path) -> list[str]:
     if not (path / MANIFEST).exists() and (path / CHECKPOINT / MANIFEST).exists():
         raise UserError(f"{path} is a run's folder: verify {path / CHECKPOINT}")
     files = read_json(path / MANIFEST).get("files", {})
+    with reading(path / MANIFEST):
+        expected = {
+            name: (described["bytes"], described["sha256"]) for name, described in files.items()
+        }
     present = {file.name for file in path.iterdir()} - {MANIFEST}
     problems = [f"{name} is missing" for name in sorted(set(files) - present)]
     problems += [f"{name} is not in the manifest" for name in sorted(present - set(files))]
     for name in sorted(present & set(files)):
-        size, expected = (path / name).stat().st_size, files[name]["bytes"]
-        if size != expected:
-            problems.append(f"{name} has {size} bytes, the manifest says {expected}")
-        elif file_sha256(path / name) != files[name]["sha256"]:
+        if not os.path.isfile(path / name):
+            problems.append(f"{name} is not a file")
+            continue
+        size, (nbytes, sha256) = (path / name).stat().st_size, expected[name]
+        if size != nbytes:
+            problems.append(f"{name} has {size} bytes, the manifest says {nbytes}")
+        elif file_sha256(path / name) != sha256:
             problems.append(f"{name} has changed: its SHA-256 differs from the manifest")
     if problems:
         return problems

@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from compress.errors import UserError
 from compress.export.shards import write_tensors
 from compress.model.families import family_of
-from compress.model.folder import ModelFolder, save_tensors, write_json
+from compress.model.folder import ModelFolder, open_tensors, save_tensors, write_json
 from compress.quantize import record
 from compress.quantize.inputs import InputScheme
 from compress.quantize.qtensor import QTensor
@@ -125,7 +124,7 @@ def read_linear(folder: ModelFolder, name: str) -> QTensor:
 
 def _with_fixed(sidecar: Path, name: str, q: QTensor) -> QTensor:
     """A linear with its columns and weights in the file beside."""
-    with safe_open(sidecar, framework="pt") as file:
+    with open_tensors(sidecar) as file:
         return replace(
             q,
             inputs=InputScheme(outliers="static"),

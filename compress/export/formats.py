@@ -12,7 +12,7 @@ from compress.errors import UserError
 from compress.export import awq, bitsandbytes, by_columns, compressed_tensors, dense, gguf, gptq
 from compress.kv_cache.folder import is_scale
 from compress.model.families import family_of
-from compress.model.folder import ModelFolder, Shapes
+from compress.model.folder import ModelFolder, Shapes, reading
 from compress.quantize import record
 from compress.quantize.qtensor import QTensor
 from compress.quantize.scheme import Scheme, Schemes
@@ -142,11 +142,17 @@ def check_fits(
 class Weights:
     """The weights of a plain, record, or exported folder under their original names.
 
-    Raises UserError if the folder is quantized in a way that is not read here.
+    Raises UserError if the folder is quantized in a way that is not read here, or its tensors and its config
+    contradict each other.
     """
 
     def __init__(self, folder: ModelFolder):
         self.folder = folder
+        with reading(folder.path):
+            self._find()
+
+    def _find(self) -> None:
+        folder = self.folder
         quantization = folder.config.get("quantization_config")
         self._read_linear: Callable[[ModelFolder, str], QTensor] = record.read_linear
         self.format = "plain"
@@ -192,5 +198,6 @@ class Weights:
     def get(self, name: str) -> Tensor | QTensor:
         base, _, part = name.rpartition(".")
         if part == "weight" and base in self.linears:
-            return self._read_linear(self.folder, base)
+            with reading(f"{self.folder.path}: {base}"):
+                return self._read_linear(self.folder, base)
         return self.folder.tensor(name)

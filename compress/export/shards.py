@@ -1,4 +1,4 @@
-"""Writing the safetensors files of an export as the tensors come, one shard in memory at a time."""
+"""Writing the safetensors files of an export as the tensors come, one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from compress.model.folder import INDEX, SINGLE, ModelFolder, save_tensors, write_json
+from compress.model.folder import INDEX, SINGLE, ModelFolder, write_json
+from compress.model.tensor_file import TensorFile
 from compress.quantize import record
 from compress.quantize.qtensor import QTensor
 
@@ -17,25 +17,48 @@ SHARD_BYTES = 4 * 2**30
 
 
 class ShardWriter:
-    """Collects tensors into files of at most ``shard_bytes`` (a larger tensor has its own file)."""
+    """Puts tensors into files of at most ``shard_bytes`` (a larger tensor has its own file)."""
 
     def __init__(self, path: Path, shard_bytes: int = SHARD_BYTES):
         self.path = path
         self.shard_bytes = shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._bytes = 0
         self._total = 0
         self._shards: list[list[str]] = []
+        self._file: TensorFile | None = None
 
     def add(self, name: str, tensor: Tensor) -> None:
-        if self._pending and self._bytes + tensor.nbytes > self.shard_bytes:
-            self._flush()
-        self._pending[name] = tensor.clone(memory_format=torch.contiguous_format)
-        self._bytes += tensor.nbytes
+        """The tensor is on disk when this returns."""
+        if self._file is not None and self._file.nbytes + tensor.nbytes > self.shard_bytes:
+            self.flush()
+        if self._file is None:
+            self._file = TensorFile(self._part(len(self._shards)))
+        self._file.add(name, tensor)
 
-    def close(self) -> None:
-        """Write what is left, give the files their final names, write the index if there are many."""
-        self._flush()
+    def flush(self) -> None:
+        """Write the file that was begun: the next tensor begins another."""
+        if self._file is None:
+            return
+        self._file.close()
+        self._shards.append(self._file.names)
+        self._total += self._file.nbytes
+        self._file = None
+
+    def position(self) -> dict[str, Any]:
+        """What a writer needs beside the files to go on from here, as JSON. Comes after ``flush``."""
+        assert self._file is None
+        return {"total": self._total, "shards": self._shards}
+
+    def go_on(self, position: dict[str, Any]) -> None:
+        """Go on from the position of another writer in the same folder."""
+        self._total, self._shards = position["total"], position["shards"]
+
+    def close(self, path: Path | None = None) -> None:
+        """Give the files their final names, write the index if there are many.
+
+        path: where the files are by now, if they were moved after ``flush``
+        """
+        self.flush()
+        self.path = path or self.path
         count = len(self._shards)
         if count == 1:
             self._part(0).rename(self.path / SINGLE)
@@ -52,12 +75,6 @@ class ShardWriter:
 
     def _part(self, index: int) -> Path:
         return self.path / f"part-{index:05d}.safetensors"
-
-    def _flush(self) -> None:
-        save_tensors(self._part(len(self._shards)), self._pending)
-        self._shards.append(list(self._pending))
-        self._total += self._bytes
-        self._pending, self._bytes = {}, 0
 
 
 def write_tensors(

@@ -16,7 +16,7 @@ from compress.errors import UserError
 from compress.kv_cache.cache import Scales
 from compress.kv_cache.scheme import CacheScheme, StateScheme
 from compress.model.families import family_of
-from compress.model.folder import KV_CACHE, ModelFolder, Shapes, read_json
+from compress.model.folder import KV_CACHE, ModelFolder, Shapes, read_json, reading
 
 VERSION = 1
 SCALES = ("k_scale", "v_scale")
@@ -37,11 +37,14 @@ def scheme_of(folder: Shapes) -> CacheScheme | None:
             raise UserError(
                 f"{file} is of version {found.get('version')}, this one reads {VERSION}: compress again"
             )
-        return CacheScheme.from_config(found["scheme"])
+        with reading(file):
+            return CacheScheme.from_config(found["scheme"])
     stated = (folder.config.get("quantization_config") or {}).get("kv_cache_scheme")
     if stated is None:
         return None
-    per = FLOATS.get(stated.get("strategy"))
+    if not isinstance(stated, dict):
+        raise UserError(f"{folder.path}/config.json: kv_cache_scheme is no object")
+    per = FLOATS.get(str(stated.get("strategy")))
     if (stated.get("type"), stated.get("num_bits")) != ("float", 8) or per is None:
         raise UserError(
             f"{folder.path}: kv_cache_scheme of {stated.get('type')}, {stated.get('num_bits')} bits, per "
@@ -85,7 +88,8 @@ def scales_of(
             for name in SCALES
         ]
         shape = (-1, 1, 1) if scheme.keys.per == "head" else (1,)
-        found.append(Scales(*(scale.reshape(shape) for scale in pair)))
+        with reading(f"{folder.path}: scales of the cache of block {index}"):
+            found.append(Scales(*(scale.reshape(shape) for scale in pair)))
     return found
 
 

@@ -7,8 +7,6 @@ time; integers find theirs while the model runs.
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from compress.model.folder import INDEX, KV_CACHE, ModelFolder, Shapes, save_ten
 from compress.model.walk import Walk
 from compress.progress import track
 from compress.quantize.qtensor import QTensor
+from compress.saved import NOWHERE, Saved, link, named
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +39,13 @@ def quantize_cache(
     *,
     tokens: Tensor | None,
     device: torch.device,
+    saved: Saved = NOWHERE,
+    spill: Path | None = None,
 ) -> dict[str, Any]:
-    """Write ``source`` with its cache scheme to ``target``. tokens (sequences, length), if scales are fixed.
+    """Write ``source`` with its cache scheme to ``target``.
+
+    tokens (sequences, length), if scales are fixed; saved: where a killed one left those that it had
+    spill: a folder that hidden states are kept in, if not in memory
 
     Returns what metrics.json keeps: the scheme, and the scales of every layer. Raises UserError for an
     unknown family, a head size that the scheme does not fit, a cache that is quantized already.
@@ -50,12 +54,12 @@ def quantize_cache(
     scales = None
     if scheme.static:
         assert tokens is not None, "scales need tokens"
-        scales = calibrate(source, scheme, tokens, device)
+        scales = calibrate(source, scheme, tokens, device, saved, spill)
     target.mkdir(parents=True)
     source.copy_companions(target)
     weight_map = {name: source.file_of(name).name for name in source.names}
     for file in source.weight_files:
-        _link(file, target / file.name)
+        link(file, target / file.name)
     if scales is not None:
         save_tensors(target / SCALE_FILE, scales)
         weight_map |= dict.fromkeys(scales, SCALE_FILE)
@@ -105,15 +109,27 @@ def _kv_heads(config: dict[str, Any]) -> int:
 
 
 def calibrate(
-    source: ModelFolder, scheme: CacheScheme, tokens: Tensor, device: torch.device
+    source: ModelFolder,
+    scheme: CacheScheme,
+    tokens: Tensor,
+    device: torch.device,
+    saved: Saved = NOWHERE,
+    spill: Path | None = None,
 ) -> dict[str, Tensor]:
     """Scales by the largest |key| and |value| that calibration sees, as compressed-tensors stores them:
     float32 (1,), or (heads, 1, 1) with a scale for every head."""
     family = family_of(source.config)
-    walk = Walk(source, family, device, read=Unpacked(source))
+    walk = Walk(source, family, device, read=Unpacked(source), spill=spill)
     walk.embed(tokens)
     scales: dict[str, Tensor] = {}
-    for index in track(range(len(walk)), "cache scales"):
+    position = saved.load()
+    if position is not None:
+        walk.hidden = walk.states.keep(position.tensors["hidden"])
+        scales = position.under("scales")
+        log.info("kv_cache goes on after block %d of %d", position.facts["done"], len(walk))
+    start = 0 if position is None else position.facts["done"]
+    del position
+    for index in track(range(start, len(walk)), "cache scales"):
         layer = _Largest()
         # A block asks for its own layer, by its number.
         cache = Cache(layers=[layer] * len(walk))
@@ -128,6 +144,8 @@ def calibrate(
             scales[f"{prefix}.{name}"] = _scale(largest, scheme.keys).cpu()
         keys, values = (float(largest.max()) for largest in layer.largest)
         log.info("%s: largest |key| %.2f, |value| %.2f", prefix, keys, values)
+        assert walk.hidden is not None
+        saved.offer({"done": index + 1}, {"hidden": walk.hidden, **named("scales", scales)})
     return scales
 
 
@@ -162,11 +180,3 @@ class Unpacked:
     def tensor(self, name: str) -> Tensor:
         value = self._weights.get(name)
         return value.dequantize(self._dtype) if isinstance(value, QTensor) else value
-
-
-def _link(file: Path, target: Path) -> None:
-    """The same file under another name where the disk allows it: nothing writes into a finished folder."""
-    try:
-        os.link(file.resolve(), target)
-    except OSError:
-        shutil.copyfile(file, target)

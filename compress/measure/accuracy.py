@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from compress.runtime.load import load_dense
 from eval.blocks import block_divergence
 from eval.context import agreement
 from eval.memory import give_back
+from eval.parts import Once, always, within
 from eval.task_scores import Samples, compare_answers, headline
 from eval.text import LogitsOf, read_text, summary
 
@@ -120,11 +121,13 @@ def measure_accuracy(
     config: EvalConfig,
     tokenizer: Any,
     device: torch.device,
+    once: Once = always,
 ) -> Accuracy:
     """Texts and tasks of a candidate, and of its base with the same tokens and questions.
 
     Of the base also the noise of its own 16 bits; of a candidate with a base also for how many tokens greedy
-    decoding agrees.
+    decoding agrees. once: windows, answers to some batches of questions, and agreement are its parts; with
+    those of an earlier start it must have been asked the same
     """
     rows: dict[str, dict[str, Any]] = {"candidate": {"texts": {}, "tasks": {}}}
     if base is not None:
@@ -132,15 +135,21 @@ def measure_accuracy(
     tokens: dict[str, Tensor] = {}
     samples: dict[str, dict[str, Samples]] = {}
     if windows:
-        tokens = _measure_texts(rows, candidate, base, windows, config, device)
+        tokens = _measure_texts(rows, candidate, base, windows, config, device, once)
         # A model that reads through a cache refers to itself, so it is still there.
         give_back()
     if config.tasks:
         log.info("scoring %s", ", ".join(config.tasks))
-        scores, samples["candidate"] = score_folder(candidate, config, tokenizer, device)
+        scores, samples["candidate"] = once(
+            "candidate",
+            lambda: score_folder(candidate, config, tokenizer, device, within(once, "candidate")),
+        )
         rows["candidate"]["tasks"] = scores
         if base is not None:
-            rows["base"]["tasks"], samples["base"] = score_original(base, config, tokenizer, device)
+            rows["base"]["tasks"], samples["base"] = once(
+                "base",
+                lambda: score_original(base, config, tokenizer, device, within(once, "base")),
+            )
             for task, score in scores.items():
                 theirs, ours = samples["base"][task], samples["candidate"][task]
                 if (beside := compare_answers(theirs, ours, headline(score))) is not None:
@@ -155,38 +164,46 @@ def _measure_texts(
     windows: Mapping[str, TokenBlocks],
     config: EvalConfig,
     device: torch.device,
+    once: Once,
 ) -> dict[str, Tensor]:
     """Fills ``texts`` of the rows, and ``agreement`` of the candidate's; returns figures by token."""
     dtype = DTYPES[config.dtype]
-    models = {"candidate": load_served(candidate, device, dtype)}
+    # Opened when they are first asked for: of a measuring that goes on all parts may be there.
+    models = {"candidate": functools.cache(lambda: load_served(candidate, device, dtype))}
     if base is not None:
-        models["base"] = load_dense(base, device, dtype)
+        models["base"] = functools.cache(lambda: load_dense(base, device, dtype))
     noise = None if base is None else _Noise(base, config, device)
     columns = {}
     for text, blocks in windows.items():
         data = {"data_sha256": blocks.sha256, "window": config.window, "dtype": config.dtype}
         readers = {name: _logits_of(model, device) for name, model in models.items()}
-        if noise is not None and noise.missing(blocks):
-            readers["noise"] = noise.reader
-        found = read_text(readers, _rows(blocks, text), None if base is None else "base")
+        of_text = within(once, text)
+        known = None
+        if noise is not None:
+            known = of_text("noise", functools.partial(noise.known, blocks))
+            if known is None and noise.dtype != dtype:
+                readers["noise"] = noise.reader
+        found = read_text(readers, _rows(blocks, text), None if base is None else "base", of_text)
         own = found["candidate"]
         rows["candidate"]["texts"][text] = data | summary(own, found.get("base"))
         columns[f"{text}.nll"] = torch.stack(own.nll)
         if noise is not None:
             beside = summary(found["base"])
             if "noise" in found:
-                noise.keep(blocks, summary(found["noise"], found["base"]))
-            rows["base"]["texts"][text] = data | beside | {"noise": noise.of(blocks)}
+                known = noise.keep(blocks, summary(found["noise"], found["base"]))
+            rows["base"]["texts"][text] = data | beside | {"noise": known}
             parts = {"kl": own.kl, "top1": own.top1, BASE_NLL: found["base"].nll}
             columns |= {f"{text}.{column}": torch.stack(part) for column, part in parts.items()}
         log.info("%s: %s", text, _remark(rows["candidate"]["texts"][text]))
     if base is not None and config.generated:
-        rows["candidate"]["agreement"] = _agreement(models, candidate, base, windows, config)
+        rows["candidate"]["agreement"] = once(
+            "agreement", lambda: _agreement(models, candidate, base, windows, config)
+        )
     return columns
 
 
-def _logits_of(model: Any, device: torch.device) -> LogitsOf:
-    return lambda tokens: model(tokens.to(device)).logits
+def _logits_of(opened: Callable[[], Any], device: torch.device) -> LogitsOf:
+    return lambda tokens: opened()(tokens.to(device)).logits
 
 
 class _Noise:
@@ -196,40 +213,35 @@ class _Noise:
     def __init__(self, base: ModelFolder, config: EvalConfig, device: torch.device):
         self._base, self._config, self._device = base, config, device
         self.dtype = base.dtype if base.dtype.itemsize == 2 else torch.bfloat16
-        self._known: dict[str, Any] = {}
 
     @functools.cached_property
     def reader(self) -> LogitsOf:
-        return _logits_of(load_dense(self._base, self._device, self.dtype), self._device)
+        opened = functools.cache(lambda: load_dense(self._base, self._device, self.dtype))
+        return _logits_of(opened, self._device)
 
     def _file(self, blocks: TokenBlocks) -> Path:
         # The same tokens in other windows have the same hash.
         asked = [self._base.fingerprint, blocks.sha256, list(blocks.tokens.shape)]
         return cache_file("noise", [*asked, self._config.dtype], self._device)
 
-    def missing(self, blocks: TokenBlocks) -> bool:
+    def known(self, blocks: TokenBlocks) -> dict[str, Any] | None:
+        """What is kept; None also where the texts are read in 16 bits themselves."""
         if self.dtype == DTYPES[self._config.dtype]:
-            return False
+            return None
         file = self._file(blocks)
-        if file.exists():
-            self._known[blocks.sha256] = read_json(file)
-        return blocks.sha256 not in self._known
+        return read_json(file) if file.exists() else None
 
-    def keep(self, blocks: TokenBlocks, found: dict[str, Any]) -> None:
+    def keep(self, blocks: TokenBlocks, found: dict[str, Any]) -> dict[str, Any]:
         kept = ("kl", "kl_stderr", "kl_p99", "kl_p999", "top1", "top1_stderr", "paired")
         noise = {"dtype": str(self.dtype).removeprefix("torch.")} | {
             key: found[key] for key in kept
         }
-        self._known[blocks.sha256] = noise
         keep(self._file(blocks), noise)
-
-    def of(self, blocks: TokenBlocks) -> dict[str, Any] | None:
-        """None where the texts are read in 16 bits themselves."""
-        return self._known.get(blocks.sha256)
+        return noise
 
 
 def _agreement(
-    models: Mapping[str, Any],
+    models: Mapping[str, Callable[[], Any]],
     candidate: ModelFolder,
     base: ModelFolder,
     windows: Mapping[str, TokenBlocks],
@@ -239,7 +251,7 @@ def _agreement(
     starts = torch.cat([blocks.tokens[:, : config.prompt_tokens] for blocks in windows.values()])
     chosen = torch.linspace(0, len(starts) - 1, min(config.prompts, len(starts))).round().long()
     readers = {
-        name: functools.partial(Reader, models[name], Caches(folder, models[name]))
+        name: functools.partial(Reader, models[name](), Caches(folder, models[name]()))
         for name, folder in (("base", base), ("candidate", candidate))
     }
     found = agreement(
@@ -254,27 +266,32 @@ def measure_blocks(
     windows: Mapping[str, TokenBlocks],
     config: EvalConfig,
     device: torch.device,
+    once: Once = always,
 ) -> dict[str, list[float]]:
-    """KL of every block of the candidate alone in ``base``, for each text; see eval.blocks.
+    """KL of every block of the candidate alone in ``base``, for each text; see eval.blocks. A text is a part
+    of ``once``, and so is a block on a window.
 
     base: the folder that was quantized, whose hidden states the candidate's blocks share
     """
     assert config.block_tokens is not None
     family, dtype = family_of(base.config), DTYPES[config.dtype]
-    model, other = load_dense(base, device, dtype), load_dense(candidate, device, dtype)
-    norm, head = model.get_submodule(family.final_norm), model.get_output_embeddings()
-    found = {}
-    for text, blocks in windows.items():
-        rows = [row[: config.block_tokens] for row in blocks.tokens.to(device)]
-        count = math.ceil(config.block_tokens / config.window)
-        found[text] = block_divergence(
+    opened = functools.cache(lambda folder: load_dense(folder, device, dtype))
+    count = math.ceil(config.block_tokens / config.window)
+
+    def measured(text: str) -> list[float]:
+        model, other = opened(base), opened(candidate)
+        norm, head = model.get_submodule(family.final_norm), model.get_output_embeddings()
+        rows = [row[: config.block_tokens] for row in windows[text].tokens.to(device)]
+        return block_divergence(
             model,
             list(model.get_submodule(family.blocks)),
             list(other.get_submodule(family.blocks)),
             lambda hidden: head(norm(hidden)),
             track(rows[:count], f"blocks alone, {text}"),
+            within(once, text),
         )
-    return found
+
+    return {text: once(text, functools.partial(measured, text)) for text in windows}
 
 
 def _remark(found: Mapping[str, float]) -> str:

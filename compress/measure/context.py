@@ -12,6 +12,7 @@ from calibration.texts import load_texts
 from calibration.tokens import TokenBlocks, evaluation_windows
 from compress.config import ContextConfig
 from compress.errors import UserError
+from compress.kv_cache.folder import scheme_of
 from compress.model.folder import DTYPES, ModelFolder
 from compress.model.sources import open_tokenizer
 from compress.progress import track
@@ -19,6 +20,7 @@ from compress.runtime.cached import Caches, Reader
 from compress.runtime.load import load_dense
 from compress.runtime.probe import head_errors
 from eval.context import agreement, by_position
+from eval.parts import Once, always, within
 from eval.retrieval import Haystack, build_haystack, score, summarize
 
 log = logging.getLogger(__name__)
@@ -74,26 +76,30 @@ def measure_context(
     config: ContextConfig,
     tokenizer: Any,
     device: torch.device,
+    once: Once = always,
 ) -> dict[str, dict[str, Any]]:
-    """Accuracy at length, every token through the cache of its folder; see eval.context and eval.retrieval.
+    """Accuracy at length, every token through the cache of its folder; see eval.context and eval.retrieval,
+    of whose parts ``once`` is asked, and for agreement and heads.
 
     Returns {"base", "candidate"}: ``positions``, ``retrieval`` by length and kind, ``agreement``
     and ``heads`` (the errors of a packed cache) of the candidate, and what was read.
     """
     dtype = DTYPES[config.dtype]
     long, prompts, haystacks = _context_texts(config, tokenizer)
-    models = {
-        "base": load_dense(base, device, dtype),
-        "candidate": load_dense(candidate, device, dtype),
-    }
-    caches = {
-        name: Caches(folder, models[name])
-        for name, folder in (("base", base), ("candidate", candidate))
-    }
-    readers = {name: functools.partial(Reader, models[name], caches[name]) for name in models}
+    folders = {"base": base, "candidate": candidate}
+
+    @functools.cache
+    def opened(name: str) -> tuple[Any, Caches]:
+        model = load_dense(folders[name], device, dtype)
+        return model, Caches(folders[name], model)
+
+    def reader(name: str) -> Reader:
+        return Reader(*opened(name))
+
+    readers = {name: functools.partial(reader, name) for name in folders}
     ours = {"candidate": readers["candidate"]}
     positions = by_position(
-        readers["base"], ours, track(long.tokens, "long windows"), config.buckets
+        readers["base"], ours, track(long.tokens, "long windows"), config.buckets, once
     )
     log.info("%s at length: KL %.5f", config.text, positions["candidate"]["kl"])
     results: dict[str, dict[str, Any]] = {}
@@ -107,17 +113,19 @@ def measure_context(
             "retrieval": {},
         }
     for length, stacks in haystacks.items():
-        hits = score(readers, track(stacks, f"haystacks of {length}"))
+        of_length = within(once, "haystacks of", length)
+        hits = score(readers, track(stacks, f"haystacks of {length}"), once=of_length)
         for name, kinds in hits.items():
             results[name]["retrieval"][str(length)] = {
                 kind: summarize(found, None if name == "base" else hits["base"][kind])
                 for kind, found in kinds.items()
             }
-    results["candidate"]["agreement"] = agreement(
-        readers["base"], ours, prompts.tokens, config.generated
-    )["candidate"]
-    if caches["candidate"].scheme is not None:
-        results["candidate"]["heads"] = head_errors(
-            models["candidate"], caches["candidate"], long.tokens[0]
+    results["candidate"]["agreement"] = once(
+        "agreement",
+        lambda: agreement(readers["base"], ours, prompts.tokens, config.generated)["candidate"],
+    )
+    if scheme_of(candidate) is not None:
+        results["candidate"]["heads"] = once(
+            "heads", lambda: head_errors(*opened("candidate"), long.tokens[0])
         )
     return results

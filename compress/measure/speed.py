@@ -20,16 +20,20 @@ from compress.runtime.decoder import open_decoder, open_random
 from compress.runtime.random import RandomModel
 from eval.engines.transformers_decode import open_transformers
 from eval.engines.vllm_decode import open_vllm
+from eval.parts import Once, always
 from eval.speed import Decoder, Limits, Load, Point, measure_speed
 
 
 def measure_decode(
-    folders: Mapping[str, ModelFolder | RandomModel], config: SpeedConfig, device: torch.device
+    folders: Mapping[str, ModelFolder | RandomModel],
+    config: SpeedConfig,
+    device: torch.device,
+    once: Once = always,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Decode speed of each folder, or model of a shape, by each engine, interleaved; see eval.speed.
 
-    Returns folder -> engine -> {load, engine, version, checkpoint_bytes} and what eval.speed found.
-    Raises RuntimeError if nothing could be measured.
+    Returns folder -> engine -> {load, engine, version, checkpoint_bytes} and what eval.speed found, of whose
+    parts ``once`` is asked. Raises RuntimeError if nothing could be measured.
     """
     check_lengths(folders, config)
     load = Load(
@@ -51,7 +55,7 @@ def measure_decode(
     decoders = {
         label: _opener(engine, folders[name], load) for (name, engine), label in labels.items()
     }
-    found = measure_speed(decoders, load)
+    found = measure_speed(decoders, load, once)
     results: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in folders}
     for (name, engine), label in labels.items():
         results[name][engine] = {

@@ -21,6 +21,7 @@ from compress.model.sources import open_tokenizer
 from compress.runtime.cached import load_running, load_served
 from eval.engines.transformers_decode import load_transformers
 from eval.memory import give_back
+from eval.parts import Once, always
 from eval.task_scores import (
     Samples,
     load_tasks,
@@ -49,7 +50,11 @@ def check_tasks(config: EvalConfig, model: ModelFolder) -> None:
 
 
 def score_folder(
-    folder: ModelFolder, config: EvalConfig, tokenizer: Any, device: torch.device
+    folder: ModelFolder,
+    config: EvalConfig,
+    tokenizer: Any,
+    device: torch.device,
+    once: Once = always,
 ) -> tuple[dict[str, Any], dict[str, Samples]]:
     """Scores and samples by task, see eval.task_scores."""
     with _quiet(), _answering(folder, config, tokenizer, device) as lm:
@@ -59,6 +64,7 @@ def score_folder(
             limit=config.limit,
             fewshot=config.fewshot,
             chat_template=config.chat_template,
+            once=once,
         )
     # A model that reads through a cache refers to itself, so it is still there.
     give_back()
@@ -87,7 +93,11 @@ def _answering(
 
 
 def score_original(
-    folder: ModelFolder, config: EvalConfig, tokenizer: Any, device: torch.device
+    folder: ModelFolder,
+    config: EvalConfig,
+    tokenizer: Any,
+    device: torch.device,
+    once: Once = always,
 ) -> tuple[dict[str, Any], dict[str, Samples]]:
     """``score_folder`` of the original, by its own tokenizer: the same for every candidate of a sweep, so it
     is kept in the user cache under everything it depends on."""
@@ -100,7 +110,7 @@ def score_original(
         log.info("task scores of the original come from the cache: %s", file)
         kept = read_json(file)
         return {t: {**s, "cached": True} for t, s in kept["scores"].items()}, kept["samples"]
-    scores, samples = score_folder(folder, config, tokenizer, device)
+    scores, samples = score_folder(folder, config, tokenizer, device, once)
     keep(file, {"scores": scores, "samples": samples})
     return scores, samples
 

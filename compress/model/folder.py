@@ -5,9 +5,12 @@ Knows safetensors files and their index, and a GGUF file in place of them; knows
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from functools import cached_property
@@ -19,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from compress.disk import writing
 from compress.errors import UserError
 from compress.model.gguf_file import SUFFIX, GGUFFile
 
@@ -29,6 +33,10 @@ KV_CACHE = "kv_cache.json"
 # What pruning left of the original; see compress.prune.cut.
 PRUNED = "prune.json"
 READABLE = 0o644
+# Bytes of the largest JSON file that is read: safetensors takes headers of as many.
+MOST_JSON = 100_000_000
+# Levels of lists and objects in one: those of models have five.
+DEEPEST_JSON = 64
 # Tables that follow from config.json; early Llama checkpoints stored them.
 DERIVED = ("rotary_emb.inv_freq",)
 # What a served folder needs beside the weights. config.json is written by whoever writes weights.
@@ -48,7 +56,7 @@ COMPANIONS = (
 # Bytes of an element, by the name safetensors gives its type.
 BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
 }  # fmt: skip
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -74,7 +82,7 @@ class ModelFolder:
     """Read access to a model folder.
 
     Raises UserError if the folder, its config.json or its safetensors files are missing or
-    unreadable.
+    unreadable, or do not hold what the index says.
     """
 
     def __init__(self, path: Path | str):
@@ -82,6 +90,9 @@ class ModelFolder:
         if not self.path.is_dir():
             raise UserError(f"model folder {self.path} does not exist")
         self.config: dict[str, Any] = read_json(self.path / "config.json")
+        if not isinstance(self.config.get("quantization_config") or {}, dict):
+            raise UserError(f"{self.path}/config.json: quantization_config is not an object")
+        check_code(self.path / "config.json", self.config)
 
     @cached_property
     def _file_of(self) -> dict[str, Path]:
@@ -91,25 +102,46 @@ class ModelFolder:
             if not isinstance(weight_map, dict):
                 raise UserError(f"{index} has no weight_map")
             files = {name: self._inside(index, file) for name, file in weight_map.items()}
-        elif (self.path / SINGLE).exists():
+            self._check_index(index, files)
+        elif (self.path / SINGLE).is_file():
             single = self.path / SINGLE
             with self._open(single) as f:
                 files = dict.fromkeys(f.keys(), single)
         elif len(found := sorted(self.path.glob(f"*{SUFFIX}"))) == 1:
             files = dict.fromkeys(self._open(found[0]).keys(), found[0])
+        elif pickled := pickles(self.path):
+            raise UserError(
+                f"{self.path} holds {pickled[0].name} and no safetensors: it is a pickle, which may run "
+                "code when it is read; save the model anew with save_pretrained where that does no harm, "
+                "or set model.allow_pickle=true, which reads tensors alone from it"
+            )
         else:
             raise UserError(
                 f"{self.path} holds neither {SINGLE} nor {INDEX}, nor one {SUFFIX} file"
             )
-        for file in sorted(set(files.values())):
-            if not file.exists():
-                raise UserError(f"{index} names {file.name}, which is missing")
-        return {name: file for name, file in files.items() if not name.endswith(DERIVED)}
+        files = {name: file for name, file in files.items() if not name.endswith(DERIVED)}
+        if not files:
+            raise UserError(f"{self.path} holds no tensors")
+        return files
 
-    def _inside(self, index: Path, file: str) -> Path:
-        if not isinstance(file, str) or Path(file).name != file:
+    def _inside(self, index: Path, file: Any) -> Path:
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
             raise UserError(f"{index} points outside the folder: {file!r}")
         return self.path / file
+
+    def _check_index(self, index: Path, files: dict[str, Path]) -> None:
+        """Raises UserError if a file of the index is missing, or lacks what the index says it holds."""
+        for file in sorted(set(files.values())):
+            # No exception for names that no file can have.
+            if not os.path.isfile(file):
+                raise UserError(f"{index} names {file.name}, which is missing")
+            with self._open(file) as f:
+                held = set(f.keys())
+            for name, where in files.items():
+                if where == file and name not in held:
+                    raise UserError(
+                        f"{index} says that {file.name} holds {name}, which it does not"
+                    )
 
     @property
     def names(self) -> list[str]:
@@ -124,6 +156,23 @@ class ModelFolder:
         with self._open(self.file_of(name)) as f:
             return self._checked(name, lambda: f.get_tensor(name))
 
+    def rows(self, name: str, count: int) -> Iterator[Tensor]:
+        """The rows of a tensor, ``count`` at a time, each part read when its turn comes: of a tensor in a
+        safetensors file no more is in memory."""
+        file, shape = self.file_of(name), self.shape(name)
+        if not shape:
+            yield self.tensor(name)
+            return
+        if file.suffix == SUFFIX:
+            yield from self.tensor(name).split(count)
+            return
+        for start in range(0, shape[0], count):
+            # Opened anew: what was read stays in memory as long as the file is mapped.
+            with self._open(file) as f:
+                part = self._checked(name, lambda: f.get_slice(name))
+                yield part[start : start + count]
+            del part
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, from the header alone."""
         with self._open(self.file_of(name)) as f:
@@ -133,6 +182,8 @@ class ModelFolder:
         """Bytes of a tensor on disk, from the header alone."""
         with self._open(self.file_of(name)) as f:
             part = self._checked(name, lambda: f.get_slice(name))
+            if part.get_dtype() not in BYTES:
+                raise UserError(f"{self.file_of(name)}: {name} is of type {part.get_dtype()}")
             return math.prod(part.get_shape()) * BYTES[part.get_dtype()]
 
     def stored_type(self, name: str) -> str:
@@ -148,7 +199,7 @@ class ModelFolder:
 
     def _open(self, file: Path) -> Any:
         if file.suffix != SUFFIX:
-            return _open(file)
+            return open_tensors(file)
         return GGUFFile(file, DTYPES.get(self._stated_dtype or ""))
 
     def _checked(self, name: str, read: Any) -> Any:
@@ -172,16 +223,30 @@ class ModelFolder:
     @property
     def _stated_dtype(self) -> str | None:
         """As config.json names it, in the key of today or the one of transformers 4."""
-        return self.config.get("dtype") or self.config.get("torch_dtype")
+        name = self.config.get("dtype") or self.config.get("torch_dtype")
+        return None if name is None else str(name)
 
     @property
     def tied_head(self) -> bool:
         return bool(self.config.get("tie_word_embeddings", False))
 
     def companions(self) -> Iterator[Path]:
-        """Tokenizer, chat template, generation config, licence: files that travel along."""
+        """Tokenizer, chat template, generation config, licence: files that travel along. Raises UserError for
+        a link to something else than such a file."""
         for pattern in COMPANIONS:
-            yield from sorted(p for p in self.path.glob(pattern) if p.is_file())
+            for file in sorted(p for p in self.path.glob(pattern) if p.is_file()):
+                self._check_link(file)
+                yield file
+
+    def _check_link(self, file: Path) -> None:
+        """Raises UserError for a link out of the folder to a file of another name: whoever gets the result
+        would get that file. The hub's cache keeps files under their hashes beside its folders."""
+        root, target = self.path.resolve(), file.resolve()
+        blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+        if target.name != file.name and not any(map(target.is_relative_to, (root, blobs))):
+            raise UserError(
+                f"{file} is a link to {target}, outside the folder: copy that file if it belongs to the model"
+            )
 
     def copy_companions(self, target: Path) -> None:
         for file in self.companions():
@@ -198,7 +263,7 @@ class ModelFolder:
 
 def dtype_named(name: str | None, path: Path) -> torch.dtype:
     """The type that a config.json names. Raises UserError, with the path, for another one."""
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
         raise UserError(f"{path}: dtype {name!r} is not one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
@@ -210,28 +275,109 @@ def file_sha256(path: Path) -> str:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write one safetensors file that others may read: the library makes it private."""
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(READABLE)
+    with writing(path):
+        save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(READABLE)
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    with writing(path):
+        path.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError if it is missing or is no JSON object."""
-    if not path.exists():
+    """The object in a JSON file. Raises UserError if it is missing, cannot be read, is larger or deeper than
+    any such file is, or is no JSON object."""
+    if not os.path.lexists(path):
         raise UserError(f"{path} is missing")
+    if not os.path.isfile(path):
+        raise UserError(f"{path} is not a file")
     try:
+        if (size := path.stat().st_size) > MOST_JSON:
+            raise UserError(f"{path} has {size} bytes: JSON of more than {MOST_JSON} is not read")
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object")
+    if _deeper(value, DEEPEST_JSON):
+        raise UserError(f"{path} is nested more than {DEEPEST_JSON} levels deep")
     return value
 
 
-def _open(path: Path) -> Any:
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects lie within each other at more than so many levels."""
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_deeper(part, levels - 1) for part in inner)
+
+
+# How a config names code that lies beside it or on the hub: classes, and how attention is computed.
+REMOTE = "auto_map"
+CODE = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+
+
+def check_code(file: Path, settings: dict[str, Any]) -> None:
+    """Raises UserError for settings that name code: no model known here needs any, so none is ever run, and
+    a checkpoint that named it would have engines ask for it."""
+    named = [REMOTE] if settings.get(REMOTE) else []
+    # Its other values, as sdpa, are names of what the library has.
+    named += [key for key in CODE if "/" in str(settings.get(key) or "")]
+    for key in named:
+        raise UserError(
+            f"{file} asks for code of its own ({key}: {str(settings[key])[:60]}), which is never run here: "
+            f"take {key} out if the model works without it"
+        )
+
+
+# What code raises that is handed values of another type, size or shape than it asks for.
+STUMBLES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    re.error,
+)
+
+
+@contextlib.contextmanager
+def reading(place: Path | str) -> Iterator[None]:
+    """For code that takes in what a file says: whatever it stumbles over is the file's fault, so it becomes a
+    UserError that names the file."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except STUMBLES as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{place} does not fit together: {type(error).__name__}: {reason}"
+        ) from error
+
+
+# What torch.save writes, and people call weights.
+PICKLES = ("*.bin", "*.pt", "*.pth")
+
+
+def pickles(path: Path) -> list[Path]:
+    """The files of weights in a folder that are pickles."""
+    found = sorted(file for pattern in PICKLES for file in path.glob(pattern) if file.is_file())
+    # What trainers leave beside a model.
+    beside = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
+    return [file for file in found if not file.name.startswith(beside)]
+
+
+def open_tensors(path: Path) -> Any:
+    """A safetensors file, opened. Raises UserError if it is none."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

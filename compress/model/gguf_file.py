@@ -123,6 +123,8 @@ class GGUFFile:
 
     def __init__(self, path: Path, dtype: torch.dtype | None):
         self.path, self._dtype = path, dtype
+        if not path.is_file():
+            raise UserError(f"{path} is missing, or no file")
         self._entries = _header(path, path.stat().st_mtime_ns)
 
     def __enter__(self) -> GGUFFile:

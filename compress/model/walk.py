@@ -5,18 +5,21 @@ tokens (sequences, length); X hidden states (sequences, length, hidden)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from compress.errors import UserError
+from compress.model.ahead import Ahead, pays
 from compress.model.families import Family
 from compress.model.folder import ModelFolder
-from compress.model.skeleton import assign, empty_model
+from compress.model.skeleton import assign, empty_model, finite
+from compress.model.states import States
 
 
 @dataclass
@@ -28,6 +31,7 @@ class Activations:
     targets: what the original block makes of ``original``
     arguments: what the model hands the block besides (masks, rotary tables), for any number of rows
     rows: sequences that run at once
+    states: where all these are kept, which need not be where the block is
     """
 
     inputs: Tensor
@@ -35,16 +39,20 @@ class Activations:
     targets: Tensor | None
     arguments: dict[str, Any]
     rows: int
+    states: States = field(default_factory=States)
 
-    def batches(self, X: Tensor) -> tuple[Tensor, ...]:
-        return X.split(self.rows)
+    def batches(self, X: Tensor) -> Iterator[Tensor]:
+        """Rows of X that run at once, on the device of the block."""
+        return self.states.read(X.split(self.rows))
+
+    def copy(self, X: Tensor, dtype: torch.dtype) -> Tensor:
+        """X in another type."""
+        return self.states.joined((x.to(dtype) for x in self.batches(X)), len(X))
 
     def forward(self, module: nn.Module, X: Tensor) -> Tensor:
         """The block's outputs on X, a batch at a time."""
-        Y = torch.empty_like(X)
-        for x, y in zip(self.batches(X), self.batches(Y), strict=True):
-            y.copy_(module(x, **self.arguments))
-        return Y
+        outputs = (module(x, **self.arguments) for x in self.batches(X))
+        return self.states.joined((y.to(X.dtype) for y in outputs), len(X))
 
 
 class Readable(Protocol):
@@ -60,6 +68,8 @@ class Walk:
     """The decoder blocks of a folder in order, with the hidden states that enter the current one.
 
     read: where weights come from, if not from the folder as they are stored
+    spill: a folder that hidden states are kept in, if not in memory
+    ahead: whether the next block is read while one runs, so that two are in memory
     """
 
     def __init__(
@@ -69,6 +79,9 @@ class Walk:
         device: torch.device,
         tokens_per_batch: int = 4096,
         read: Readable | None = None,
+        *,
+        spill: Path | None = None,
+        ahead: bool | None = None,
     ):
         self.folder = folder
         self.source: Readable = folder if read is None else read
@@ -77,8 +90,12 @@ class Walk:
         self.tokens_per_batch = tokens_per_batch
         self.model = empty_model(folder, folder.dtype)
         self.layers: nn.ModuleList = self.model.get_submodule(family.blocks)
+        self.states = States(device, spill)
         self.hidden: Tensor | None = None
         self.original: Tensor | None = None
+        self._ahead: Ahead | None = None
+        if pays(device) if ahead is None else ahead:
+            self._ahead = Ahead(self.source.tensor, device, folder.dtype)
         self._rows = 1
         # What the model hands to each of its blocks beside the hidden states.
         self._arguments: list[dict[str, Any]] = []
@@ -100,7 +117,10 @@ class Walk:
         row.
         """
         family, model = self.family, self.model
-        assign(model, f"{family.embedding}.weight", self._read(f"{family.embedding}.weight"))
+        # Not looked at as a whole, which would have all of it in memory: tokens name few of its rows.
+        table = self.source.tensor(f"{family.embedding}.weight")
+        assign(model, f"{family.embedding}.weight", table.to(self.device, self.folder.dtype))
+        del table
         decoder = model.get_submodule(family.blocks.rpartition(".")[0])
         _buffers_to(decoder, self.device)
         notes = [_NoteTaker() for _ in self.layers]
@@ -109,18 +129,24 @@ class Walk:
         model.set_submodule(family.final_norm, nn.Identity())
         self._rows = max(1, self.tokens_per_batch // tokens.shape[1])
         tokens = tokens.to(self.device)
+        width = model.get_submodule(family.embedding).weight.shape[1]
+        self.states.settle(tokens.numel() * width * self.folder.dtype.itemsize)
         try:
             decoder(input_ids=tokens[:1], use_cache=False)
             self._arguments = [note.arguments for note in notes]
-            states = [
-                decoder(input_ids=rows, use_cache=False).last_hidden_state
+            states = (
+                finite(
+                    self.folder,
+                    f"{family.embedding}.weight",
+                    decoder(input_ids=rows, use_cache=False).last_hidden_state,
+                )
                 for rows in tokens.split(self._rows)
-            ]
+            )
+            self.hidden = self.states.joined(states, len(tokens))
         finally:
             model.set_submodule(family.blocks, self.layers)
             model.set_submodule(family.final_norm, norm)
             model.get_submodule(family.embedding).to("meta")
-        self.hidden = torch.cat(states)
         self.original = self.hidden if original else None
 
     @contextmanager
@@ -131,9 +157,8 @@ class Walk:
         """
         layer = self.layers[index]
         prefix = f"{self.prefix(index)}."
-        for name in self.source.names:
-            if name.startswith(prefix):
-                assign(layer, name.removeprefix(prefix), self._read(name))
+        for name, tensor in self._tensors(index):
+            assign(layer, name.removeprefix(prefix), tensor)
         missing = [name for name, p in layer.named_parameters() if p.is_meta]
         if missing:
             raise UserError(f"{self.folder.path} holds no tensor {prefix}{missing[0]}")
@@ -142,9 +167,27 @@ class Walk:
         finally:
             layer.to("meta")
 
+    def _names(self, index: int) -> list[str]:
+        prefix = f"{self.prefix(index)}."
+        return [name for name in self.source.names if name.startswith(prefix)]
+
+    def _tensors(self, index: int) -> Iterable[tuple[str, Tensor]]:
+        """The tensors of a block; those of the next one are then read while it runs."""
+        if self._ahead is None:
+            return ((name, self._read(name)) for name in self._names(index))
+        found = [
+            (name, finite(self.folder, name, tensor))
+            for name, tensor in self._ahead.take(self._names(index))
+        ]
+        if index + 1 < len(self):
+            self._ahead.start(self._names(index + 1))
+        return found
+
     def _read(self, name: str) -> Tensor:
-        """A tensor in the model's dtype: some files keep norms or everything in float32."""
-        return self.source.tensor(name).to(device=self.device, dtype=self.folder.dtype)
+        """A tensor in the model's dtype: some files keep norms or everything in float32. Raises UserError if
+        it holds NaN or Inf."""
+        tensor = self.source.tensor(name).to(device=self.device, dtype=self.folder.dtype)
+        return finite(self.folder, name, tensor)
 
     def call_of(self, index: int) -> tuple[dict[str, Any], int]:
         """What the model hands a block besides hidden states, and how many sequences run at once."""
@@ -154,7 +197,8 @@ class Walk:
     def enter(self, index: int) -> Activations:
         """What enters the opened block, which has its original weights still."""
         assert self.hidden is not None, "embed() comes first"
-        found = Activations(self.hidden, self.original, None, self._arguments[index], self._rows)
+        arguments, rows = self.call_of(index)
+        found = Activations(self.hidden, self.original, None, arguments, rows, self.states)
         if self.original is not None:
             found.targets = found.forward(self.layers[index], self.original)
         return found

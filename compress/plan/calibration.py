@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from calibration.moments import are_few
 from compress.config import Run
-from compress.export.shards import SHARD_BYTES
 from compress.model.families import Family, family_of
 from compress.model.folder import Shapes
 from compress.plan.checkpoint import Checkpoint
@@ -40,8 +40,13 @@ HALF, SINGLE, DOUBLE = 2, 4, 8
 SQUARES = 6
 # Bytes a second that the export is taken to read, and to write: a disk's, not measured.
 DISK = 1e9
-# Of a matrix outside the blocks in 16 bits: itself, its absolute values, and three masks of a byte each.
+# Of a matrix outside the blocks in 16 bits that is quantized: itself, its absolute values, and three masks of
+# a byte each. One that is copied passes some rows at a time.
 FINITE = 3.5
+# Of a linear that is packed, for each code: itself, as an integer of 32 bits in two orders, and its words.
+PACKING = 10
+# Numbers of a matrix that a search works on at a time: 2048 rows of 14,336 columns and less.
+PART = 2**25
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """The letters above, with the input squares: sum and largest of K^2 over the shared inputs."""
+    """The letters above, with the input squares: sum and largest of K^2 over the shared inputs; moments:
+    what is kept of them, K^2 numbers or the tokens; across: the most columns an error is multiplied by."""
 
     T: int
     length: int
@@ -67,7 +73,10 @@ class _Sizes:
     layers: int
     squares: int
     largest: int
+    moments: float
+    across: int
     stacked: int
+    linear: int
     attended: int
 
 
@@ -77,12 +86,12 @@ def stages(run: Run, shapes: Shapes, planned: Checkpoint, hardware: Hardware) ->
     found = []
     if "quantize" in run.settings.stages:
         found.append(_quantize(run, shapes, sizes, hardware))
-    shard = min(planned.files, SHARD_BYTES)
-    largest = max(_rest(shapes).values(), default=0)
-    peak = _code(sizes) + shard + largest
-    found.append(
-        Stage("export", peak, "one file and a copy of its largest matrix", 2 * planned.files / DISK)
-    )
+    holders = {"its largest matrix": float(max(_rest(shapes).values(), default=0))}
+    if "quantize" in run.settings.stages:
+        holders["packing its largest linear"] = PACKING * sizes.linear
+    what, most = max(holders.items(), key=lambda item: item[1])
+    # Every byte is written twice: tensors go to a file of their own before the header is known.
+    found.append(Stage("export", _code(sizes) + most, what, 3 * planned.files / DISK))
     return found
 
 
@@ -111,7 +120,11 @@ def _sizes(run: Run, shapes: Shapes) -> _Sizes:
         layers=int(shapes.config["num_hidden_layers"]),
         squares=sum(k * k for k in inputs),
         largest=max(inputs) ** 2,
+        # Tokens are in 16 bits.
+        moments=sum(T * k * HALF / SINGLE if are_few(T, k) else k * k for k in inputs),
+        across=max(T if are_few(T, k) else k for k in inputs),
         stacked=max(sum(math.prod(size[n]) for n in i.linears) for i in family.inputs),
+        linear=max(math.prod(s) for s in size.values()),
         attended=size[family.attention_output][1],
     )
 
@@ -126,11 +139,11 @@ def _rest(shapes: Shapes) -> dict[str, int]:
 def _quantize(run: Run, shapes: Shapes, s: _Sizes, hardware: Hardware) -> Stage:
     moments = dict(_moments(run, s))
     name, peak = max(moments.items(), key=lambda item: item[1])
-    rest = _rest(shapes)
-    # The walk still holds what left the last block.
-    others = _code(s) + HALF * s.T * s.h + sum(rest.values()) + (FINITE - 1) * max(rest.values())
-    if others > peak:
-        name, peak = "embedding and head, checked and copied", others
+    if run.schemes.head is not None:
+        # The walk still holds what left the last block.
+        others = _code(s) + HALF * s.T * s.h + FINITE * max(_rest(shapes).values())
+        if others > peak:
+            name, peak = "embedding or head, checked and rounded", others
     return Stage("quantize", peak, name, _seconds(run, s, hardware))
 
 
@@ -153,13 +166,15 @@ def _moments(run: Run, s: _Sizes) -> Iterator[tuple[str, float]]:
     code = CODE_WITH_DATA
     twins = 2 if any(method.needs_original for method in run.roundings) else 1
     states = twins * HALF * s.T * s.h + HALF * s.T * s.attended
-    seconds = SINGLE * s.squares * twins
+    seconds = SINGLE * s.moments * twins
     # Gate, up, their product and its parts; the inputs in float32 and their sizes; the residual stream.
     batch = s.B * (4 * HALF * s.m + (SINGLE + HALF) * s.m + 3 * HALF * s.h)
     yield "moments of a block's inputs", code + states + block + seconds + batch
     held = code + states + block + rounded + seconds
     yield "outputs of a block", held + HALF * s.T * s.h + batch
     code += min(batch, KEPT)
+    # The products of all errors, and what they are made of a part at a time.
+    work = SINGLE * (s.stacked + 4 * min(s.stacked, PART))
     yield "a search over a block's weights", code + states + block + seconds + work + rounded
     for method in run.roundings:
         if isinstance(method, Learned):
@@ -168,6 +183,9 @@ def _moments(run: Run, s: _Sizes) -> Iterator[tuple[str, float]]:
             yield "learning how to round", code + states + block + seconds + learned
     if any(isinstance(method, Gptq | Gptaq) for method in run.roundings):
         factor = SQUARES * DOUBLE * s.largest + 6 * SINGLE * s.stacked
+        if are_few(s.T, math.isqrt(s.largest)):
+            # The square that is made of the tokens.
+            factor += SINGLE * s.largest
         yield "factoring second moments", code + states + block + rounded + seconds + factor
 
 
@@ -190,7 +208,7 @@ def _seconds(run: Run, s: _Sizes, hardware: Hardware) -> float:
 # Of a method on one block: passes over float32 weights, and operations in float32. A rounding to a grid is
 # some eight passes; D H D^T is two products.
 def _awq_scale(method: AwqScale, s: _Sizes) -> tuple[float, float]:
-    return 10 * method.grid, method.grid * 2 * s.P * math.sqrt(s.largest)
+    return 10 * method.grid, method.grid * 2 * s.P * s.across
 
 
 def _awq_clip(method: AwqClip, s: _Sizes) -> tuple[float, float]:

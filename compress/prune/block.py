@@ -111,18 +111,19 @@ class BlockCut:
         ours = self.passage.X if attention else self.passage.middle()
         norms = original.get_submodule(shared.source), self.passage.part(shared.source)
         if len(self.channels) < theirs.shape[-1]:
-            ratio = (_rms(ours) / _rms(theirs)).mean()
+            batches = self.passage.batches(ours, theirs)
+            ratio = torch.cat([_rms(our) / _rms(their) for our, their in batches]).mean()
             norms[1].weight.data = (norms[1].weight.float() * ratio).to(norms[1].weight.dtype)
         if self.knobs.refit == "none":
             return
         linears = [self.passage.part(name) for name in shared.linears]
         W = torch.cat([linear.weight for linear in linears])
         goals = torch.cat([original.get_submodule(name).weight for name in shared.linears])
-        found = Regression.zeros(ours.shape[-1], len(W), ours.device)
+        found = Regression.zeros(ours.shape[-1], len(W), self.passage.device)
         for their, our in self.passage.batches(theirs, ours):
             made = torch.nn.functional.linear(norms[0](their), goals)
             found.add(norms[1](our), made, torch.ones_like(our[..., 0], dtype=torch.float32))
-        every = torch.arange(ours.shape[-1], device=ours.device)
+        every = torch.arange(ours.shape[-1], device=self.passage.device)
         fitted = found.mean().fit(W, every, self.knobs.damping)
         for linear, part in zip(
             linears, fitted.split([len(linear.weight) for linear in linears]), strict=True
@@ -169,12 +170,11 @@ class BlockCut:
         family, old, new = self.family, self.anatomy.shape, self.shape
         assert family.attention_output is not None
         out = self.passage.part(family.attention_output)
-        ours = self.passage.attended()
-        found = Regression.zeros(ours.shape[-1], out.weight.shape[0], ours.device)
-        sizes = Sizes(old.heads, ours.device)
-        for x, entering, goal in self.passage.batches(
-            ours, self.passage.X, self.narrow(self.goal.middle)
-        ):
+        ours, device = self.passage.attended(), self.passage.device
+        found = Regression.zeros(ours.shape[-1], out.weight.shape[0], device)
+        sizes = Sizes(old.heads, device)
+        for x, entering, whole in self.passage.batches(ours, self.passage.X, self.goal.middle):
+            goal = self.narrow(whole)
             found.add(x, _lacking(goal, entering, out), token_weights(goal))
             sizes.add(x)
         found = found.mean()
@@ -189,27 +189,28 @@ class BlockCut:
                 left_per_group=new.per_group,
                 score=score,
             )
-        columns = elements(self.heads, self.anatomy.head_dim).to(ours.device)
+        columns = elements(self.heads, self.anatomy.head_dim).to(device)
         self.errors[ATTENTION] = self._refit(out, found, columns)
 
     def cut_mlp(self) -> None:
         """Choose the neurons that stay, and refit the linear that reads them."""
         family, old, new = self.family, self.anatomy.shape, self.shape
         out = self.passage.part(family.mlp_output)
-        middle = self.passage.middle()
-        found = Regression.zeros(old.mlp, out.weight.shape[0], middle.device)
-        sizes = Sizes(old.mlp, middle.device)
-        batches = self.passage.batches(middle, self.narrow(self.goal.leaving))
-        for x, (entering, goal) in zip(self.passage.neurons(), batches, strict=True):
+        middle, device = self.passage.middle(), self.passage.device
+        found = Regression.zeros(old.mlp, out.weight.shape[0], device)
+        sizes = Sizes(old.mlp, device)
+        batches = self.passage.batches(middle, self.goal.leaving)
+        for x, (entering, whole) in zip(self.passage.neurons(), batches, strict=True):
+            goal = self.narrow(whole)
             found.add(x, _lacking(goal, entering, out), token_weights(goal))
             sizes.add(x)
         found = found.mean()
         if new.mlp < old.mlp:
             makers = [self.passage.part(name).weight for name in family.neurons]
             score = self._score(found, sizes, out.weight, makers)
-            neurons = torch.arange(old.mlp, device=middle.device).unsqueeze(1)
+            neurons = torch.arange(old.mlp, device=device).unsqueeze(1)
             self.mlp = keep_structures(neurons, new.mlp, score)
-        self.errors[MLP] = self._refit(out, found, self.mlp.to(middle.device))
+        self.errors[MLP] = self._refit(out, found, self.mlp.to(device))
 
     def _score(
         self, found: Regression, sizes: Sizes, W: Tensor, makers: list[Tensor]

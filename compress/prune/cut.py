@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from compress.export.shards import ShardWriter
 from compress.model.folder import PRUNED, ModelFolder, write_json
 from compress.model.skeleton import assign, model_of
-from compress.model.walk import Walk
+from compress.model.walk import Activations, Walk
 from compress.progress import track
 from compress.prune.block import BlockCut, Goal
 from compress.prune.knobs import Prune
 from compress.prune.shape import KEYS, Anatomy, Shape, config_of
 from compress.prune.streams import Passage
+from compress.saved import NOWHERE, Position, Saved
 from eval.memory import trim
 
 log = logging.getLogger(__name__)
@@ -50,48 +51,75 @@ class Plan:
 
 @torch.no_grad()
 def cut(
-    source: ModelFolder, target: Path, plan: Plan, tokens: Tensor, device: torch.device
+    source: ModelFolder,
+    target: Path,
+    plan: Plan,
+    tokens: Tensor,
+    device: torch.device,
+    saved: Saved = NOWHERE,
+    spill: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Write the model cut to its plan; returns for every block that is left its number in the original, the
     heads that stayed, the relative errors of attention and MLP, the drift of its stream from the
-    original's, and seconds."""
-    target.mkdir(parents=True)
-    source.copy_companions(target)
-    shards = ShardWriter(target, SHARD_BYTES)
-    walk = _BothWalks(source, plan, tokens, device)
+    original's, and seconds.
+
+    saved: where a killed one left the blocks that it had cut; spill: a folder that hidden states are kept in,
+    if not in memory
+    """
+    walk = _BothWalks(source, plan, tokens, device, spill)
     reports: list[dict[str, Any]] = []
-    for place, index in enumerate(track(plan.layers, "prune blocks")):
-        start = time.perf_counter()
-        with walk.block(place) as block:
-            _cut_block(block, walk.module, plan)
-            walk.leave(block)
-            for name, tensor in _tensors(plan, block).items():
-                shards.add(f"{walk.walk.prefix(place)}.{name}", tensor.cpu())
-        report = {
-            "block": index,
-            "heads": block.heads,
-            "kv_heads": block.kv_heads,
-            "errors": block.errors,
-            "drift": walk.drift(),
-            "seconds": time.perf_counter() - start,
-        }
-        log.info(
-            "block %d: %.1f s, relative errors %s, drift %.2e",
-            index,
-            report["seconds"],
-            ", ".join(f"{name} {error:.2e}" for name, error in block.errors.items()),
-            report["drift"],
-        )
-        reports.append(report)
-        trim()
-    _write_rest(source, plan, shards, walk.norm_ratio())
-    shards.close()
+    position = saved.load()
+    with saved.files(target) as folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        shards = ShardWriter(folder, SHARD_BYTES)
+        if position is not None:
+            reports = position.facts["blocks"]
+            shards.go_on(position.facts["shards"])
+            walk.go_on(position)
+            log.info("prune goes on after block %d of %d", len(reports), len(plan.layers))
+        del position
+        for place in track(range(len(reports), len(plan.layers)), "prune blocks"):
+            reports.append(_cut_at(place, walk, plan, shards))
+            trim()
+            # A file a block, as a position has them.
+            shards.flush()
+            saved.offer({"blocks": reports, "shards": shards.position()}, walk.position())
+        _write_rest(source, plan, shards, walk.norm_ratio())
+        shards.flush()
+    source.copy_companions(target)
+    shards.close(target)
     _note(target, plan, reports)
     # The config comes last: before that the folder does not open.
     write_json(
         target / "config.json", config_of(source.config, plan.found, plan.shape, plan.layers)
     )
     return reports
+
+
+def _cut_at(place: int, walk: _BothWalks, plan: Plan, shards: ShardWriter) -> dict[str, Any]:
+    """Cut the block at this place and write it. Returns its report."""
+    start = time.perf_counter()
+    with walk.block(place) as block:
+        _cut_block(block, walk.module, plan)
+        walk.leave(block)
+        for name, tensor in _tensors(plan, block).items():
+            shards.add(f"{walk.walk.prefix(place)}.{name}", tensor.cpu())
+    report = {
+        "block": plan.layers[place],
+        "heads": block.heads,
+        "kv_heads": block.kv_heads,
+        "errors": block.errors,
+        "drift": walk.drift(),
+        "seconds": time.perf_counter() - start,
+    }
+    log.info(
+        "block %d: %.1f s, relative errors %s, drift %.2e",
+        report["block"],
+        report["seconds"],
+        ", ".join(f"{name} {error:.2e}" for name, error in block.errors.items()),
+        report["drift"],
+    )
+    return report
 
 
 def _cut_block(block: BlockCut, original: nn.Module, plan: Plan) -> None:
@@ -116,9 +144,16 @@ def _cut_block(block: BlockCut, original: nn.Module, plan: Plan) -> None:
 class _BothWalks:
     """The blocks that stay, in order, each with the original's stream and the pruned one's."""
 
-    def __init__(self, source: ModelFolder, plan: Plan, tokens: Tensor, device: torch.device):
+    def __init__(
+        self,
+        source: ModelFolder,
+        plan: Plan,
+        tokens: Tensor,
+        device: torch.device,
+        spill: Path | None,
+    ):
         self.plan, self.family = plan, plan.found.family
-        self.walk = Walk(source, self.family, device)
+        self.walk = Walk(source, self.family, device, spill=spill)
         self.walk.embed(tokens)
         assert self.walk.hidden is not None
         self.channels = plan.channels.to(device)
@@ -128,7 +163,9 @@ class _BothWalks:
         self._generator = torch.Generator().manual_seed(plan.knobs.seed)
         self._narrow: nn.ModuleList | None = None
         if plan.narrower:
-            self.pruned = self.original.index_select(-1, self.channels)
+            self.pruned = self._joined(
+                x.index_select(-1, self.channels) for (x,) in self._batches(self.original)
+            )
             config = {
                 **source.config,
                 KEYS["hidden"]: plan.shape.hidden,
@@ -161,16 +198,36 @@ class _BothWalks:
     def leave(self, block: BlockCut) -> None:
         self.pruned = block.passage.leave()
 
+    def position(self) -> dict[str, Tensor]:
+        """What is between two blocks."""
+        random = self._generator.get_state()
+        return {"original": self.original, "pruned": self.pruned, "generator": random}
+
+    def go_on(self, position: Position) -> None:
+        self.original, self.pruned = (
+            self.walk.states.keep(position.tensors[name]) for name in ("original", "pruned")
+        )
+        self.walk.hidden = None
+        self._generator.set_state(position.tensors["generator"])
+
     def drift(self) -> float:
         """How far the pruned stream is from the original's on its channels, relative to each token's size."""
-        theirs = self.original.index_select(-1, self.channels).float()
-        lost = (self.pruned.float() - theirs).square().mean(-1)
-        return float((lost / theirs.square().mean(-1).clamp(min=1e-6)).mean())
+        shares = []
+        for ours, original in self._batches(self.pruned, self.original):
+            theirs = original.index_select(-1, self.channels).float()
+            lost = (ours.float() - theirs).square().mean(-1)
+            shares.append(lost / theirs.square().mean(-1).clamp(min=1e-6))
+        return float(torch.cat(shares).mean())
 
     def norm_ratio(self) -> float:
         """By how much the final norm divides less, on average, because its channels are fewer."""
-        sizes = [X.float().square().mean(-1).sqrt() for X in (self.pruned, self.original)]
-        return float((sizes[0] / sizes[1].clamp(min=1e-6)).mean()) if self.plan.narrower else 1.0
+        if not self.plan.narrower:
+            return 1.0
+        ratios = []
+        for batch in self._batches(self.pruned, self.original):
+            ours, theirs = (x.float().square().mean(-1).sqrt() for x in batch)
+            ratios.append(ours / theirs.clamp(min=1e-6))
+        return float(torch.cat(ratios).mean())
 
     def _advance(self, start: int, end: int) -> None:
         """Take the original's stream through blocks that go."""
@@ -180,7 +237,16 @@ class _BothWalks:
 
     def _passage(self, module: nn.Module, index: int, X: Tensor) -> Passage:
         arguments, rows = self.walk.call_of(index)
-        return Passage(module, self.family, X, arguments, rows)
+        entering = Activations(X, None, None, arguments, rows, self.walk.states)
+        return Passage(module, self.family, entering)
+
+    def _batches(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        _, rows = self.walk.call_of(0)
+        states = self.walk.states
+        return zip(*(states.read(t.split(rows)) for t in tensors), strict=True)
+
+    def _joined(self, parts: Iterable[Tensor]) -> Tensor:
+        return self.walk.states.joined(parts, len(self.original))
 
     @contextmanager
     def _own(self, module: nn.Module, index: int) -> Iterator[nn.Module]:

@@ -28,6 +28,7 @@ from compress.prune.shape import Anatomy, Shape, anatomy, check_windows
 from compress.prune.survey import Survey, survey
 from compress.quantize.record import KEY
 from compress.runtime.load import load_dense
+from compress.saved import NOWHERE, Saved
 from eval.text import evaluate_text
 
 log = logging.getLogger(__name__)
@@ -52,9 +53,17 @@ def check(source: Shapes, knobs: Prune, sequences: int) -> None:
 
 
 def prune(
-    source: ModelFolder, target: Path, knobs: Prune, *, tokens: Tensor, device: torch.device
+    source: ModelFolder,
+    target: Path,
+    knobs: Prune,
+    *,
+    tokens: Tensor,
+    device: torch.device,
+    saved: Saved = NOWHERE,
+    spill: Path | None = None,
 ) -> dict[str, Any]:
-    """Write the pruned model to ``target``. tokens: calibration tokens (sequences, length).
+    """Write the pruned model to ``target``. tokens: calibration tokens (sequences, length); saved: where a
+    killed one left what it had done; spill: a folder that hidden states are kept in, if not in memory.
 
     Returns what metrics.json keeps: the shape before and after, candidates with their divergence, the
     survey, and per block the relative errors of attention and MLP and how far its stream is from the
@@ -66,11 +75,19 @@ def prune(
     found = anatomy(source, family_of(source.config))
     candidates = wanted(found, knobs)
     start = time.perf_counter()
-    surveyed = survey(source, found, tokens, device, drop_one=knobs.depth == "perplexity")
+    surveyed = survey(
+        source,
+        found,
+        tokens,
+        device,
+        drop_one=knobs.depth == "perplexity",
+        saved=saved,
+        spill=spill,
+    )
     log.info("surveyed %d blocks in %.1f s", found.shape.layers, time.perf_counter() - start)
     plans = [_plan(found, shape, surveyed, knobs) for shape in candidates]
-    plan, trials = _judged(source, plans, tokens, device, target.parent)
-    blocks = cut(source, target, plan, tokens, device)
+    plan, trials = _judged(source, plans, tokens, device, target.parent, saved.part("trials"))
+    blocks = cut(source, target, plan, tokens, device, saved.part("cut"), spill)
     shape = plan.shape
     old = found.shape
     return {
@@ -93,16 +110,23 @@ def _plan(found: Anatomy, shape: Shape, surveyed: Survey, knobs: Prune) -> Plan:
 
 
 def _judged(
-    source: ModelFolder, plans: list[Plan], tokens: Tensor, device: torch.device, beside: Path
+    source: ModelFolder,
+    plans: list[Plan],
+    tokens: Tensor,
+    device: torch.device,
+    beside: Path,
+    saved: Saved,
 ) -> tuple[Plan, list[dict[str, Any]]]:
     """The best plan: each is tried on few sequences, in a folder of ``beside``, and compared with the
-    original on others."""
+    original on others. A try is short: one that was killed is made again."""
     if len(plans) == 1:
         return plans[0], []
     judged, seen = tokens[-JUDGED:].to(device), tokens[: plans[0].knobs.trial_sequences]
-    original = load_dense(source, device, source.dtype)
-    trials = []
-    for plan in track(plans, "try shapes"):
+    position = saved.load()
+    trials: list[dict[str, Any]] = [] if position is None else position.facts["trials"]
+    if len(trials) < len(plans):
+        original = load_dense(source, device, source.dtype)
+    for plan in track(plans[len(trials) :], "try shapes"):
         # Where the result goes, not in a /tmp that may be memory; a killed run's is cleared by its name.
         with tempfile.TemporaryDirectory(dir=beside, suffix=".partial") as scratch:
             trial = Path(scratch) / "trial"
@@ -113,6 +137,7 @@ def _judged(
         parameters = plan.found.block_parameters(plan.shape)
         trials.append({**vars(plan.shape), "block_parameters": parameters, "kl": kl})
         log.info("%s: KL %.4f on %d sequences", plan.shape, kl, len(judged))
+        saved.offer({"trials": trials})
     return plans[min(range(len(trials)), key=lambda i: trials[i]["kl"])], trials
 
 

@@ -8,7 +8,7 @@ X (sequences, length, hidden); weight (sequences, length)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.model.families import Family
+from compress.model.walk import Activations
 
 
 class _Stop(Exception):
@@ -40,29 +41,44 @@ def _inputs_of(module: nn.Module, *, last: bool) -> Iterator[list[Tensor]]:
 
 
 class Passage:
-    """One block and what enters it. arguments: what the model hands it besides; rows: sequences at a time"""
+    """One block and what enters it, as ``Activations.inputs``."""
 
-    def __init__(
-        self, module: nn.Module, family: Family, X: Tensor, arguments: dict[str, Any], rows: int
-    ):
-        self.module, self.family = module, family
-        self.X, self._arguments, self._rows = X, arguments, rows
+    def __init__(self, module: nn.Module, family: Family, entering: Activations):
+        self.module, self.family, self.X = module, family, entering.inputs
+        self._arguments, self._rows, self._states = (
+            entering.arguments,
+            entering.rows,
+            entering.states,
+        )
         # What the linear at the end of attention reads, once it was asked for.
         self._attended: Tensor | None = None
 
     def part(self, name: str) -> Any:
         return self.module.get_submodule(name)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the block is; its states need not be there."""
+        return self._states.device
+
     def batches(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        return zip(*(t.split(self._rows) for t in tensors), strict=True)
+        """Rows of all tensors that run at once, on the device of the block."""
+        return zip(*(self._states.read(t.split(self._rows)) for t in tensors), strict=True)
+
+    def _kept(self, parts: Iterable[Tensor]) -> Tensor:
+        """The parts of all batches as one tensor, where states are kept."""
+        return self._states.joined(parts, len(self.X))
 
     def run(self) -> tuple[Tensor, Tensor]:
         """The states behind attention, which the MLP's norm reads, and those behind the block."""
-        middle, out = torch.empty_like(self.X), torch.empty_like(self.X)
+        middle, out = self._states.like(self.X), self._states.like(self.X)
+        places = zip(middle.split(self._rows), out.split(self._rows), strict=True)
         with _inputs_of(self.part(self.family.mlp_norm), last=False) as seen:
-            for x, m, y in self.batches(self.X, middle, out):
+            for (x,), (m, y) in zip(self.batches(self.X), places, strict=True):
                 y.copy_(self.module(x, **self._arguments))
                 m.copy_(seen.pop())
+                self._states.done(m)
+                self._states.done(y)
         return middle, out
 
     def observe(self, *names: str) -> Iterator[dict[str, Tensor]]:
@@ -108,8 +124,8 @@ class Passage:
         """What the linear at the end of attention reads, (sequences, length, heads * head size). Kept for the
         passes after it: weights before it must not change any more."""
         if self._attended is None:
-            self._attended = torch.cat(
-                [self._until(self._output_name, x) for (x,) in self.batches(self.X)]
+            self._attended = self._kept(
+                self._until(self._output_name, x) for (x,) in self.batches(self.X)
             )
         return self._attended
 
@@ -134,11 +150,9 @@ class Passage:
 
     def middle(self) -> Tensor:
         """The states behind attention as it is now."""
-        return torch.cat(
-            [
-                self._replay_until(self.family.mlp_norm, x, attended)
-                for x, attended in self.batches(self.X, self.attended())
-            ]
+        return self._kept(
+            self._replay_until(self.family.mlp_norm, x, attended)
+            for x, attended in self.batches(self.X, self.attended())
         )
 
     def neurons(self) -> Iterator[Tensor]:
@@ -152,11 +166,13 @@ class Passage:
 
     def leave(self) -> Tensor:
         """The states behind the block as it is now."""
-        out = torch.empty_like(self.X)
-        for x, attended, y in self.batches(self.X, self.attended(), out):
-            with self._replayed(attended):
-                y.copy_(self.module(x, **self._arguments))
-        return out
+
+        def parts() -> Iterator[Tensor]:
+            for x, attended in self.batches(self.X, self.attended()):
+                with self._replayed(attended):
+                    yield self.module(x, **self._arguments)
+
+        return self._kept(parts())
 
 
 def token_weights(X: Tensor) -> Tensor:

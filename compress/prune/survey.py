@@ -6,7 +6,9 @@ X (sequences, length, hidden)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,15 +23,20 @@ from compress.prune.importance import Sizes
 from compress.prune.shape import Anatomy
 from compress.prune.streams import Passage
 from compress.runtime.load import load_dense
+from compress.saved import NOWHERE, Position, Saved
 from eval.blocks import block_calls
 from eval.memory import trim
 from eval.text import ROWS, token_nll
+
+log = logging.getLogger(__name__)
 
 DEPTHS = ("influence", "contiguous", "perplexity")
 # Tokens whose states behind every block are kept, to compare blocks that are not neighbours.
 SAMPLE = 2048
 # Sequences that the drop-one perplexity is taken on.
 DROP_ONE = 8
+# What a position of the survey holds a row a block of.
+ROWS_OF = ("states", "heads", "neurons")
 
 
 @dataclass
@@ -90,83 +97,143 @@ def distance(X: Tensor, Y: Tensor) -> Tensor:
 
 @torch.no_grad()
 def survey(
-    source: ModelFolder, anatomy: Anatomy, tokens: Tensor, device: torch.device, *, drop_one: bool
+    source: ModelFolder,
+    anatomy: Anatomy,
+    tokens: Tensor,
+    device: torch.device,
+    *,
+    drop_one: bool,
+    saved: Saved = NOWHERE,
+    spill: Path | None = None,
 ) -> Survey:
     """Look at every block with calibration tokens (sequences, length).
 
-    drop_one: also take the perplexity without each block, on DROP_ONE sequences. Raises UserError for
-    activations that are not finite.
+    drop_one: also take the perplexity without each block, on DROP_ONE sequences
+    saved: where a killed one left what it had seen; spill: a folder that hidden states are kept in, if not in
+    memory. Raises UserError for activations that are not finite.
     """
-    family, shape = anatomy.family, anatomy.shape
-    walk = Walk(source, family, device)
+    family = anatomy.family
+    walk = Walk(source, family, device, spill=spill)
     walk.embed(tokens)
-    states = [_sample(walk.hidden)]
-    influence: list[float] = []
-    rows: dict[str, list[Tensor]] = {"heads": [], "neurons": []}
-    channels = torch.zeros(shape.hidden, device=device, dtype=torch.float64)
-    for index in track(range(len(walk)), "survey blocks"):
-        with walk.open(index) as module:
-            activations = walk.enter(index)
-            heads, neurons = Sizes(shape.heads, device), Sizes(shape.mlp, device)
-            norms = [Sizes(shape.hidden, device) for _ in range(2)]
-            out, lost, count = torch.empty_like(activations.inputs), 0.0, 0
-            passage = Passage(
-                module, family, activations.inputs, activations.arguments, activations.rows
-            )
-            observers = {
-                family.attention_output: heads, family.mlp_output: neurons,
-                family.queries: norms[0], family.neurons[0]: norms[1],
-            }  # fmt: skip
-            with passage.watched({name: s.add for name, s in observers.items() if name}):
-                for x, y in passage.batches(activations.inputs, out):
-                    y.copy_(module(x, **activations.arguments))
-                    lost += float(distance(x, y).double().sum())
-                    count += x.shape[0] * x.shape[1]
-            walk.hidden = out
-        if not torch.isfinite(out).all():
-            raise UserError(
-                f"{walk.prefix(index)} of {source.path} gives NaN or Inf on the calibration text"
-            )
-        influence.append(lost / count)
-        rows["heads"].append(heads.mean())
-        rows["neurons"].append(neurons.mean())
-        channels += sum(norm.mean() for norm in norms)
-        states.append(_sample(out))
+    seen = _Seen([_sample(walk.hidden)], torch.zeros(anatomy.shape.hidden, dtype=torch.float64))
+    own = saved.part("survey")
+    seen.go_on(own.load(), walk)
+    for index in track(range(len(seen.influence), len(walk)), "survey blocks"):
+        _look(walk, index, anatomy, seen)
         trim()
+        own.offer(*seen.position(walk))
     found = Survey(
-        influence,
-        torch.stack(rows["heads"]),
-        torch.stack(rows["neurons"]),
-        channels,
-        torch.stack(states),
+        seen.influence,
+        torch.stack(seen.heads),
+        torch.stack(seen.neurons),
+        seen.channels,
+        torch.stack(seen.states),
     )
     if drop_one:
-        found.drop_one = perplexity_without(source, family, tokens[:DROP_ONE], device)
+        found.drop_one = perplexity_without(
+            source, family, tokens[:DROP_ONE], device, saved.part("drop_one")
+        )
     return found
+
+
+@dataclass
+class _Seen:
+    """What was seen of the blocks so far, as in ``Survey``."""
+
+    states: list[Tensor]
+    channels: Tensor
+    influence: list[float] = field(default_factory=list)
+    heads: list[Tensor] = field(default_factory=list)
+    neurons: list[Tensor] = field(default_factory=list)
+
+    def position(self, walk: Walk) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        assert walk.hidden is not None
+        rows = {name: torch.stack(getattr(self, name)) for name in ROWS_OF}
+        return {"influence": self.influence}, {
+            "hidden": walk.hidden,
+            "channels": self.channels,
+            **rows,
+        }
+
+    def go_on(self, position: Position | None, walk: Walk) -> None:
+        self.channels = self.channels.to(walk.device)
+        if position is None:
+            return
+        self.influence, found = position.facts["influence"], position.tensors
+        walk.hidden = walk.states.keep(found["hidden"])
+        self.channels = found["channels"].to(walk.device)
+        self.heads, self.neurons = (list(found[n].to(walk.device)) for n in ("heads", "neurons"))
+        self.states = list(found["states"])
+        log.info("the survey goes on after block %d of %d", len(self.influence), len(walk))
+
+
+def _look(walk: Walk, index: int, anatomy: Anatomy, seen: _Seen) -> None:
+    """Add a block to what was seen, and leave what goes out of it in the walk."""
+    family, shape, device = anatomy.family, anatomy.shape, walk.device
+    with walk.open(index) as module:
+        activations = walk.enter(index)
+        heads, neurons = Sizes(shape.heads, device), Sizes(shape.mlp, device)
+        norms = [Sizes(shape.hidden, device) for _ in range(2)]
+        lost, count, finite = 0.0, 0, True
+        passage = Passage(module, family, activations)
+        observers = {
+            family.attention_output: heads, family.mlp_output: neurons,
+            family.queries: norms[0], family.neurons[0]: norms[1],
+        }  # fmt: skip
+        out = walk.states.like(activations.inputs)
+        places = out.split(activations.rows)
+        with passage.watched({name: s.add for name, s in observers.items() if name}):
+            for (x,), place in zip(passage.batches(passage.X), places, strict=True):
+                y = module(x, **activations.arguments)
+                walk.states.done(place.copy_(y))
+                lost += float(distance(x, y).double().sum())
+                count += x.shape[0] * x.shape[1]
+                finite &= bool(torch.isfinite(y).all())
+        walk.hidden = out
+    if not finite:
+        raise UserError(
+            f"{walk.prefix(index)} of {walk.folder.path} gives NaN or Inf on the calibration text"
+        )
+    seen.influence.append(lost / count)
+    seen.heads.append(heads.mean())
+    seen.neurons.append(neurons.mean())
+    seen.channels += sum(norm.mean() for norm in norms)
+    seen.states.append(_sample(out))
 
 
 def _sample(X: Tensor | None) -> Tensor:
     assert X is not None
     flat = X.flatten(0, 1)
-    return flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE].cpu()
+    # A copy: a part of the states would keep all of them.
+    return flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE].to("cpu", copy=True)
 
 
 @torch.no_grad()
 def perplexity_without(
-    source: ModelFolder, family: Family, tokens: Tensor, device: torch.device
+    source: ModelFolder,
+    family: Family,
+    tokens: Tensor,
+    device: torch.device,
+    saved: Saved = NOWHERE,
 ) -> list[float]:
-    """The perplexity of the model without each block alone, all others as they are."""
+    """The perplexity of the model without each block alone, all others as they are.
+
+    saved: where a killed one left the sums over the sequences that it had done
+    """
     model = load_dense(source, device, source.dtype)
     blocks = list(model.get_submodule(family.blocks))
     norm, head = model.get_submodule(family.final_norm), model.get_output_embeddings()
-    totals, count = torch.zeros(len(blocks), dtype=torch.float64), 0
-    for row in track(tokens.to(device), "perplexity without each block"):
+    totals, done, position = torch.zeros(len(blocks), dtype=torch.float64), 0, saved.load()
+    if position is not None:
+        totals, done = position.tensors["totals"], position.facts["done"]
+    for row in track(tokens[done:].to(device), "perplexity without each block"):
         calls = block_calls(model, blocks, row.unsqueeze(0))
-        count += len(row) - 1
         for gone in range(len(blocks)):
             X = calls[gone][0]
             for i in range(gone + 1, len(blocks)):
                 X = blocks[i](X, **calls[i][1])
             for H, targets in zip(norm(X)[0, :-1].split(ROWS), row[1:].split(ROWS), strict=True):
                 totals[gone] += float(token_nll(head(H).float().log_softmax(-1), targets).sum())
-    return (totals / count).exp().tolist()
+        done += 1
+        saved.offer({"done": done}, {"totals": totals})
+    return (totals / tokens[:, 1:].numel()).exp().tolist()

@@ -1,11 +1,11 @@
 """One decoder block while it is being quantized: what transforms change and rounding reads.
 
-W (out, in); H (in, in); s (in,)
+W (out, in); H (in, in), or the tokens that it is the mean of; s (in,)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -13,12 +13,18 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from calibration.moments import Collector, Moments
+from calibration.moments import Collector, Moments, Tokens
 from compress.errors import UserError
 from compress.model.families import Family, Input
 from compress.model.walk import Activations
 from compress.quantize.qtensor import QTensor
 from compress.quantize.scheme import Grid, Scheme, make_grid
+
+# Numbers of a matrix that are worked on at a time, where each row is by itself.
+PART = 2**23
+# Of these, the numbers that go through elementwise work at a time: they and what is made of them stay in a
+# core's cache.
+PIECE = 2**17
 
 
 @dataclass
@@ -48,7 +54,7 @@ class Block:
     original: nn.Module | None = None
     moments: dict[str, Moments] = field(default_factory=dict)
     grids: dict[str, Grid] = field(default_factory=dict)
-    search: Callable[[Tensor, Tensor, Scheme, torch.dtype], Grid] | None = None
+    search: Callable[[Tensor, Tensor | Tokens, Scheme, torch.dtype], Grid] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     first_seen: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     # What attention's output projection reads, batch by batch, as long as nothing before it changes.
@@ -70,7 +76,7 @@ class Block:
             W, scheme = self.weights[name], self.schemes[name]
             if self.search is None:
                 return make_grid(W, scheme, self.dtype, largest=self._largest(name))
-            self.grids[name] = self.search(W, self.moments_of(name).second, scheme, self.dtype)
+            self.grids[name] = self.search(W, self.moments_of(name).H, scheme, self.dtype)
         return self.grids[name]
 
     def _largest(self, name: str) -> Tensor:
@@ -93,7 +99,7 @@ class Block:
         run; the block runs no further than the last one.
         """
         assert self.activations is not None, "the methods asked for no data"
-        names = [shared.linears for shared in inputs]
+        data, names = self.activations, [shared.linears for shared in inputs]
         firsts = [linears[0] for linears in names]
         twin: Any = self.original
         collector = Collector(
@@ -101,13 +107,13 @@ class Block:
             names,
             None if twin is None else {name: twin.get_submodule(name) for name in firsts},
             self.threshold,
+            data.inputs.shape[:-1].numel(),
         )
-        data = self.activations
         with self.attention_once(), collector.hooks():
             originals = None if twin is None else data.batches(_given(data.original))
-            for i, X in enumerate(data.batches(data.inputs)):
+            for X in data.batches(data.inputs):
                 if originals is not None:
-                    collector.run(_given(twin), originals[i], data.arguments)
+                    collector.run(_given(twin), next(originals), data.arguments)
                 collector.run(self.module, X, data.arguments)
         self.moments |= collector.means()
         for first in firsts:
@@ -127,8 +133,9 @@ class Block:
             yield
             return
         out, attention = self.part(name), self.part(name.rpartition(".")[0])
+        states = _given(self.activations).states
         if self._attended:
-            batches = iter(self._attended)
+            batches = states.read(self._attended)
             attention.forward = lambda *_, **__: (out(next(batches)), None)
             try:
                 yield
@@ -136,7 +143,7 @@ class Block:
                 del attention.forward
             return
         seen: list[Tensor] = []
-        handle = out.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        handle = out.register_forward_pre_hook(lambda _, args: seen.append(states.keep(args[0])))
         try:
             yield
             self._attended = seen
@@ -214,13 +221,37 @@ def _given(value: Any) -> Any:
     return value
 
 
-def output_error(D: Tensor, H: Tensor) -> float:
+def output_error(D: Tensor, H: Tensor | Tokens) -> float:
     """Mean squared output error of a weight change D (out, in) on inputs with second moment H."""
-    return float(((D @ H) * D).sum())
+    return summed_error(row_parts(D), H, len(D))
 
 
-def group_moments(H: Tensor, columns: int) -> Tensor:
+def summed_error(parts: Iterable[Tensor], H: Tensor | Tokens, rows: int) -> float:
+    """The same of a change whose ``rows`` come in parts, which need not be in memory together. They are added
+    up in one piece, so that the sum does not depend on the parts."""
+    other = H.root().T if isinstance(H, Tokens) else H
+    products, done = other.new_empty(rows, other.shape[1]), 0
+    for D in parts:
+        outputs = products[done : done + len(D)]
+        if isinstance(H, Tokens):
+            torch.matmul(D, other, out=outputs).square_()
+        else:
+            torch.mul(D @ other, D, out=outputs)
+        done += len(D)
+    assert done == rows, (done, rows)
+    return float(products.sum())
+
+
+def row_parts(W: Tensor, numbers: int = PART) -> tuple[Tensor, ...]:
+    """The rows of W in parts of so many numbers: what is computed of one part takes little memory."""
+    return W.split(max(1, numbers // W.shape[1]))
+
+
+def group_moments(H: Tensor | Tokens, columns: int) -> Tensor:
     """The diagonal blocks of H (in, in), one a group: (groups, columns, columns)."""
+    if isinstance(H, Tokens):
+        groups = H.root().unflatten(1, (-1, columns)).transpose(0, 1)
+        return groups.mT @ groups
     blocks = H.unflatten(0, (-1, columns)).unflatten(2, (-1, columns))
     return torch.stack([blocks[g, :, g] for g in range(blocks.shape[0])])
 

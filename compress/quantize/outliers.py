@@ -47,6 +47,15 @@ class Outliers:
                 layer["kept"] = int((block.moments_of(first).largest >= self.threshold).sum())
             self._layers.setdefault(first, []).append(layer)
 
+    def position(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What was added so far, as JSON and tensors."""
+        return self._layers, {first: torch.stack(rows) for first, rows in self._shares.items()}
+
+    def go_on(self, layers: dict[str, Any], shares: dict[str, Tensor]) -> None:
+        """Go on from the position of another."""
+        self._layers = layers
+        self._shares = {first: list(rows) for first, rows in shares.items()}
+
     def report(self) -> dict[str, Any]:
         """What metrics.json keeps. For each input, named by its first reader, in every layer: ``columns``
         that reached the threshold, the share of ``values`` that did, and the ``largest`` |x|, all before any

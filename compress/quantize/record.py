@@ -8,15 +8,17 @@ config.json carries ``compress_record`` with the schemes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compress.errors import UserError
 from compress.model.families import family_of
-from compress.model.folder import INDEX, ModelFolder, save_tensors, write_json
+from compress.model.folder import INDEX, ModelFolder, reading, save_tensors, write_json
+from compress.model.tensor_file import TensorFile
 from compress.quantize.qtensor import QTensor
 from compress.quantize.scheme import Scheme, Schemes
 
@@ -24,20 +26,25 @@ KEY = "compress_record"
 VERSION = 3
 # The tensors of a quantized linear; the first two are always there.
 PARTS = ("codes", "scale", "zero", "divisor", "input_scale", "columns", "kept")
+# Shape and type of a tensor, and its rows in parts.
+Rows = tuple[tuple[int, ...], torch.dtype, Iterable[Tensor]]
 
 
 class RecordWriter:
-    """Writes a record file by file, so that no more than one block is held in memory."""
+    """Writes a record file by file, so that no more than one block is held in memory.
+
+    weight_map: which file holds a tensor, of what was written so far
+    """
 
     def __init__(self, path: Path, source: ModelFolder, schemes: Schemes):
         self.path = path
-        path.mkdir(parents=True)
+        path.mkdir(parents=True, exist_ok=True)
         source.copy_companions(path)
         self._config: dict[str, Any] = {
             **source.config,
             KEY: {"version": VERSION, "schemes": schemes.as_config()},
         }
-        self._weight_map: dict[str, str] = {}
+        self.weight_map: dict[str, str] = {}
 
     def add(self, file: str, tensors: dict[str, Tensor | QTensor]) -> None:
         """Write one safetensors file. Keys are full tensor names ending in ``.weight`` for QTensors."""
@@ -51,11 +58,19 @@ class RecordWriter:
             flat |= {f"{base}.{part}": t for part, t in parts.items() if t is not None}
         flat = {name: tensor.cpu().contiguous() for name, tensor in flat.items()}
         save_tensors(self.path / file, flat)
-        self._weight_map |= dict.fromkeys(flat, file)
+        self.weight_map |= dict.fromkeys(flat, file)
+
+    def add_rows(self, file: str, tensors: Mapping[str, Rows]) -> None:
+        """Write one safetensors file of plain tensors, of which no more than a few rows are in memory."""
+        written = TensorFile(self.path / file)
+        for name, (shape, dtype, parts) in tensors.items():
+            written.add_rows(name, shape, dtype, parts)
+        written.close()
+        self.weight_map |= dict.fromkeys(tensors, file)
 
     def close(self) -> None:
         """Write index and config: before that the folder does not open."""
-        write_json(self.path / INDEX, {"metadata": {}, "weight_map": self._weight_map})
+        write_json(self.path / INDEX, {"metadata": {}, "weight_map": self.weight_map})
         write_json(self.path / "config.json", self._config)
 
 
@@ -107,14 +122,15 @@ def read_linear(record: ModelFolder, name: str) -> QTensor:
 
 
 def schemes_of(record: ModelFolder) -> Schemes:
-    """The schemes of a record. Raises UserError if another version of this tool wrote it."""
+    """The schemes of a record. Raises UserError if another version of this tool wrote it, or none."""
     found = record.config[KEY]
-    if found.get("version") != VERSION:
-        raise UserError(
-            f"{record.path} is a record of version {found.get('version')}, this one reads {VERSION}: "
-            "compress the model again"
-        )
-    return Schemes.from_config(found["schemes"])
+    with reading(f"{record.path}/config.json: {KEY}"):
+        if found.get("version") != VERSION:
+            raise UserError(
+                f"{record.path} is a record of version {found.get('version')}, this one reads {VERSION}: "
+                "compress the model again"
+            )
+        return Schemes.from_config(found["schemes"])
 
 
 def scheme_of(record: ModelFolder, name: str) -> Scheme:

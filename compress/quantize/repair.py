@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,14 +22,18 @@ from calibration.tokens import held_out
 from compress.errors import UserError
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder
+from compress.model.states import States
 from compress.progress import track
 from compress.quantize import record
 from compress.runtime.load import load_dense
+from compress.saved import NOWHERE, Position, Saved, named
 
 log = logging.getLogger(__name__)
 
 # Positions whose logits exist at the same time: few enough for a CPU's last cache.
 ROWS = 128
+# What a position of the training holds beside its tensors.
+PROGRESS = ("history", "checks", "kept", "step", "total")
 
 
 @dataclass(frozen=True)
@@ -72,10 +76,13 @@ class Kl:
         target: Path,
         tokens: Tensor,
         device: torch.device,
+        saved: Saved = NOWHERE,
+        spill: Path | None = None,
     ) -> dict[str, Any]:
         """Train the record ``source`` and write it to ``target``.
 
-        tokens: int64 (sequences, length)
+        tokens: int64 (sequences, length); saved: where a killed one left its training; spill: a folder that
+        the original's final states are kept in, if not in memory
         Returns in nats per token the mean KL of every pass as it was while training (``kl``) and of
         the held-out sequences before and after every pass (``held_out_kl``), which of these states was
         kept (0 is the start), and how many tokens the training saw. Raises UserError as ``check`` does.
@@ -83,54 +90,120 @@ class Kl:
         self.check(source, len(tokens))
         tokens = tokens.to(device)
         teacher = load_dense(original, device, source.dtype)
-        goal = Goal(tokens, _final_states(teacher, tokens), _head_of(teacher))
+        states = States(device, spill)
+        states.settle(tokens.numel() * _head_of(teacher)[0].nbytes)
+        goal = Goal(tokens, _final_states(teacher, tokens, states), _head_of(teacher), states)
         del teacher
         student = Student(load_dense(source, device, source.dtype), source, goal)
         trained, held = held_out(len(tokens))
-        report = self._train(student, trained, held)
+        report = self._train(student, trained, held, saved)
         record.rewrite(source, target, student.tensors())
         return report | {"tokens": self.epochs * tokens[trained].numel()}
 
-    def _train(self, student: Student, trained: Tensor, held: Tensor) -> dict[str, Any]:
+    def _train(
+        self, student: Student, trained: Tensor, held: Tensor, saved: Saved
+    ) -> dict[str, Any]:
         """Leaves the student in its best state. trained, held: numbers of sequences."""
-        steps = self.epochs * math.ceil(len(trained) / self.batch)
-        optimizer = torch.optim.Adam(student.factors, lr=self.rate, betas=(0.9, 0.95))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _share(i, steps))
-        generator = torch.Generator().manual_seed(self.seed)
-        history, checks = [], [student.mean_loss(held, self.batch)]
-        kept, best = 0, student.state()
-        for epoch in range(self.epochs):
-            order = trained[torch.randperm(len(trained), generator=generator)].split(self.batch)
-            total = 0.0
+        run = _Pass(student, torch.Generator().manual_seed(self.seed))
+        run.go_on(saved.load())
+        if not run.checks:
+            run.checks.append(student.mean_loss(held, self.batch))
+        per_pass = math.ceil(len(trained) / self.batch)
+        steps = self.epochs * per_pass
+        for epoch in range(len(run.history), self.epochs):
+            order = run.shuffled(trained).split(self.batch)[run.step :]
             for rows in track(order, f"repair, pass {epoch + 1} of {self.epochs}"):
-                total += student.learn(rows) * len(rows)
-                optimizer.step()
-                schedule.step()
-            history.append(total / len(trained))
-            checks.append(student.mean_loss(held, self.batch))
-            log.info(
-                "repair, pass %d: KL %.4f; held out %.4f, %.4f at the start",
-                epoch + 1,
-                history[-1],
-                checks[-1],
-                checks[0],
-            )
-            if checks[-1] < checks[kept]:
-                kept, best = epoch + 1, student.state()
-        if kept < self.epochs:
-            log.warning("repair: the state after pass %d was better than the last: kept", kept)
-        student.restore(best)
-        return {"kl": history, "held_out_kl": checks, "kept": kept, "steps": steps}
+                run.total += student.learn(rows) * len(rows)
+                run.update(self.rate * _share(epoch * per_pass + run.step, steps))
+                saved.offer(*run.position())
+            run.close(run.total / len(trained), student.mean_loss(held, self.batch))
+            saved.offer(*run.position())
+        if run.kept < self.epochs:
+            log.warning("repair: the state after pass %d was better than the last: kept", run.kept)
+        student.restore(run.best)
+        return {"kl": run.history, "held_out_kl": run.checks, "kept": run.kept, "steps": steps}
+
+
+class _Pass:
+    """Where a training is.
+
+    history: the mean loss of each pass that is done; checks: of the held-out sequences, at the start and
+        after each
+    best: the state that is kept, after ``kept`` passes
+    step: of the running pass, and the ``total`` of its losses
+    """
+
+    def __init__(self, student: Student, generator: torch.Generator):
+        self.student, self.best = student, student.state()
+        self.history: list[float] = []
+        self.checks: list[float] = []
+        self.kept, self.step, self.total = 0, 0, 0.0
+        self._optimizer = torch.optim.Adam(student.factors, betas=(0.9, 0.95))
+        self._generator = generator
+        # As it was when the running pass was shuffled.
+        self._shuffle = generator.get_state()
+
+    def shuffled(self, trained: Tensor) -> Tensor:
+        self._shuffle = self._generator.get_state()
+        return trained[torch.randperm(len(trained), generator=self._generator)]
+
+    def update(self, rate: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        self.step += 1
+
+    def close(self, loss: float, check: float) -> None:
+        """Note the losses of a pass that is done, and its state if it is the best."""
+        self.history.append(loss)
+        self.checks.append(check)
+        log.info(
+            "repair, pass %d: KL %.4f; held out %.4f, %.4f at the start",
+            len(self.history),
+            loss,
+            check,
+            self.checks[0],
+        )
+        if check < self.checks[self.kept]:
+            self.kept, self.best = len(self.history), self.student.state()
+        self.step, self.total = 0, 0.0
+        self._shuffle = self._generator.get_state()
+
+    def position(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        facts = {name: getattr(self, name) for name in PROGRESS}
+        tensors = {"shuffle": self._shuffle}
+        for i, factor in enumerate(self.student.factors):
+            moments = self._optimizer.state[factor]
+            tensors |= named(str(i), {"factor": factor.detach(), "best": self.best[i], **moments})
+        return facts, tensors
+
+    def go_on(self, position: Position | None) -> None:
+        if position is None:
+            return
+        for name in PROGRESS:
+            setattr(self, name, position.facts[name])
+        self._generator.set_state(position.tensors["shuffle"])
+        self._shuffle = position.tensors["shuffle"]
+        for i, factor in enumerate(self.student.factors):
+            found = position.under(str(i))
+            factor.data = found.pop("factor").to(factor.device)
+            self.best[i] = found.pop("best").to(factor.device)
+            # Where the optimizer wants them: it counts its steps on the CPU.
+            self._optimizer.state[factor] = {
+                name: t if t.ndim == 0 else t.to(factor.device) for name, t in found.items()
+            }
+        log.info("repair goes on in pass %d, after step %d", len(self.history) + 1, self.step)
 
 
 @dataclass(frozen=True)
 class Goal:
     """What the original makes of the tokens (sequences, length). states: its final ones, (sequences,
-    length, hidden); head: (vocabulary, hidden)"""
+    length, hidden); head: (vocabulary, hidden); room: where ``states`` are kept"""
 
     tokens: Tensor
     states: Tensor
     head: Tensor
+    room: States = field(default_factory=States)
 
 
 class Student:
@@ -165,7 +238,7 @@ class Student:
         return cast(Tensor, found.last_hidden_state)
 
     def _divergence(self, rows: Tensor, H: Tensor) -> tuple[float, Tensor]:
-        return divergence(H, self.head, self.goal.states[rows], self.goal.head)
+        return divergence(H, self.head, self.goal.room.pick(self.goal.states, rows), self.goal.head)
 
     def state(self) -> list[Tensor]:
         return [factor.detach().clone() for factor in self.factors]
@@ -205,13 +278,11 @@ def _share(step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def _final_states(model: Any, tokens: Tensor) -> Tensor:
-    return torch.cat(
-        [
-            model.model(input_ids=row.unsqueeze(0), use_cache=False).last_hidden_state
-            for row in tokens
-        ]
+def _final_states(model: Any, tokens: Tensor, states: States) -> Tensor:
+    parts = (
+        model.model(input_ids=row.unsqueeze(0), use_cache=False).last_hidden_state for row in tokens
     )
+    return states.joined(parts, len(tokens))
 
 
 @torch.no_grad()

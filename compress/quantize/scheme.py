@@ -252,7 +252,8 @@ def _range(W: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     block = scheme.block(W.shape)
     if block is None:
         groups = W.unflatten(1, (-1, scheme.columns_per_group(W.shape[1])))
-        low, high = groups.aminmax(dim=-1)
+        # By themselves: on a CPU ``aminmax`` takes six times as long.
+        low, high = groups.amin(-1), groups.amax(-1)
     else:
         rows, columns = block
         # Zeros fill the last blocks: 0 is in every range anyway.

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from compress.model.folder import ModelFolder, Shapes
 from compress.quantize.scheme import Scheme, Schemes
 from compress.quantize.sensitivity import ANCHOR, sensitivities
 from compress.quantize.stage import linear_names, settle
+from compress.saved import NOWHERE, Saved
 
 log = logging.getLogger(__name__)
 
@@ -166,10 +168,13 @@ def choose(
     schemes: Schemes,
     tokens: Tensor,
     device: torch.device,
+    saved: Saved = NOWHERE,
+    spill: Path | None = None,
 ) -> tuple[Schemes, dict[str, Any]]:
     """The schemes with the bits that the search picks, and what metrics.json keeps of it.
 
     tokens: calibration tokens (sequences, length), of which the first ``search.tokens`` are used
+    spill: a folder that hidden states are kept in, if not in memory
     Linears whose bits differ from ``schemes.linears`` become exceptions; group sizes and symmetry
     stay as they are, and so does ``schemes.head``. The whole model is in memory, in 16 bits, beside
     a float32 copy of its head and of one block.
@@ -186,7 +191,7 @@ def choose(
     allowed = budget(source, search, schemes)
     groups = allowed.groups
     used = spread_tokens(tokens, search.tokens)
-    costs, floors = sensitivities(source, schemes, search.bits, used, device)
+    costs, floors = sensitivities(source, schemes, search.bits, used, device, saved, spill)
     picks = solve(costs, allowed.sizes, allowed.limit)
     bits = [search.bits[pick] for pick in picks]
     exceptions = dict(schemes.exceptions)

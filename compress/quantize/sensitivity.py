@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from compress.quantize.block import Block, output_error
 from compress.quantize.scheme import Schemes, to_codes
 from compress.quantize.stage import open_block
 from compress.quantize.transforms.opt import Opt
+from compress.saved import NOWHERE, Saved
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,8 @@ def sensitivities(
     choices: Sequence[int],
     tokens: Tensor,
     device: torch.device,
+    saved: Saved = NOWHERE,
+    spill: Path | None = None,
 ) -> tuple[list[list[float]], list[float]]:
     """KL(original || one group at so many bits) in nats per token, (groups, choices).
 
@@ -57,12 +61,20 @@ def sensitivities(
     first group at 8 bits has next to no divergence of its own.
     """
     family = family_of(source.config)
-    walk = Walk(source, family, device)
+    walk = Walk(source, family, device, spill=spill)
+    position = saved.load()
+    found: list[list[float]] = [] if position is None else position.facts["found"]
+    floors: list[float] = [] if position is None else position.facts["floors"]
+    if len(floors) == len(walk):
+        return found, floors
     walk.embed(tokens)
-    found, floors = [], []
     with torch.no_grad(), _whole(walk) as original:
         goal = original.finish(0)
-        for index in track(range(len(walk)), "search bits"):
+        if position is not None:
+            log.info("the search of bits goes on after block %d of %d", len(floors), len(walk))
+            walk.hidden = walk.states.keep(position.tensors["hidden"])
+            del position
+        for index in track(range(len(floors), len(walk)), "search bits"):
             start = time.perf_counter()
             layer = walk.layers[index]
             block = open_block(layer, walk.prefix(index), family, schemes, source.dtype)
@@ -79,6 +91,8 @@ def sensitivities(
                 ", ".join(f"{row[0]:.1e}" for row in rows),
                 floor,
             )
+            assert walk.hidden is not None
+            saved.offer({"found": found, "floors": floors}, {"hidden": walk.hidden})
     return found, floors
 
 
@@ -124,7 +138,7 @@ def _rounded(block: Block, shared: Input, bits: int) -> _Candidate:
     """The readers of an input at so many bits; without weights where none are going to run."""
     weights, error = {}, 0.0
     for name in shared.linears:
-        W, H = block.weights[name], block.moments_of(name).second
+        W, H = block.weights[name], block.moments_of(name).H
         scheme = replace(block.schemes[name], bits=bits)
         weights[name] = to_codes(W, GRIDS.search(W, H, scheme, block.dtype), scheme).dequantize(
             block.dtype
@@ -160,8 +174,10 @@ class _Original:
         X = self.walk.hidden
         assert X is not None
         for i in range(index, len(self.walk)):
-            X = self.walk.enter(i).forward(self.walk.layers[i], X)
-        return self.norm(X).flatten(0, -2).to(self.walk.folder.dtype)
+            entering = self.walk.enter(i)
+            X = entering.forward(self.walk.layers[i], X)
+        finals = [self.norm(x).flatten(0, -2) for x in entering.batches(X)]
+        return torch.cat(finals).to(self.walk.folder.dtype)
 
 
 @contextmanager
@@ -176,7 +192,7 @@ def _whole(walk: Walk) -> Iterator[_Original]:
     name = f"{family.final_norm}.weight"
     assign(model, name, folder.tensor(name).to(device=walk.device, dtype=folder.dtype))
     assert walk.hidden is not None
-    walk.hidden = walk.hidden.float()
+    walk.hidden = walk.enter(0).copy(walk.hidden, torch.float32)
     with ExitStack() as stack:
         for index in range(len(walk)):
             layer = stack.enter_context(walk.open(index))

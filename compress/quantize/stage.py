@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,30 @@ from torch import Tensor, nn
 from compress.errors import UserError
 from compress.model.families import Family, family_of
 from compress.model.folder import ModelFolder, Shapes
-from compress.model.walk import Walk
+from compress.model.skeleton import finite
+from compress.model.tensor_file import rows_of
+from compress.model.walk import Activations, Walk
 from compress.progress import track
-from compress.quantize.block import Block, Rounding, Transform, output_error
+from compress.quantize.block import (
+    Block,
+    Rounding,
+    Transform,
+    output_error,
+    row_parts,
+    summed_error,
+)
 from compress.quantize.head import quantize_rows
 from compress.quantize.outliers import Outliers
 from compress.quantize.qtensor import QTensor
 from compress.quantize.record import KEY, RecordWriter
 from compress.quantize.scheme import Scheme, Schemes
+from compress.saved import NOWHERE, Position, Saved, named
 from eval.memory import trim
 
 log = logging.getLogger(__name__)
 
 
-def quantize(
+def quantize(  # noqa: PLR0913
     source: ModelFolder,
     target: Path,
     *,
@@ -37,12 +47,16 @@ def quantize(
     transforms: Sequence[Transform],
     roundings: Sequence[Rounding],
     device: torch.device,
+    saved: Saved = NOWHERE,
+    spill: Path | None = None,
 ) -> dict[str, Any]:
     """Quantize the linears of the decoder blocks.
 
     tokens: calibration tokens (sequences, length), or None if no method needs data. With tokens the
         inputs of a block come from the already quantized blocks before it, and errors are reported.
     roundings: the first picks the integers, each further one refines them
+    saved: where a killed one left the blocks that it had done
+    spill: a folder that hidden states are kept in, if not in memory
     Writes the record to ``target`` and returns what metrics.json keeps: per block its seconds and, if
     a method looks at the original, the drift from it; per linear its relative output error; how often
     damping was raised; which linears saw fewer tokens than they have inputs; outliers among the inputs, if
@@ -53,11 +67,10 @@ def quantize(
     """
     family = family_of(source.config)
     schemes = settle(source, family, schemes)
-    writer = RecordWriter(target, source, schemes)
     inputs, outliers = schemes.linears.inputs, None
     if tokens is not None and inputs is not None:
         outliers = Outliers(family, inputs.threshold)
-    walk = Walk(source, family, device)
+    walk = Walk(source, family, device, spill=spill)
     original = any(method.needs_original for method in roundings)
     assert tokens is not None or not needs_data(schemes, transforms, roundings), (
         "methods need tokens"
@@ -65,48 +78,94 @@ def quantize(
     if tokens is not None:
         walk.embed(tokens, original=original)
 
-    blocks = []
-    for index in track(range(len(walk)), "quantize blocks"):
-        start = time.perf_counter()
-        prefix = walk.prefix(index)
-        with walk.open(index) as module, torch.no_grad():
-            block = open_block(module, prefix, family, schemes, source.dtype)
-            if tokens is not None:
-                block.activations = walk.enter(index)
-            for transform in transforms:
-                transform(block)
-            quantized = round_block(block, roundings)
-            if outliers is not None:
-                outliers.add(block, quantized)
-            report = _close(block, quantized)
-            if block.activations is not None:
-                with block.attention_once():
-                    walk.leave(index, block.activations)
-                report |= _drift(walk.hidden, walk.original)
-            writer.add(f"block-{index:05d}.safetensors", _tensors(block, prefix, quantized))
-        report["seconds"] = time.perf_counter() - start
-        log.info("%s: %.1f s%s", prefix, report["seconds"], _error_text(report))
-        blocks.append(report)
-        # The names would hold the block until the next one is in memory beside it.
-        del block, quantized
-        # What is kept of each block is little, but scattered: the freed memory between would add up.
-        trim()
-    head = _copy_rest(source, family, schemes, len(walk), writer, device)
-    writer.close()
+    position = saved.load()
+    with saved.files(target) as folder:
+        work = _Work(walk, RecordWriter(folder, source, schemes), outliers)
+        if position is not None:
+            work.go_on(position)
+        # It holds what entered the block that comes next.
+        del position
+        for index in track(range(len(work.blocks), len(walk)), "quantize blocks"):
+            work.blocks.append(_block(index, work, schemes, transforms, roundings, tokens))
+            # What is kept of each block is little, but scattered: the freed memory between would add up.
+            trim()
+            saved.offer(*work.position())
+        head = _copy_rest(source, family, schemes, len(walk), work.writer, device)
+        work.writer.close()
     return ({} if outliers is None else {"outliers": outliers.report()}) | {
         "scheme": {"name": schemes.name, **schemes.as_config()},
         "damping_raised": sum(
-            key.startswith("damping_raised") for report in blocks for key in report["notes"]
+            key.startswith("damping_raised") for report in work.blocks for key in report["notes"]
         ),
         "few_tokens": [
             f"{walk.prefix(index)}.{name}"
-            for index, report in enumerate(blocks)
+            for index, report in enumerate(work.blocks)
             for name, entry in report["linears"].items()
             if "few_tokens" in entry
         ],
-        "blocks": blocks,
+        "blocks": work.blocks,
         "head": head,
     }
+
+
+@dataclass
+class _Work:
+    """How far quantizing is. blocks: the report of each that is done"""
+
+    walk: Walk
+    writer: RecordWriter
+    outliers: Outliers | None
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+
+    def position(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        facts: dict[str, Any] = {"blocks": self.blocks, "weight_map": self.writer.weight_map}
+        states = {"hidden": self.walk.hidden, "original": self.walk.original}
+        tensors = {name: X for name, X in states.items() if X is not None}
+        if self.outliers is not None:
+            facts["outliers"], shares = self.outliers.position()
+            tensors |= named("outliers", shares)
+        return facts, tensors
+
+    def go_on(self, position: Position) -> None:
+        self.blocks = position.facts["blocks"]
+        self.writer.weight_map |= position.facts["weight_map"]
+        for name in ("hidden", "original"):
+            if name in position.tensors:
+                setattr(self.walk, name, self.walk.states.keep(position.tensors[name]))
+        if self.outliers is not None:
+            self.outliers.go_on(position.facts["outliers"], position.under("outliers"))
+        log.info("quantize goes on after block %d of %d", len(self.blocks), len(self.walk))
+
+
+def _block(
+    index: int,
+    work: _Work,
+    schemes: Schemes,
+    transforms: Sequence[Transform],
+    roundings: Sequence[Rounding],
+    tokens: Tensor | None,
+) -> dict[str, Any]:
+    """Quantize a block and write it. Returns its report."""
+    start, walk = time.perf_counter(), work.walk
+    prefix = walk.prefix(index)
+    with walk.open(index) as module, torch.no_grad():
+        block = open_block(module, prefix, walk.family, schemes, walk.folder.dtype)
+        if tokens is not None:
+            block.activations = walk.enter(index)
+        for transform in transforms:
+            transform(block)
+        quantized = round_block(block, roundings)
+        if work.outliers is not None:
+            work.outliers.add(block, quantized)
+        report = _close(block, quantized)
+        if block.activations is not None:
+            with block.attention_once():
+                walk.leave(index, block.activations)
+            report |= _drift(walk, block.activations)
+        work.writer.add(f"block-{index:05d}.safetensors", _tensors(block, prefix, quantized))
+    report["seconds"] = time.perf_counter() - start
+    log.info("%s: %.1f s%s", prefix, report["seconds"], _error_text(report))
+    return report
 
 
 def needs_data(
@@ -197,9 +256,7 @@ def _head_shapes(source: Shapes, family: Family) -> dict[str, tuple[int, int]]:
 def open_block(
     module: nn.Module, prefix: str, family: Family, schemes: Schemes, dtype: torch.dtype
 ) -> Block:
-    """A block with float32 working copies of its linears. Raises UserError on NaN or Inf weights."""
-    for name, parameter in module.named_parameters():
-        _finite(f"{prefix}.{name}", parameter)
+    """A block with float32 working copies of its linears."""
     own = {name: schemes.of(f"{prefix}.{name}") for name in family.linears}
     block = Block(module, family, own, dtype, weights={})
     for name in family.linears:
@@ -207,14 +264,9 @@ def open_block(
     return block
 
 
-def _finite(name: str, tensor: Tensor) -> Tensor:
-    if not torch.isfinite(tensor).all():
-        raise UserError(f"tensor {name} holds NaN or Inf")
-    return tensor
-
-
 def _close(block: Block, quantized: Mapping[str, QTensor]) -> dict[str, Any]:
-    """Put the quantized weights into the module and report each linear's relative output error.
+    """Put the quantized weights into the module and report each linear's relative output error. Its working
+    copy and its moments are let go.
 
     The error is taken in the transformed space, E|Wq x - W x|^2 / E|W x|^2, W after the transforms; it is
     of the weights alone, where a scheme rounds inputs too.
@@ -223,27 +275,36 @@ def _close(block: Block, quantized: Mapping[str, QTensor]) -> dict[str, Any]:
     for name, q in quantized.items():
         Wq = q.dequantize(block.dtype)
         entry = {"bits_per_weight": q.bits_per_weight}
-        if name in block.moments:
-            H, W = block.moments[name].second, block.weights[name]
-            before = output_error(W, H)
-            entry["relative_error"] = output_error(Wq.float() - W, H) / before if before else 0.0
-            if block.moments[name].tokens < W.shape[1]:
-                entry["few_tokens"] = block.moments[name].tokens
+        W, moments = block.weights.pop(name), block.moments.pop(name, None)
+        if moments is not None:
+            before = output_error(W, moments.H)
+            parts = zip(row_parts(Wq), row_parts(W), strict=True)
+            lost = summed_error(
+                (q_rows.float() - rows for q_rows, rows in parts), moments.H, len(W)
+            )
+            entry["relative_error"] = lost / before if before else 0.0
+            if moments.tokens < W.shape[1]:
+                entry["few_tokens"] = moments.tokens
         report["linears"][name] = entry
         block.place(name, Wq)
         block.place_inputs(name, q)
     return report
 
 
-def _drift(hidden: Tensor | None, original: Tensor | None) -> dict[str, float]:
+def _drift(walk: Walk, activations: Activations) -> dict[str, float]:
     """How far the compressed stream is from the original's, relative to each token's size, if both run.
 
     This is what gptaq and learned aim at; the errors of single linears count on compressed inputs.
     """
-    if hidden is None or original is None:
+    if walk.hidden is None or walk.original is None:
         return {}
-    lost = (hidden.float() - original.float()).pow(2).mean(-1)
-    return {"drift": float((lost / original.float().pow(2).mean(-1).clamp(min=1e-6)).mean())}
+    parts = zip(*map(activations.batches, (walk.hidden, walk.original)), strict=True)
+    shares = [
+        (hidden.float() - original.float()).pow(2).mean(-1)
+        / original.float().pow(2).mean(-1).clamp(min=1e-6)
+        for hidden, original in parts
+    ]
+    return {"drift": float(torch.cat(shares).mean())}
 
 
 def _tensors(block: Block, prefix: str, quantized: Mapping[str, QTensor]) -> dict[str, Any]:
@@ -269,18 +330,25 @@ def _copy_rest(
     report = {}
     if schemes.head is not None:
         for name in _head_shapes(source, family):
-            W = _finite(f"{name}.weight", source.tensor(f"{name}.weight").to(source.dtype))
+            W = finite(source, f"{name}.weight", source.tensor(f"{name}.weight").to(source.dtype))
             q, report[name] = quantize_rows(name, W, schemes.head, device)
             log.info("%s: relative error %.2e", name, report[name]["relative_error"])
             writer.add(f"{name}.safetensors", {f"{name}.weight": q})
         # Some files of tied models hold the shared matrix twice: here it is one.
         done = (f"{family.embedding}.weight", f"{family.head}.weight")
         rest = [name for name in rest if name not in done]
-    writer.add(
+    shapes = {name: source.shape(name) for name in rest}
+    writer.add_rows(
         "rest.safetensors",
-        {name: _finite(name, source.tensor(name).to(source.dtype)) for name in rest},
+        {name: (shapes[name], source.dtype, _finite_rows(source, name)) for name in rest},
     )
     return report
+
+
+def _finite_rows(source: ModelFolder, name: str) -> Iterator[Tensor]:
+    """A tensor in the model's dtype, some rows at a time. Raises UserError if it holds NaN or Inf."""
+    for rows in source.rows(name, rows_of(source.shape(name), source.dtype.itemsize)):
+        yield finite(source, name, rows.to(source.dtype))
 
 
 def _error_text(report: Mapping[str, Any]) -> str:

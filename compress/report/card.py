@@ -155,8 +155,8 @@ def _summary(metrics: Mapping[str, Any], base: Base, format_name: str) -> str:
         for row in (size, before)
     )
     return (
-        f"{plain_markdown(base.name)} by the recipe `{metrics['name']}`, in the format {format_name}. The "
-        f"run's checkpoint/ has {ours} of the whole file; the original {theirs}."
+        f"{plain_markdown(base.name)} by the recipe {_code(metrics['name'])}, in the format {format_name}. "
+        f"The run's checkpoint/ has {ours} of the whole file; the original {theirs}."
     )
 
 
@@ -167,7 +167,8 @@ def _origin(metrics: Mapping[str, Any], base: Base, format_name: str) -> str:
         f"`{metrics['model']['fingerprint']}`."
     ]
     if base.licence:
-        lines.append(f"Licence, as the original states it: {base.licence['license']}.")
+        licence = plain_markdown(base.licence["license"])
+        lines.append(f"Licence, as the original states it: {licence}.")
     else:
         lines.append("Licence: the original's folder does not state one, so none is stated here.")
     shape = compression.get("calibration_tokens")
@@ -176,8 +177,9 @@ def _origin(metrics: Mapping[str, Any], base: Base, format_name: str) -> str:
     else:
         sha256 = (compression.get("origin") or {}).get("data")
         lines.append(
-            f"Calibration data: {shape[0]} sequences of {shape[1]} tokens of {data['source']}, seed "
-            f"{data.get('seed')}; SHA-256 `{sha256}`."
+            f"Calibration data: {shape[0]} sequences of {shape[1]} tokens of "
+            f"{plain_markdown(data['source'])}, seed {plain_markdown(str(data.get('seed')))}; "
+            f"SHA-256 `{sha256}`."
         )
     if written := compression.get("generated_tokens"):
         lines.append(f"The original wrote {written[0]} sequences of {written[1]} tokens more.")
@@ -195,8 +197,16 @@ def _recipe(metrics: Mapping[str, Any]) -> str:
     if metrics["compression"].get("calibration_tokens") is None:
         told.pop("data", None)
     dumped = yaml.safe_dump(_stated(told), sort_keys=False, allow_unicode=True).strip()
-    command = f"compress recipe={metrics['name']} model=FOLDER_OF_THE_ORIGINAL"
-    return _section("Recipe", f"    {command}\n\n```yaml\n{dumped}\n```")
+    name = " ".join(metrics["name"].splitlines())
+    command = f"compress recipe={name} model=FOLDER_OF_THE_ORIGINAL"
+    # Longer than any row of them in a value.
+    fence = "`" * (1 + max([2, *map(len, re.findall("`+", dumped))]))
+    return _section("Recipe", f"    {command}\n\n{fence}yaml\n{dumped}\n{fence}")
+
+
+def _code(text: str) -> str:
+    """A name as code, which it cannot end."""
+    return f"`{' '.join(text.splitlines()).replace('`', chr(39))}`"
 
 
 def _stated(value: Any) -> Any:

@@ -25,8 +25,25 @@ def write_report(
 
     extra: more for the page and for table.md
     """
+    texts = report_texts(runs, limits, folder, extra)
+    try:
+        folder.mkdir(exist_ok=True)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be written: {error.strerror}") from None
+    return [folder / name for name in texts]
+
+
+def report_texts(
+    runs: list[dict[str, Any]],
+    limits: Mapping[str, float] | None,
+    folder: Path,
+    extra: Sequence[Section] = (),
+) -> dict[str, str]:
+    """What ``write_report`` writes, by the names of the files."""
     rows = rows_of(runs)
-    texts = {
+    return {
         "report.html": report_page(runs, limits, folder, extra),
         "table.csv": csv_table(rows),
         "table.md": "\n".join(
@@ -35,13 +52,6 @@ def write_report(
         ),
         "table.tex": latex_table(rows),
     }
-    try:
-        folder.mkdir(exist_ok=True)
-        for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out {folder} cannot be written: {error.strerror}") from None
-    return [folder / name for name in texts]
 
 
 def _answers_markdown(found: Mapping[str, list[str]]) -> str:

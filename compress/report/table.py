@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import UserError
+from compress.model.folder import read_json
 from eval.speed import pattern_of
 from eval.task_scores import headline, stderr_of
 
@@ -39,12 +39,12 @@ def find_runs(paths: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def _metrics(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as JSON: {error}") from None
-    if not isinstance(found, dict) or not found.keys() >= KEYS:
+    found = read_json(file)
+    if not found.keys() >= KEYS:
         raise UserError(f"{file} is not of a run of compress: it lacks {', '.join(sorted(KEYS))}")
+    dated = found["environment"]
+    if not isinstance(dated, dict) or not isinstance(dated.get("date"), str):
+        raise UserError(f"{file} is not of a run of compress: its environment has no date")
     return found
 
 
@@ -110,8 +110,8 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def plain_markdown(text: str) -> str:
-    """Text that may hold a name, so that it breaks no line and is no HTML."""
-    return text.replace("<", "&lt;").replace("\n", " ")
+    """Text that may hold a name, so that it breaks no line, and is no HTML, link or picture."""
+    return " ".join(text.splitlines()).replace("<", "&lt;").replace("](", "]&#40;")
 
 
 def cells(rows: list[Row]) -> list[list[str]]:
@@ -323,4 +323,28 @@ def legend_lines(runs: list[dict[str, Any]]) -> list[str]:
         lines.append(
             "NOT ALL ROWS are measured with these settings or on this device: see each metrics.json."
         )
-    return lines
+    return lines + apart(runs)
+
+
+def apart(runs: list[dict[str, Any]]) -> list[str]:
+    """What may differ between rows of several thread counts, devices or versions of torch; nothing of one."""
+    environments = [run["environment"] for run in runs]
+    given = {
+        "threads": [env.get("threads") for env in environments],
+        "devices": [env["device"] for env in environments],
+        "versions of torch": [env["versions"]["torch"] for env in environments],
+    }
+    several = {
+        what: dict.fromkeys(str(value) for value in values if value is not None)
+        for what, values in given.items()
+    }
+    named = [
+        f"{' and '.join(values)} ({what})" for what, values in several.items() if len(values) > 1
+    ]
+    if not named:
+        return []
+    return [
+        f"Rows were made with {'; '.join(named)}: sums are taken in another order there, so the same recipe "
+        "may round some codes otherwise and end in other bytes; figures of such rows that are within each "
+        "other's errors tell nothing (docs/architecture.md, What is the same in every run)."
+    ]

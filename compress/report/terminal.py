@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from compress.errors import printable
 from compress.report.best import answers
 from compress.report.gate import failures
 from compress.report.measures import (
@@ -22,7 +23,7 @@ from compress.report.measures import (
     speed_ratio,
     tokens_per_s,
 )
-from compress.report.table import ABSENT, Row, rows_of
+from compress.report.table import ABSENT, Row, apart, rows_of
 
 # Where no terminal says how wide it is, lines are as long as they need to be.
 ENDLESS = 10_000
@@ -43,13 +44,14 @@ def comparison(
         file=printed, width=width or ENDLESS, color_system=None, emoji=False, highlight=False
     )
     console.print(_table(rows, limits))
-    for line in _legend(rows):
+    for line in [*_legend(rows), *apart(runs)]:
         console.print(Text(f"- {line}"))
     for model, sentences in answers(rows, limits).items():
         console.print(Text(f"\n{model}"))
         for sentence in sentences:
             console.print(Text(f"- {sentence}"))
-    return "\n".join(line.rstrip() for line in printed.getvalue().splitlines()) + "\n"
+    lines = printed.getvalue().removesuffix("\n").split("\n")
+    return "\n".join(printable(line.rstrip()) for line in lines) + "\n"
 
 
 def terminal_width(is_terminal: bool) -> int | None:

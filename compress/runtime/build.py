@@ -110,7 +110,7 @@ def build(source: Source, device: torch.device) -> tuple[Network, dict[str, int]
     family = family_of(source.folder.config)
     try:
         model = model_of(source.folder.config, source.folder.dtype)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise UserError(f"{source.folder.path}/config.json is not usable: {error}") from error
     config = model.config
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")

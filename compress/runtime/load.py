@@ -20,7 +20,7 @@ from compress.export.formats import Weights
 from compress.kernels import dense
 from compress.kernels.fusion import Fusion
 from compress.model.families import family_of
-from compress.model.folder import ModelFolder
+from compress.model.folder import ModelFolder, reading
 from compress.model.skeleton import assign, empty_model
 from compress.quantize.qtensor import QTensor
 from compress.runtime.embedding import packed_embedding
@@ -53,8 +53,9 @@ def load_dense(folder: ModelFolder, device: torch.device, dtype: torch.dtype) ->
     for name in weights.names:
         value = weights.get(name)
         if isinstance(value, QTensor):
-            _attach_inputs(model, name, value, device)
-            value = value.dequantize(folder.dtype if value.inputs is None else dtype)
+            with reading(f"{folder.path}: {name}"):
+                _attach_inputs(model, name, value, device)
+                value = value.dequantize(folder.dtype if value.inputs is None else dtype)
         assign(model, name, value.to(device=device, dtype=dtype, copy=True))
     return _ready(model, folder, device)
 

@@ -109,7 +109,7 @@ class _HandOver(StoppingCriteria):
 def load_transformers(path: Path, device: torch.device) -> Any:
     """The model of a folder as transformers itself loads it."""
     model = AutoModelForCausalLM.from_pretrained(
-        path, dtype="auto", device_map=device, local_files_only=True
+        path, dtype="auto", device_map=device, local_files_only=True, trust_remote_code=False
     )
     return model.eval()
 

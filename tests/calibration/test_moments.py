@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import calibration.moments as moments_module
-from calibration.moments import Collector, Moments
+from calibration.moments import Collector, Moments, Tokens
 from compress.errors import UserError
 
 
@@ -130,8 +130,50 @@ def test_scaling_moments_is_scaling_inputs() -> None:
     assert torch.allclose(found.cross, expected.cross, rtol=1e-4, atol=1e-4)
 
 
-def test_infinite_activations_are_refused() -> None:
-    moments = Moments.zeros(2, torch.device("cpu"))
-    moments.add(torch.tensor([[1.0, float("inf")]]))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_kept_tokens_give_the_sums_to_the_last_bit(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(4)
+    X, before = (30 * torch.randn(2, 3, 10, 96, generator=generator)).to(dtype)
+    s = torch.rand(96, generator=generator) + 0.5
+    kept = Moments.zeros(96, X.device, cross=True, threshold=6.0, tokens=30)
+    sums = Moments.zeros(96, X.device, cross=True, threshold=6.0)
+    found = []
+    for moments in (kept, sums):
+        for batch, original in zip(X, before, strict=True):
+            moments.add(batch, original)
+        mean = moments.mean()
+        mean.scale(s)
+        found.append(mean)
+    ours, theirs = found
+    assert isinstance(ours.H, Tokens)
+    assert torch.equal(ours.second, theirs.second)
+    cross = ours.summed().cross
+    assert cross is not None
+    assert theirs.cross is not None
+    assert torch.equal(cross, theirs.cross)
+    for name in ("magnitude", "largest"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name))
+    assert ours.tokens == theirs.tokens == 30
+    A = ours.H.root()
+    assert A.shape == (30, 96)
+    assert (A.T @ A - theirs.second).norm() < 1e-6 * theirs.second.norm()
+
+
+def test_what_is_kept_is_a_copy_of_fewer_tokens_than_half_the_inputs() -> None:
+    forms = [Moments.zeros(8, torch.device("cpu"), tokens=n).H for n in (3, 4)]
+    assert [isinstance(H, Tokens) for H in forms] == [True, False]
+    X = torch.ones(3, 8)
+    moments = Moments.zeros(8, X.device, tokens=3)
+    moments.add(X)
+    X.zero_()
+    assert torch.equal(moments.mean().second, torch.ones(8, 8))
+
+
+@pytest.mark.parametrize("tokens", [None, 1])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e30])
+def test_infinite_activations_are_refused(tokens: int | None, value: float) -> None:
+    """Also those whose squares are."""
+    moments = Moments.zeros(3, torch.device("cpu"), tokens=tokens)
+    moments.add(torch.tensor([[1.0, value, 0.0]]))
     with pytest.raises(UserError, match="activations are not finite"):
         moments.mean()

@@ -99,7 +99,7 @@ def round_in_order(block: Block, damping: float, correction: float = 0.0) -> dic
     for shared in block.family.inputs:
         label = "+".join(shared.linears)
         block.observe(shared)
-        moments = block.moments[shared.linears[0]]
+        moments = block.moments[shared.linears[0]].summed()
         H, dead = isolate_dead(moments.second)
         if dead:
             block.notes[f"dead_columns.{label}"] = dead

@@ -103,8 +103,10 @@ class BlockLoss:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Mean relative squared error of these sequences."""
-        Y = self.block.module(self.data.inputs[rows], **self.data.arguments).float()
-        T = self.targets[rows].float()
+        states = self.data.states
+        X = states.pick(self.data.inputs, rows)
+        Y = self.block.module(X, **self.data.arguments).float()
+        T = states.pick(self.targets, rows).float()
         return ((Y - T).pow(2).mean(-1) / T.pow(2).mean(-1).clamp(min=1e-6)).mean()
 
     def check(self) -> float:

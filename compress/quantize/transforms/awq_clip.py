@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from calibration.moments import Tokens
 from compress.errors import UserError
 from compress.quantize.block import Block, group_moments
 from compress.quantize.scheme import Grid, Scheme, fake_quantize, make_grid
@@ -40,10 +41,10 @@ class AwqClip:
     def __call__(self, block: Block) -> None:
         for name, W in block.weights.items():
             if name not in block.family.attention_logits:
-                H = block.moments_of(name).second
+                H = block.moments_of(name).H
                 block.grids[name] = self.search(W, H, block.schemes[name], block.dtype)
 
-    def search(self, W: Tensor, H: Tensor, scheme: Scheme, dtype: torch.dtype) -> Grid:
+    def search(self, W: Tensor, H: Tensor | Tokens, scheme: Scheme, dtype: torch.dtype) -> Grid:
         """The grid of each group whose own output error is least; groups are taken as independent."""
         Hg = group_moments(H, scheme.columns_per_group(W.shape[1]))
         bounds = [self._bounds(rows, Hg, scheme, dtype) for rows in W.split(ROWS)]
@@ -56,7 +57,7 @@ class AwqClip:
             bound = absmax * (1 - i / (2 * self.steps))
             D = fake_quantize(W, make_grid(W, scheme, dtype, bound), scheme).sub_(W)
             D = D.unflatten(1, (Hg.shape[0], -1)).transpose(0, 1)
-            error = ((D @ Hg) * D).sum(-1).T
+            error = (D @ Hg).mul_(D).sum(-1).T
             best = torch.where(error < least, bound, best)
             least = torch.minimum(error, least)
         return best

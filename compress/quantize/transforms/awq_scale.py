@@ -1,18 +1,20 @@
 """AWQ's activation-aware scaling (arXiv 2306.00978, section 3.2).
 
-W (out, in) all readers of one input, stacked; H (in, in); x, s (in,)
+W, D (out, in); H (in, in); x, s (in,)
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from calibration.moments import Tokens
 from compress.errors import UserError
-from compress.quantize.block import Block, output_error
+from compress.quantize.block import PART, PIECE, Block, row_parts, summed_error
 from compress.quantize.scheme import Scheme, fake_quantize, make_grid
 
 
@@ -37,10 +39,10 @@ class AwqScale:
         for shared in block.family.inputs:
             if not block.can_fold(shared):
                 continue
-            W = torch.cat([block.weights[name] for name in shared.linears])
+            readers = [block.weights[name] for name in shared.linears]
             moments = block.moments_of(shared.linears[0])
             s, exponent, ratio = self.search(
-                W, moments.second, moments.magnitude, block.scheme(shared), block.dtype
+                readers, moments.H, moments.magnitude, block.scheme(shared), block.dtype
             )
             block.fold(shared, s)
             block.notes[f"awq_scale.{'+'.join(shared.linears)}"] = {
@@ -49,20 +51,48 @@ class AwqScale:
             }
 
     def search(
-        self, W: Tensor, H: Tensor, x: Tensor, scheme: Scheme, dtype: torch.dtype
+        self,
+        readers: list[Tensor],
+        H: Tensor | Tokens,
+        x: Tensor,
+        scheme: Scheme,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, float, float]:
-        """The scale with the least output error.
+        """The scale with the least output error of all readers of an input, each (out, in).
 
         Returns s, its exponent, and its error as a share of the error without scaling.
         """
-        best, errors = torch.ones_like(x), []
+        best, errors, rows = torch.ones_like(x), [], sum(map(len, readers))
         for i in range(self.grid):
             s = x.pow(i / self.grid).clamp(min=1e-4)
             s /= (s.max() * s.min()).sqrt()
-            scaled = W * s
-            D = fake_quantize(scaled, make_grid(scaled, scheme, dtype), scheme).div_(s).sub_(W)
-            errors.append(output_error(D, H))
+            errors.append(summed_error(_changes(readers, s, scheme, dtype), H, rows))
             if errors[-1] == min(errors):
                 best = s
         exponent = errors.index(min(errors)) / self.grid
         return best, exponent, min(errors) / errors[0] if errors[0] else 1.0
+
+
+def _changes(
+    readers: list[Tensor], s: Tensor, scheme: Scheme, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """How rounding changes the weights if their columns are scaled by s, some rows at a time."""
+    if not scheme.grouped_integers:
+        # Rows share numbers: a scale, or the divisor of all scales.
+        W = torch.cat(readers)
+        yield _change(W, s, scheme, dtype)
+        return
+    for W in readers:
+        for part in row_parts(W):
+            D = torch.empty_like(part)
+            # On a GPU a part is one piece: there are no caches to keep to, and each call costs.
+            size = PIECE if part.device.type == "cpu" else PART
+            for rows, change in zip(row_parts(part, size), row_parts(D, size), strict=True):
+                change.copy_(_change(rows, s, scheme, dtype))
+            yield D
+
+
+def _change(W: Tensor, s: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
+    scaled = W * s
+    grid = make_grid(scaled, scheme, dtype)
+    return fake_quantize(scaled, grid, scheme).div_(s).sub_(W)

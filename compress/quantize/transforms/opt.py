@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from calibration.moments import Tokens
 from compress.errors import UserError
 from compress.quantize.block import Block, group_moments
 from compress.quantize.scheme import Grid, Scheme
@@ -48,7 +49,7 @@ class Opt:
         block.grids.clear()
         block.search = self.search
 
-    def search(self, W: Tensor, H: Tensor, scheme: Scheme, dtype: torch.dtype) -> Grid:
+    def search(self, W: Tensor, H: Tensor | Tokens, scheme: Scheme, dtype: torch.dtype) -> Grid:
         """The grid of each group whose own output error is least; groups are taken as independent."""
         Hg = group_moments(H, scheme.columns_per_group(W.shape[1]))
         grids = [self._rows(rows, Hg, scheme, dtype) for rows in W.split(ROWS)]

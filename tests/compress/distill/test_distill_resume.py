@@ -87,7 +87,7 @@ def test_a_killed_training_goes_on(
             distill(student, tiny, target, state, blocks, KNOBS, CPU)
     assert not target.exists()
     saved = step // 4 * 4
-    assert [p.name for p in state.iterdir()] == ([f"step-{saved}"] if saved else [])
+    assert [p.name for p in state.glob("step-*")] == ([f"step-{saved}"] if saved else [])
     caplog.set_level("INFO")
     report = distill(student, tiny, target, state, blocks, KNOBS, CPU)
     assert (f"goes on after step {saved} of 11" in caplog.text) == (saved > 0)
@@ -110,13 +110,13 @@ def test_a_process_that_is_killed(
     command += [json.dumps(knobs | {"save_every": 4}), "--kill-at", "9"]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     state = tmp_path / "state"
-    assert [p.name for p in state.iterdir()] == ["step-8"]
+    assert [p.name for p in state.glob("step-*")] == ["step-8"]
     (state / "step-12.partial").mkdir()
     (state / "step-4").mkdir()
     report = distill(student, tiny, tmp_path / "t", state, blocks, KNOBS, CPU)
     assert same_weights(tmp_path / "t", whole[0])
     assert timeless(report) == timeless(whole[1])
-    assert [p.name for p in state.iterdir()] == ["step-8"]
+    assert [p.name for p in state.glob("step-*")] == ["step-8"]
 
 
 def test_another_training_starts_anew(
@@ -135,8 +135,32 @@ def test_another_training_starts_anew(
         with pytest.raises(Killed):
             distill(student, tiny, tmp_path / "t", state, blocks + 1, replace(KNOBS, seed=1), CPU)
     distill(student, tiny, tmp_path / "t", state, blocks, KNOBS, CPU)
-    assert "starts anew: the state in" in caplog.text
-    assert "is of a run with other blocks, knobs" in caplog.text
+    assert "distill starts anew: blocks is another, knobs.seed was 1, is 0" in caplog.text
+    assert same_weights(tmp_path / "t", whole[0])
+
+
+@pytest.mark.parametrize("harm", ["truncated", "missing"])
+def test_a_harmed_state_starts_anew(
+    tiny: ModelFolder,
+    student: ModelFolder,
+    blocks: Tensor,
+    whole: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    harm: str,
+) -> None:
+    state = tmp_path / "s"
+    with pytest.MonkeyPatch.context() as patch:
+        kill_in(5, patch)
+        with pytest.raises(Killed):
+            distill(student, tiny, tmp_path / "t", state, blocks, KNOBS, CPU)
+    file = max((state / "step-4").iterdir(), key=lambda file: file.stat().st_size)
+    if harm == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-1])
+    distill(student, tiny, tmp_path / "t", state, blocks, KNOBS, CPU)
+    assert "distill starts anew: its state cannot be read" in caplog.text
     assert same_weights(tmp_path / "t", whole[0])
 
 

@@ -11,7 +11,7 @@ import torch
 
 from compress.errors import UserError
 from compress.model.families import family_of
-from compress.model.folder import INDEX, ModelFolder
+from compress.model.folder import INDEX, ModelFolder, save_tensors
 
 
 @pytest.fixture
@@ -76,3 +76,19 @@ def test_unknown_family_is_refused_with_the_known() -> None:
         UserError, match="'mamba' is not known here: known are llama, mistral, qwen2"
     ):
         family_of({"model_type": "mamba"})
+
+
+def test_rows_come_a_few_at_a_time(tmp_path: Path, tiny: ModelFolder) -> None:
+    """Of a matrix, a vector and a single number."""
+    tensors = {"matrix": torch.randn(7, 3), "vector": torch.arange(5), "number": torch.tensor(2.5)}
+    save_tensors(tmp_path / "model.safetensors", tensors)
+    (tmp_path / "config.json").write_bytes((tiny.path / "config.json").read_bytes())
+    folder = ModelFolder(tmp_path)
+    parts = {name: list(folder.rows(name, 4)) for name in tensors}
+    assert [len(part) for part in parts["matrix"]] == [4, 3]
+    assert [len(part) for part in parts["vector"]] == [4, 1]
+    assert torch.equal(torch.cat(parts["matrix"]), tensors["matrix"])
+    assert torch.equal(torch.cat(parts["vector"]), tensors["vector"])
+    assert torch.equal(parts["number"][0], tensors["number"])
+    with pytest.raises(UserError, match="holds no tensor nothing"):
+        next(folder.rows("nothing", 4))

@@ -22,7 +22,7 @@ from compress.report.html.page import report_page
 from compress.report.latex import escaped
 from compress.report.measures import accuracy_measures, points_of, speed_measures
 from compress.report.serving import Section
-from compress.report.table import find_runs, rows_of
+from compress.report.table import find_runs, legend_lines, rows_of
 from compress.report.terminal import comparison
 from tests.report_runs import TEXTS, odd_runs, run_of, speed_of, sweep, write_runs
 
@@ -309,7 +309,9 @@ def test_an_original_is_what_all_its_runs_measured() -> None:
 @pytest.mark.parametrize("text", ["{", "[]", '{"loss": 3}', "\xff"])
 def test_another_file_of_that_name_is_told(tmp_path: Path, text: str) -> None:
     (tmp_path / "metrics.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(UserError, match=r"metrics.json (cannot be read as JSON|is not of a run)"):
+    with pytest.raises(
+        UserError, match=r"metrics.json (is not valid JSON|does not hold|is not of a run)"
+    ):
         find_runs([tmp_path])
 
 
@@ -344,6 +346,17 @@ def test_lines_fit_the_terminal() -> None:
     assert max(map(len, comparison(runs, None, 90).splitlines())) <= 90
     wide = comparison(runs).splitlines()
     assert sum(line.startswith("recipe-") for line in wide) == 5
+
+
+def test_rows_of_other_machines_are_told() -> None:
+    one, other, same = run_of("x", seed=1), run_of("y", seed=2), run_of("z", seed=3)
+    other["environment"] |= {"threads": 1, "device": "4 x EPYC"}
+    said = "2 and 1 (threads); 2 x AMD EPYC and 4 x EPYC (devices): sums are taken in another order"
+    for told in (comparison([one, other]), "\n".join(legend_lines([one, other]))):
+        assert said in told
+    # Runs of before may not say on how many threads they were.
+    del same["environment"]["threads"]
+    assert "another order" not in comparison([one, same])
 
 
 def test_runs_of_one_name_are_told_apart() -> None:

@@ -42,7 +42,7 @@ def test_search_equals_the_textbook() -> None:
     W = torch.randn(6, 96, generator=generator)
     errors = textbook_search(W.double(), X.double(), 8)
     H = (X.T @ X) / len(X)
-    s, exponent, ratio = AwqScale(grid=8).search(W, H, X.abs().mean(0), SCHEME, torch.bfloat16)
+    s, exponent, ratio = AwqScale(grid=8).search([W], H, X.abs().mean(0), SCHEME, torch.bfloat16)
     best = min(range(8), key=errors.__getitem__)
     assert exponent == best / 8
     assert best > 0, "the case must need scaling, or the test shows nothing"

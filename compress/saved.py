@@ -1,0 +1,360 @@
+"""The state of unfinished work in a folder: what a killed process had done, for the next one to go on from.
+
+Work that goes part by part (blocks, windows, tasks) offers its position after each part: facts as JSON, and
+tensors. A position is written beside, synced, renamed, then the one before it is removed: a kill or a power
+cut at any moment leaves a whole one, or none.
+
+Saving is cheap by its own measure: an offered position is kept if the work since the last one took at least
+``TIMES`` as long as keeping it takes, syncing included (as long as the last one took, by its bytes; before
+the first as long as on a slow disk). So the state costs at most 1 / TIMES of the time, and a kill costs the
+work since the last position: TIMES a save, or one part, whichever is longer.
+
+A state is gone on from only by work with the same fingerprint: what it works on and how, the sources that
+compute, versions, device and threads. Any other, and one that cannot be read, is removed with a warning that
+says what differs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from compress.environment import PACKAGES, device_name, version_of
+from compress.errors import UserError
+from compress.model.folder import file_sha256, read_json, write_json
+from compress.model.tensor_file import TensorFile
+
+log = logging.getLogger(__name__)
+now = time.perf_counter
+
+# Work that is worth a save, in times what the save takes.
+TIMES = 50
+# What a save is taken to cost before one was measured: seconds, and bytes a second.
+SLOW_SECONDS, SLOW_RATE = 0.05, 200e6
+
+PREFIX, PARTIAL = "position-", ".partial"
+FACTS, TENSORS, FILES, COST = "facts.json", "tensors.safetensors", "files", "cost.json"
+
+
+@dataclass
+class Cost:
+    """What a state cost in this process. bytes: the most that were on disk for it at once"""
+
+    saves: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+    def add(self, on_disk: int, seconds: float) -> None:
+        self.saves += 1
+        self.bytes = max(self.bytes, on_disk)
+        self.seconds += seconds
+
+    def write(self, state: Path) -> None:
+        write_json(state / COST, asdict(self))
+
+    def clear(self, state: Path) -> None:
+        """Forget what an earlier process wrote."""
+        (state / COST).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a piece of work was. tensors: on the CPU"""
+
+    facts: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def under(self, name: str) -> dict[str, Tensor]:
+        """The tensors that ``named`` put under a name."""
+        prefix = f"{name}."
+        found = self.tensors.items()
+        return {key.removeprefix(prefix): t for key, t in found if key.startswith(prefix)}
+
+
+def named(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """These tensors under a name, beside others of a position."""
+    return {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+
+
+class Saved:
+    """The state folder of one piece of work, in one process."""
+
+    def __init__(
+        self,
+        path: Path | None,
+        fingerprint: dict[str, Any] | None = None,
+        whole: Path | None = None,
+    ):
+        """path: a folder of this alone, made when it is needed; None keeps nothing
+
+        fingerprint: what must be the same for a position to be gone on from, nested, JSON
+        whole: the state that this is a part of: all of it is removed where the fingerprint is another
+        """
+        self.path, self.whole = path, path if whole is None else whole
+        self.fingerprint: dict[str, Any] = json.loads(json.dumps(fingerprint or {}))
+        # Since when there is work that no position holds.
+        self._since = now()
+        self._count = 0
+        # Of the last save: its bytes and seconds.
+        self._last: tuple[int, float] | None = None
+        self._cost = Cost()
+
+    def part(self, name: str) -> Saved:
+        """The state of a part of the work, with the same fingerprint."""
+        if self.path is None:
+            return self
+        return Saved(self.path / name, self.fingerprint, self.whole)
+
+    def load(self) -> Position | None:
+        """The newest whole position of the same work, None if there is none; all else is cleared away."""
+        self._since = now()
+        if self.path is None or not self.path.exists():
+            return None
+        self._cost.clear(self.path)
+        for leftover in self.path.glob(f"{PREFIX}*{PARTIAL}"):
+            shutil.rmtree(leftover)
+        positions = self._positions()
+        for folder in positions[:-1]:
+            shutil.rmtree(folder)
+        found = self._read(positions[-1]) if positions else None
+        if found is None:
+            shutil.rmtree(self.path, ignore_errors=True)
+            return None
+        self._count = _number(positions[-1])
+        self._since = now()
+        return found
+
+    def _read(self, folder: Path) -> Position | None:
+        """None, with a warning, for a position that cannot be read or is of other work."""
+        try:
+            saved = read_json(folder / FACTS)
+            if changed := changes(saved["fingerprint"], self.fingerprint):
+                assert self.whole is not None
+                log.warning("%s starts anew: %s", _named(self.whole), changed)
+                shutil.rmtree(self.whole)
+                return None
+            tensors = _load(folder / TENSORS, saved["checksums"])
+            return Position(saved["facts"], tensors)
+        except (UserError, SafetensorError, OSError, KeyError, TypeError) as error:
+            log.warning(
+                "%s starts anew: its state cannot be read: %s", _named(folder.parent), error
+            )
+            return None
+
+    def offer(self, facts: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> bool:
+        """Save if that is cheap beside the work since the last position. Returns whether it was saved."""
+        given = {} if tensors is None else tensors
+        if self.path is None or now() - self._since < TIMES * self._expected(given):
+            return False
+        self.save(facts, given)
+        return True
+
+    def _expected(self, tensors: dict[str, Tensor]) -> float:
+        """Seconds that saving these takes."""
+        nbytes = sum(t.nbytes for t in tensors.values())
+        if self._last is None:
+            return SLOW_SECONDS + nbytes / SLOW_RATE
+        before, seconds = self._last
+        return seconds * max(1.0, nbytes / max(1, before))
+
+    def save(self, facts: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
+        """Write a position, and sync with it what is in ``files``; then remove the ones before it.
+
+        facts: JSON; tensors: none shares memory with another
+        """
+        if self.path is None:
+            return
+        start = now()
+        given = {name: t.detach().cpu().contiguous() for name, t in (tensors or {}).items()}
+        before = self._positions()
+        self._count += 1
+        target = self.path / f"{PREFIX}{self._count}"
+        partial = target.with_name(target.name + PARTIAL)
+        partial.mkdir(parents=True)
+        # Tensor by tensor: states that were spilled may be larger than the memory.
+        file = TensorFile(partial / TENSORS)
+        for name, tensor in given.items():
+            file.add(name, tensor)
+        file.close()
+        checksums = {name: _checksum(t) for name, t in given.items()}
+        write_json(
+            partial / FACTS,
+            {"fingerprint": self.fingerprint, "checksums": checksums, "facts": facts},
+        )
+        sync(partial)
+        if (self.path / FILES).exists():
+            sync(self.path / FILES)
+        partial.rename(target)
+        sync_names(self.path)
+        on_disk = sum(map(size_of, (target, *before)))
+        for folder in before:
+            shutil.rmtree(folder)
+        self._since = now()
+        self._note(sum(t.nbytes for t in given.values()), on_disk, self._since - start)
+
+    def _note(self, nbytes: int, on_disk: int, seconds: float) -> None:
+        assert self.path is not None
+        self._last = nbytes, seconds
+        self._cost.add(on_disk, seconds)
+        self._cost.write(self.path)
+
+    @contextlib.contextmanager
+    def files(self, target: Path) -> Iterator[Path]:
+        """The folder to write the files of ``target`` to as the work goes on; in the end they are there.
+
+        Comes after ``load``. A position holds the files that were whole when it was saved; what was begun
+        after it is written again.
+        """
+        if self.path is None:
+            yield target
+            return
+        folder = self.path / FILES
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        target.mkdir(parents=True)
+        # The state stays whole until the work is: a kill from here on costs nothing.
+        for file in sorted(folder.iterdir()):
+            link(file, target / file.name)
+
+    def _positions(self) -> list[Path]:
+        """Whole ones, oldest first."""
+        assert self.path is not None
+        found = [p for p in self.path.glob(f"{PREFIX}*") if p.suffix != PARTIAL]
+        return sorted(found, key=_number)
+
+
+# Keeps nothing: for work that nobody needs to go on with.
+NOWHERE = Saved(None)
+
+
+def here(device: torch.device) -> dict[str, Any]:
+    """The part of a fingerprint that is of this machine and this copy of the program."""
+    return {
+        "code": code(),
+        "versions": {name: version_of(name) for name in PACKAGES},
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+@functools.cache
+def code() -> str:
+    """SHA-256 over each file that computes: a commit does not tell of changed files, nor an installed copy of
+    a commit."""
+    root = Path(__file__).parents[1]
+    folders = (root / name for name in ("calibration", "compress", "eval"))
+    files = sorted(
+        f for folder in folders for end in ("py", "cpp") for f in folder.rglob(f"*.{end}")
+    )
+    return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
+
+
+def cost_of(state: Path) -> Cost | None:
+    """What the states under a folder cost since this process loaded them. None if none was saved."""
+    found = [Cost(**read_json(file)) for file in state.rglob(COST)]
+    if not found:
+        return None
+    return Cost(*(sum(values) for values in zip(*map(astuple, found), strict=True)))
+
+
+def changes(known: Any, asked: Any) -> str:
+    """What differs between two fingerprints, in words; empty if nothing does."""
+    return ", ".join(_changes(known, asked, ""))
+
+
+def _changes(known: Any, asked: Any, key: str) -> list[str]:
+    # As text: methods run in the order in which they are named.
+    if json.dumps(known) == json.dumps(asked):
+        return []
+    if isinstance(known, dict) and isinstance(asked, dict):
+        names = list(dict.fromkeys([*known, *asked]))
+        return [
+            text
+            for name in names
+            for text in _changes(known.get(name), asked.get(name), f"{key}.{name}" if key else name)
+        ] or [f"{key} was {', '.join(known)}, is {', '.join(asked)}"]
+    if _is_hash(known) and _is_hash(asked):
+        return [f"{key} is another"]
+    return [f"{key} was {_said(known)}, is {_said(asked)}"]
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == hashlib.sha256().digest_size * 2
+
+
+def _said(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _named(state: Path) -> str:
+    """The work whose state this is, as a person knows it: ``quantize`` of quantize.state, and its part."""
+    for parent in state.parents:
+        if parent.suffix == ".state":
+            return " ".join((parent.stem, *state.relative_to(parent).parts))
+    return state.stem
+
+
+def _number(position: Path) -> int:
+    return int(position.name.removeprefix(PREFIX))
+
+
+def _load(path: Path, checksums: dict[str, int]) -> dict[str, Tensor]:
+    """Raises SafetensorError, or UserError for bytes that are not those that were saved."""
+    found: dict[str, Tensor] = {}
+    with safe_open(path, framework="pt") as file:
+        for name in checksums:
+            # Not a view of the file, which goes when the next position comes.
+            found[name] = file.get_tensor(name).clone()
+            if _checksum(found[name]) != checksums[name]:
+                raise UserError(f"{path} holds other bytes of {name} than were written")
+    return found
+
+
+def _checksum(tensor: Tensor) -> int:
+    """CRC-32 of the bytes of a contiguous tensor on the CPU."""
+    return zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data) if tensor.numel() else 0
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def sync(path: Path) -> None:
+    """Return when a file, or a folder with all that is in it, is on the disk."""
+    if path.is_dir():
+        for inner in path.iterdir():
+            sync(inner)
+    sync_names(path)
+
+
+def sync_names(path: Path) -> None:
+    """Return when a file's bytes, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def link(file: Path, target: Path) -> None:
+    """The same file under another name where the disk allows it: nothing writes into a finished folder."""
+    try:
+        os.link(file.resolve(), target)
+    except OSError:
+        shutil.copyfile(file, target)
