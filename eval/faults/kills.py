@@ -4,8 +4,10 @@ with a run that nobody killed, byte by byte.
     OMP_NUM_THREADS=1 python -m eval.faults.kills [--kills 50] [--seed 0] [--out eval/results/kills]
 
 Recipes take turns on a tiny model (``eval.faults.tiny``). A start is a process of its own, forked from this
-one, which has imported everything, so that kills fall into work and not into imports. Of ten kills about
-eight are SIGKILL, the others SIGINT and SIGTERM. --times: how many times as long as a save the work before it
+one, which has imported everything, so that kills fall into work and not into imports. What is to be killed is
+chosen among the phases that are left of a run, each as likely as another, and then a moment of it: by time
+alone, writing a checkpoint would hardly be met. Of ten kills about eight are SIGKILL, the others SIGINT and
+SIGTERM. --times: how many times as long as a save the work before it
 must be (``compress.saved``); 0, as here, saves after every part: tiny runs have something to go on from.
 
 Compared is every file of the run's folder but what tells of time: the log, pictures of speed, the model card
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -28,6 +31,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,14 +184,19 @@ def phase(out: Path) -> str:
     return "measuring texts"
 
 
-def wait(process: int, seconds: float) -> int | None:
-    """The exit code of a process, negative a signal; None if it is still there after so many seconds."""
+def is_doing(out: Path, doing: str) -> bool:
+    return phase(out) == doing
+
+
+def wait(process: int, seconds: float, reached: Callable[[], bool] = lambda: False) -> int | None:
+    """The exit code of a process, negative a signal; None if it is still there after so many seconds, or once
+    something is reached."""
     until = time.monotonic() + seconds
     while True:
         ended, status = os.waitpid(process, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status)
-        if time.monotonic() >= until:
+        if time.monotonic() >= until or reached():
             return None
         time.sleep(0.005)
 
@@ -198,15 +207,25 @@ def end_group(process: int) -> None:
         os.killpg(process, signal.SIGKILL)
 
 
-def finish(words: list[str], log: Path, times: float) -> float:
-    """Run to the end; its seconds. Raises RuntimeError with the end of the log if it fails."""
-    began = time.monotonic()
+def finish(words: list[str], out: Path, log: Path, times: float) -> dict[str, float]:
+    """Run to the end; seconds of its phases. Raises RuntimeError with the end of the log if it fails."""
+    seconds: dict[str, float] = {}
+    last = time.monotonic()
+
+    def look() -> bool:
+        nonlocal last
+        doing, now = phase(out), time.monotonic()
+        seconds[doing] = seconds.get(doing, 0.0) + now - last
+        last = now
+        return False
+
     process = start(words, log, times)
-    code = wait(process, 3600)
+    code = wait(process, 3600, look)
     if code != 0:
         end_group(process)
         raise RuntimeError(f"ended with {code}:\n{log.read_text()[-3000:]}")
-    return time.monotonic() - began
+    seconds.pop("done", None)
+    return seconds
 
 
 def killed_run(
@@ -216,19 +235,23 @@ def killed_run(
     asked: argparse.Namespace,
     tally: Tally,
     left: int,
-    took: float,
+    took: dict[str, float],
 ) -> int:
     """One run in ``out``, killed at most ``left`` times, to its end. Returns how often it was killed."""
     choose: random.Random = asked.choose
-    kills = 0
+    kills, behind = 0, 0
     while kills < min(left, MOST):
         process = start(words, log, asked.times)
         tally.starts += 1
-        # Most of a run is behind after two kills, on average; some fall into its first moments.
-        code = wait(process, choose.uniform(0, took * choose.choice((0.1, 0.5, 1.0))))
+        aim = choose.choice(["reading", *list(took)[behind:]])
+        code = wait(process, 3600, functools.partial(is_doing, out, aim))
+        if code is None:
+            code = wait(process, choose.uniform(0, took[aim]))
         if code is None:
             number = choose.choices(list(SIGNALS), list(SIGNALS.values()))[0]
             doing = phase(out)
+            if doing in took:
+                behind = max(behind, list(took).index(doing))
             os.kill(process, number)
             code = wait(process, 120)
             end_group(process)
@@ -240,7 +263,7 @@ def killed_run(
             raise RuntimeError(f"ended with {code}:\n{log.read_text()[-3000:]}")
         return kills
     if not (out / METRICS).exists():
-        finish(words, log, asked.times)
+        finish(words, out, log, asked.times)
         tally.starts += 1
     return kills
 
@@ -289,7 +312,7 @@ def try_all(work: Path, asked: argparse.Namespace) -> dict[str, Tally]:
     os.environ["XDG_CACHE_HOME"] = str(cache)
     common = [f"model={model}", f"data={text}", f"eval.texts=[{text}]", f"context.text={text}"]
     tallies: dict[str, Tally] = {}
-    took: dict[str, float] = {}
+    took: dict[str, dict[str, float]] = {}
     cases = {name: CASES[name] for name in asked.cases}
     words = {
         name: [*own, *common[: 4 if "kv" in name else 3], *QUICK] for name, own in cases.items()
@@ -306,8 +329,9 @@ def try_all(work: Path, asked: argparse.Namespace) -> dict[str, Tally]:
         twin = work / name / "once"
         if name not in took:
             forget_figures(cache)
-            took[name] = finish([*words[name], f"hydra.run.dir={twin}"], log, asked.times)
-            print(f"{name}: {took[name]:.1f} s undisturbed", flush=True)
+            took[name] = finish([*words[name], f"hydra.run.dir={twin}"], twin, log, asked.times)
+            said = ", ".join(f"{doing} {s:.1f}" for doing, s in took[name].items())
+            print(f"{name}, undisturbed, seconds: {said}", flush=True)
         forget_figures(cache)
         began, out = time.monotonic(), work / name / f"killed-{number}"
         left = asked.kills - done
