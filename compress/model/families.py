@@ -5,8 +5,10 @@ Names are local to a decoder block (``self_attn.q_proj``) or to the model (``mod
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import functools
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from compress.errors import UserError
@@ -18,11 +20,43 @@ class Input:
 
     linears: the readers, in the order in which they run
     source: the norm or linear whose output channels are the readers' input channels, so that a
-        channel's scale can move from the readers into it; None if nothing can take it
+        channel's scale can move from the readers into it; None if nothing can take it. Of a linear that
+        makes more than these, the last ones.
+    others: readers that keep 16 bits (routers): a scale moves out of them too
+
+    ``{}`` in a name stands for the number of an expert: one input an expert, of which it reads the tokens
+    that are sent to it.
     """
 
     linears: tuple[str, ...]
     source: str | None
+    others: tuple[str, ...] = ()
+    routed: bool = False
+
+    def of_expert(self, number: int) -> Input:
+        """That of one expert."""
+        names = tuple(name.format(number) for name in self.linears)
+        source = None if self.source is None else self.source.format(number)
+        return replace(self, linears=names, source=source, routed=True)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a block, of whose MLPs a router sends each token to a few.
+
+    mlp: the module that holds router and experts, by its name in checkpoints; module: its name in
+        transformers, where that is another
+    gate, up, down: the linears of one, behind ``{mlp}.experts.{number}.``
+    packed: whether checkpoints hold all experts' weights in one tensor, (expert, in, out), the rows of gate
+        and up in turn
+    """
+
+    mlp: str = "mlp"
+    module: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,30 +78,48 @@ class Family:
 
     name: str
     model_types: tuple[str, ...]
+    # Of all kinds of its blocks: a block has those whose linears it holds.
     inputs: tuple[Input, ...]
     # The linears that make queries and keys; their heads are turned by position in pairs of channels
     # (i, i + head size / 2).
-    queries: str
-    keys: str
+    queries: str = ""
+    keys: str = ""
     # The linear whose output heads attention averages as they are, so that a head can be rotated
     # if the reader of the averages is rotated back; and the linears that add to the residual stream.
-    values: str
-    writers: tuple[str, ...]
+    values: str = ""
+    writers: tuple[str, ...] = ()
     # The linears whose output channels are the neurons of the MLP, and the one that reads these.
-    neurons: tuple[str, ...]
-    mlp_output: str
-    # The linear that a block's attention ends with, if it has one.
-    attention_output: str | None
+    neurons: tuple[str, ...] = ()
+    mlp_output: str = ""
+    # The linear that a block's attention ends with.
+    attention_output: str = ""
     # Where compressed-tensors looks for the scales of a block's cache.
-    attention: str
+    attention: str = "self_attn"
     # How much of the inputs' spread SmoothQuant moves into the weights.
-    smooth_alpha: float
+    smooth_alpha: float = 0.6
+    # What norms add to their weights.
+    norm_shift: float = 0.0
+    experts: Experts | None = None
+    # Linears that checkpoints hold as (in, out).
+    transposed: tuple[str, ...] = ()
+    # What checkpoints may leave out in front of all names, and the ends of names that they may hold and
+    # nobody needs: tables that follow from the config.
+    base: str = ""
+    derived: tuple[str, ...] = ()
+    # Sizes by the names that config.json has for them, where those are others than Llama's.
+    settings: Mapping[str, str] = field(default_factory=dict)
+    # Whether a block returns its hidden states as the first of several.
+    tuples: bool = False
+    # What does not apply to it, and why.
+    refuses: Mapping[str, str] = field(default_factory=dict)
     # Model types whose readers take the head size to be hidden size / heads.
     twins: Mapping[str, Twin] = field(default_factory=dict)
     blocks: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     head: str = "lm_head"
+    # What transformers calls it, where that is another name.
+    head_module: str = "lm_head"
     rotary: str = "model.rotary_emb"
 
     @property
@@ -84,9 +136,42 @@ class Family:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """The linears of a block that get quantized, in the order in which they run."""
+        """The linears that get quantized, in the order in which they run, as its inputs name them."""
         return tuple(name for shared in self.inputs for name in shared.linears)
 
+    def inputs_in(self, names: Iterable[str]) -> tuple[Input, ...]:
+        """The inputs of a block that holds these linears, in the order in which they run."""
+        return _inputs_in(self.inputs, frozenset(names))
+
+    def linears_in(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Those of these linears that get quantized, in the order in which they run."""
+        return tuple(name for shared in self.inputs_in(names) for name in shared.linears)
+
+
+@functools.lru_cache(maxsize=256)
+def _inputs_in(inputs: tuple[Input, ...], held: frozenset[str]) -> tuple[Input, ...]:
+    found = []
+    for shared in inputs:
+        if "{}" in shared.linears[0]:
+            numbers = itertools.takewhile(
+                lambda number, first=shared.linears[0]: first.format(number) in held,
+                itertools.count(),
+            )
+            found += [shared.of_expert(number) for number in numbers]
+        elif linears := tuple(name for name in shared.linears if name in held):
+            found.append(replace(shared, linears=linears))
+    return tuple(found)
+
+
+# Why something does not apply to a family.
+DECODER = "the decode engine has no such blocks: speed is that of transformers"
+GGUF = "its tensors are not named there yet"
+POST_NORMS = {"rotate": "norms behind attention and MLP see single channels", "prune": "norms behind attention and MLP"}
+FUSED = {}
+LAYER_NORMS = {}
+ROUTED = {}
+STATES = {}
+BLOCK_SPARSE = Experts("block_sparse_moe", "mlp", "w1", "w3", "w2")
 
 LLAMA = Family(
     name="llama",
@@ -117,7 +202,200 @@ LLAMA = Family(
     },
 )
 
-FAMILIES = (LLAMA,)
+def _llama_like(name: str, *model_types: str, **changes: Any) -> Family:
+    """A family that differs from Llama's in these fields alone; it has no twins."""
+    return replace(LLAMA, name=name, model_types=model_types, twins={}, **changes)
+
+
+def _attention(source: str | None = "input_layernorm") -> tuple[Input, Input]:
+    """Llama's attention, behind a norm or none."""
+    return replace(LLAMA.inputs[0], source=source), LLAMA.inputs[1]
+
+
+def _mlp(source: str | None = "post_attention_layernorm", path: str = "mlp") -> tuple[Input, Input]:
+    """A gated MLP behind a norm or none."""
+    gate, up, down = (f"{path}.{name}" for name in ("gate_proj", "up_proj", "down_proj"))
+    return Input((gate, up), source), Input((down,), up)
+
+
+def _experts(source: str, names: Experts, *routers: str, scalable: bool = True) -> tuple[Input, Input]:
+    """Experts behind a norm that their routers read too. scalable: whether what gate and up make scales
+    with up"""
+    gate, up, down = (
+        f"{names.mlp}.experts.{{}}.{name}" for name in (names.gate, names.up, names.down)
+    )
+    others = tuple(f"{names.mlp}.{name}" for name in routers)
+    return Input((gate, up), source, others), Input((down,), up if scalable else None)
+
+
+# Queries and keys pass a norm of their own: a scale of these stays where it is.
+QWEN3 = _llama_like("qwen3", "qwen3")
+SMOLLM3 = _llama_like("smollm3", "smollm3")
+# Norms before and behind attention and MLP.
+GEMMA = _llama_like(
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    inputs=(*_attention(), *_mlp("pre_feedforward_layernorm")),
+    norm_shift=1.0,
+    refuses=POST_NORMS | {"decoder": DECODER, "gguf": GGUF},
+)
+# Norms behind attention and MLP alone: these read the residual stream, which nothing may scale.
+OLMO2 = _llama_like(
+    "olmo2",
+    "olmo2",
+    inputs=(*_attention(None), *_mlp(None)),
+    refuses=POST_NORMS | {"decoder": DECODER, "gguf": GGUF},
+)
+PHI3 = Family(
+    name="phi3",
+    model_types=("phi3",),
+    inputs=(
+        Input(("self_attn.qkv_proj",), "input_layernorm"),
+        Input(("self_attn.o_proj",), None),
+        Input(("mlp.gate_up_proj",), "post_attention_layernorm"),
+        Input(("mlp.down_proj",), "mlp.gate_up_proj"),
+    ),
+    attention_output="self_attn.o_proj",
+    writers=("self_attn.o_proj", "mlp.down_proj"),
+    mlp_output="mlp.down_proj",
+    refuses=FUSED,
+)
+GPT_NEOX = Family(
+    name="gpt_neox",
+    model_types=("gpt_neox",),
+    inputs=(
+        Input(("attention.query_key_value",), "input_layernorm"),
+        Input(("attention.dense",), None),
+        Input(("mlp.dense_h_to_4h",), "post_attention_layernorm"),
+        Input(("mlp.dense_4h_to_h",), None),
+    ),
+    attention_output="attention.dense",
+    attention="attention",
+    writers=("attention.dense", "mlp.dense_4h_to_h"),
+    mlp_output="mlp.dense_4h_to_h",
+    blocks="gpt_neox.layers",
+    embedding="gpt_neox.embed_in",
+    final_norm="gpt_neox.final_layer_norm",
+    head="embed_out",
+    head_module="lm_head",
+    rotary="gpt_neox.rotary_emb",
+    derived=("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"),
+    refuses=FUSED,
+)
+OPT = Family(
+    name="opt",
+    model_types=("opt",),
+    inputs=(
+        Input(
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn_layer_norm"
+        ),
+        Input(("self_attn.out_proj",), "self_attn.v_proj"),
+        Input(("fc1",), "final_layer_norm"),
+        # ReLU of a scaled number is the scaled ReLU.
+        Input(("fc2",), "fc1"),
+    ),
+    queries="self_attn.q_proj",
+    keys="self_attn.k_proj",
+    values="self_attn.v_proj",
+    writers=("self_attn.out_proj", "fc2"),
+    neurons=("fc1",),
+    mlp_output="fc2",
+    attention_output="self_attn.out_proj",
+    smooth_alpha=0.5,
+    blocks="model.decoder.layers",
+    embedding="model.decoder.embed_tokens",
+    final_norm="model.decoder.final_layer_norm",
+    rotary="",
+    base="model.",
+    settings={"intermediate_size": "ffn_dim"},
+    refuses=LAYER_NORMS,
+)
+FALCON = Family(
+    name="falcon",
+    model_types=("falcon",),
+    inputs=(
+        # With one norm for both attention and MLP; 40B has two, RW its own names.
+        Input(("self_attention.query_key_value", "mlp.dense_h_to_4h"), "input_layernorm"),
+        Input(("self_attention.dense",), None),
+        Input(("mlp.dense_4h_to_h",), None),
+    ),
+    attention_output="self_attention.dense",
+    attention="self_attention",
+    writers=("self_attention.dense", "mlp.dense_4h_to_h"),
+    mlp_output="mlp.dense_4h_to_h",
+    blocks="transformer.h",
+    embedding="transformer.word_embeddings",
+    final_norm="transformer.ln_f",
+    rotary="transformer.rotary_emb",
+    settings={"intermediate_size": "", "num_key_value_heads": ""},
+    tuples=True,
+    refuses=FUSED,
+)
+MIXTRAL = _llama_like(
+    "mixtral",
+    "mixtral",
+    inputs=(
+        *_attention(),
+        *_experts("post_attention_layernorm", BLOCK_SPARSE, "gate"),
+    ),
+    writers=(),
+    neurons=(),
+    mlp_output="",
+    experts=BLOCK_SPARSE,
+    refuses=ROUTED,
+)
+QWEN_MOE = _llama_like(
+    "qwen_moe",
+    "qwen2_moe",
+    "qwen3_moe",
+    inputs=(
+        *_attention(),
+        # Some blocks have a plain MLP.
+        *_mlp(),
+        *_experts("post_attention_layernorm", Experts(), "gate", "shared_expert_gate"),
+        *_mlp(path="mlp.shared_expert"),
+    ),
+    writers=(),
+    neurons=(),
+    mlp_output="",
+    experts=Experts(),
+    refuses=ROUTED,
+)
+DEEPSEEK = Family(
+    name="deepseek",
+    model_types=("deepseek_v2", "deepseek_v3"),
+    inputs=(
+        Input(
+            ("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
+            "input_layernorm",
+        ),
+        Input(("self_attn.q_b_proj",), "self_attn.q_a_layernorm"),
+        Input(("self_attn.kv_b_proj",), "self_attn.kv_a_layernorm"),
+        Input(("self_attn.o_proj",), None),
+        *_mlp(),
+        *_experts("post_attention_layernorm", Experts(), "gate"),
+        *_mlp(path="mlp.shared_experts"),
+    ),
+    attention_output="self_attn.o_proj",
+    experts=Experts(),
+    refuses=ROUTED,
+)
+MAMBA2 = Family(
+    name="mamba2",
+    model_types=("mamba2",),
+    inputs=(Input(("mixer.in_proj",), "norm"), Input(("mixer.out_proj",), "mixer.norm")),
+    blocks="backbone.layers",
+    embedding="backbone.embeddings",
+    final_norm="backbone.norm_f",
+    rotary="",
+    settings={"intermediate_size": "", "num_attention_heads": "num_heads"},
+    refuses=STATES,
+)
+
+FAMILIES = (
+    LLAMA, QWEN3, SMOLLM3, GEMMA, OLMO2, PHI3, GPT_NEOX, OPT, FALCON, MIXTRAL, QWEN_MOE, DEEPSEEK, MAMBA2,
+)  # fmt: skip
 
 
 def family_of(config: dict[str, Any]) -> Family:

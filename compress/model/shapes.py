@@ -86,7 +86,10 @@ class ShapeFolder:
         if self.tied_head:
             model.tie_weights()
         # Names a shared tensor once.
-        return {name: tuple(p.shape) for name, p in model.named_parameters()}
+        stored = dict(model.named_parameters())
+        kept = model.state_dict()
+        stored |= {name: b for name, b in model.named_buffers() if name in kept}
+        return {name: tuple(tensor.shape) for name, tensor in stored.items()}
 
     @property
     def names(self) -> list[str]:

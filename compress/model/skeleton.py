@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compress.errors import UserError
+from compress.model.experts import unpack
+from compress.model.families import Family, family_of
 from compress.model.folder import CODE, ModelFolder
 
 # The elementwise functions that torch gives to MKL's vector library on x86 (aten/src/ATen/cpu/vml.h).
@@ -45,15 +48,13 @@ def empty_model(folder: ModelFolder, dtype: torch.dtype) -> Any:
 def model_of(settings: dict[str, Any], dtype: torch.dtype) -> Any:
     """The same of a config.json by itself. Raises ValueError for one that does not fit."""
     settle_vector_math()
-    check_settings(settings)
+    family = family_of(settings)
+    check_settings(settings, family)
     try:
         config = AutoConfig.for_model(**{k: v for k, v in settings.items() if k not in IGNORED})
-        with torch.device("meta"):
+        with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        for path, module in list(model.named_modules()):
-            if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-                # In this library such modules (rotary embeddings) are built from the config alone.
-                model.set_submodule(path, type(module)(config))
+        as_stored(model, family)
     except Exception as error:
         # Whatever the library raises while it takes in a config is for want of a check there.
         reason = str(error).strip().partition("\n")[0]
@@ -64,7 +65,7 @@ def model_of(settings: dict[str, Any], dtype: torch.dtype) -> Any:
 # What is not taken from a config.json: how weights are stored, which our own readers know, and which code
 # computes attention, which is chosen here.
 IGNORED = ("quantization_config", *CODE)
-# The sizes that a config.json must state and those it may, with the most that is believed.
+# The sizes that a config.json must state and those it may, by Llama's names, with the most that is believed.
 REQUIRED = {
     "vocab_size": 2**26,
     "hidden_size": 2**20,
@@ -77,26 +78,51 @@ OPTIONAL = {"num_key_value_heads": 2**16, "head_dim": 2**16, "max_position_embed
 POSITIVE = ("rms_norm_eps", "rope_theta")
 
 
-def check_settings(settings: Mapping[str, Any]) -> None:
+def as_stored(model: nn.Module, family: Family) -> None:
+    """Give the modules of a model the names and the kinds that its checkpoints have."""
+    for layer in model.get_submodule(family.blocks):  # type: ignore[union-attr]
+        if family.experts is not None:
+            unpack(layer, family.experts)
+    if family.head != family.head_module:
+        head = model.get_submodule(family.head_module)
+        delattr(model, family.head_module)
+        model.add_module(family.head, head)
+        object.__setattr__(model, family.head_module, head)
+
+
+def check_settings(settings: Mapping[str, Any], family: Family) -> None:
     """Raises ValueError, with the key and what it may be, for sizes in a config.json that no model has."""
-    for key, most in (REQUIRED | OPTIONAL).items():
+    for name, most in (REQUIRED | OPTIONAL).items():
+        key = family.settings.get(name, name)
         value = settings.get(key)
-        if value is None and key in OPTIONAL:
+        if not key or (value is None and name in OPTIONAL):
             continue
         if type(value) is not int or not 1 <= value <= most:
             raise ValueError(f"{key}={_short(value)} is not a number from 1 to {most}")
-    hidden, heads = settings["hidden_size"], settings["num_attention_heads"]
-    shared = settings.get("num_key_value_heads") or heads
-    if settings.get("head_dim") is None and hidden % heads:
-        raise ValueError(f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
-    if heads % shared:
+    _check_heads(settings, family)
+    _check_others(settings)
+
+
+def _check_heads(settings: Mapping[str, Any], family: Family) -> None:
+    names = {n: family.settings.get(n, n) for n in (REQUIRED | OPTIONAL)}
+    hidden, heads = names["hidden_size"], names["num_attention_heads"]
+    if not heads:
+        return
+    width, count = settings[hidden], settings[heads]
+    shared = settings.get(names["num_key_value_heads"]) or count
+    if settings.get("head_dim") is None and width % count:
+        raise ValueError(f"{hidden}={width} is not a multiple of {heads}={count}")
+    if count % shared:
         raise ValueError(
-            f"num_attention_heads={heads} is not a multiple of num_key_value_heads={shared}"
+            f"{heads}={count} is not a multiple of {names['num_key_value_heads']}={shared}"
         )
-    if (size := settings.get("head_dim") or hidden // heads) % 2:
+    if family.rotary and (size := settings.get("head_dim") or width // count) % 2:
         raise ValueError(
             f"heads of {size} channels cannot be turned by position: an even number can"
         )
+
+
+def _check_others(settings: Mapping[str, Any]) -> None:
     for key in POSITIVE:
         value = settings.get(key)
         if value is not None and not (_is_number(value) and 0 < value < math.inf):
@@ -115,21 +141,24 @@ def _short(value: Any) -> str:
 
 
 def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a tensor in place of the parameter ``name``.
+    """Put a tensor in place of the parameter or buffer ``name``.
 
-    Raises UserError if the model has no such parameter or the shapes differ: the file and its
+    Raises UserError if the model has no such one or the shapes differ: the file and its
     config.json do not belong together.
     """
+    path, _, attribute = name.rpartition(".")
     try:
-        expected = model.get_parameter(name).shape
-    except AttributeError:
+        owner = model.get_submodule(path)
+        expected = (owner._parameters | owner._buffers)[attribute]
+    except (AttributeError, KeyError):
         raise UserError(f"the model of this config.json has no tensor {name}") from None
-    if tensor.shape != expected:
+    assert expected is not None
+    if tensor.shape != expected.shape:
         raise UserError(
-            f"tensor {name} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected)}"
+            f"tensor {name} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected.shape)}"
         )
-    owner, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
+    held = attribute in owner._buffers
+    setattr(owner, attribute, tensor if held else nn.Parameter(tensor, requires_grad=False))
 
 
 def finite(folder: ModelFolder, name: str, tensor: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ tokens (sequences, length); X hidden states (sequences, length, hidden)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,8 +51,14 @@ class Activations:
 
     def forward(self, module: nn.Module, X: Tensor) -> Tensor:
         """The block's outputs on X, a batch at a time."""
-        outputs = (module(x, **self.arguments) for x in self.batches(X))
+        outputs = (run(module, x, self.arguments) for x in self.batches(X))
         return self.states.joined((y.to(X.dtype) for y in outputs), len(X))
+
+
+def run(module: nn.Module, X: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """What a block makes of hidden states."""
+    found = module(X, **arguments)
+    return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]
 
 
 class Readable(Protocol):
@@ -117,13 +123,16 @@ class Walk:
         row.
         """
         family, model = self.family, self.model
-        # Not looked at as a whole, which would have all of it in memory: tokens name few of its rows.
-        table = self.source.tensor(f"{family.embedding}.weight")
-        assign(model, f"{family.embedding}.weight", table.to(self.device, self.folder.dtype))
-        del table
-        decoder = model.get_submodule(family.blocks.rpartition(".")[0])
+        path = family.blocks.rpartition(".")[0]
+        outside = self._outside(path)
+        for name in outside:
+            # Not looked at as a whole, which would have all of it in memory: tokens name few of its rows.
+            table = self.source.tensor(name)
+            assign(model, name, table.to(self.device, self.folder.dtype))
+            del table
+        decoder = model.get_submodule(path)
         _buffers_to(decoder, self.device)
-        notes = [_NoteTaker() for _ in self.layers]
+        notes = [_NoteTaker(layer, family.tuples) for layer in self.layers]
         norm = model.get_submodule(family.final_norm)
         model.set_submodule(family.blocks, nn.ModuleList(notes))
         model.set_submodule(family.final_norm, nn.Identity())
@@ -146,8 +155,18 @@ class Walk:
         finally:
             model.set_submodule(family.blocks, self.layers)
             model.set_submodule(family.final_norm, norm)
-            model.get_submodule(family.embedding).to("meta")
+            for name in outside:
+                _to_meta(model.get_submodule(name.rpartition(".")[0]))
         self.original = self.hidden if original else None
+
+    def _outside(self, decoder: str) -> list[str]:
+        """What the decoder has before its blocks: embeddings of tokens, and of positions in some families."""
+        behind = (f"{self.family.blocks}.", f"{self.family.final_norm}.")
+        return [
+            name
+            for name in self.source.names
+            if name.startswith(f"{decoder}.") and not name.startswith(behind)
+        ]
 
     @contextmanager
     def open(self, index: int) -> Iterator[nn.Module]:
@@ -165,7 +184,7 @@ class Walk:
         try:
             yield layer
         finally:
-            layer.to("meta")
+            _to_meta(layer)
 
     def _names(self, index: int) -> list[str]:
         prefix = f"{self.prefix(index)}."
@@ -218,13 +237,32 @@ def _buffers_to(module: nn.Module, device: torch.device) -> None:
                 setattr(owner, name, buffer.to(device))
 
 
-class _NoteTaker(nn.Module):
-    """Stands in for a block: notes how it was called last and lets the hidden states pass."""
+def _to_meta(module: nn.Module) -> None:
+    """Free the weights of a module; tables that no checkpoint holds stay."""
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                owner._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    def __init__(self) -> None:
+
+class _NoteTaker(nn.Module):
+    """Stands in for a block: notes how it was called last and lets the hidden states pass.
+
+    tuples: whether blocks of the family return their hidden states as the first of several
+    """
+
+    def __init__(self, layer: nn.Module, tuples: bool) -> None:
         super().__init__()
         self.arguments: dict[str, Any] = {}
+        self._layer, self._tuples = [layer], tuples
 
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # A model asks its blocks what kind they are.
+            return getattr(self._layer[0], name)
+
+    def forward(self, hidden_states: Tensor, *_: Any, **arguments: Any) -> Any:
         self.arguments = arguments
-        return hidden_states
+        return (hidden_states, None) if self._tuples else hidden_states

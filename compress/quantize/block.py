@@ -5,7 +5,7 @@ W (out, in); H (in, in), or the tokens that it is the mean of; s (in,)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -60,6 +60,11 @@ class Block:
     # What attention's output projection reads, batch by batch, as long as nothing before it changes.
     _attended: list[Tensor] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        # Of the linears that this block has: those of a family are not all alike.
+        self.inputs = self.family.inputs_in(self.weights)
+        self.linears = tuple(name for shared in self.inputs for name in shared.linears)
+
     def part(self, name: str) -> Any:
         """The norm or linear of this local name."""
         return self.module.get_submodule(name)
@@ -67,7 +72,7 @@ class Block:
     def moments_of(self, name: str) -> Moments:
         """The moments of this linear's input; the whole block is observed if they were not taken yet."""
         if name not in self.moments:
-            self.observe(*self.family.inputs)
+            self.observe(*self.inputs)
         return self.moments[name]
 
     def grid(self, name: str) -> Grid:
@@ -82,7 +87,7 @@ class Block:
     def _largest(self, name: str) -> Tensor:
         """Largest |w| of all linears that read this one's input: engines fuse them, and have one scale for a
         whole tensor only once."""
-        readers = next(i.linears for i in self.family.inputs if name in i.linears)
+        readers = next(i.linears for i in self.inputs if name in i.linears)
         return torch.stack([self.weights[reader].abs().max() for reader in readers]).max()
 
     def scheme(self, shared: Input) -> Scheme:
@@ -129,7 +134,7 @@ class Block:
         on changes: later passes start from what its output projection read.
         """
         name = self.family.attention_output
-        if name is None:
+        if name not in self.linears:
             yield
             return
         out, attention = self.part(name), self.part(name.rpartition(".")[0])
@@ -165,33 +170,41 @@ class Block:
 
     def place(self, name: str, W: Tensor) -> None:
         """Let the module compute with this weight, rounded to the model's dtype."""
-        part, W, linears = self.part(name), W.to(self.dtype), self.family.linears
+        part, W, before = self.part(name), W.to(self.dtype), self.linears.index
         if self._attended and not torch.equal(part.weight, W):
-            assert self.family.attention_output is not None
-            if linears.index(name) < linears.index(self.family.attention_output):
+            if before(name) < before(self.family.attention_output):
                 self._attended = []
         part.weight.data = W
 
-    def can_fold(self, shared: Input) -> bool:
-        """Whether the source's outputs are the readers' inputs one to one.
+    def foldable(self) -> list[tuple[Input, ...]]:
+        """The inputs that a scale can be moved into the source of, those of one source together: several
+        experts read one norm."""
+        by_source: dict[str, list[Input]] = {}
+        for shared in self.inputs:
+            if shared.source is not None and self._can_fold(shared.source, shared.linears[0]):
+                by_source.setdefault(shared.source, []).append(shared)
+        return [tuple(found) for found in by_source.values()]
+
+    def _can_fold(self, source: str, reader: str) -> bool:
+        """Whether the source's (last) outputs are the readers' inputs one to one.
 
         They are not where heads share their values (grouped-query attention): there o_proj reads
         more columns than v_proj has rows.
         """
-        if shared.source is None:
-            return False
-        in_features = self.weights[shared.linears[0]].shape[1]
-        return bool(self.part(shared.source).weight.shape[0] == in_features)
+        rows, columns = len(self.part(source).weight), self.weights[reader].shape[1]
+        return rows >= columns if source in self.weights else rows == columns
 
-    def fold(self, shared: Input, s: Tensor) -> None:
-        """Multiply the readers' input columns by s > 0 and divide the source's output by it.
+    def fold(self, inputs: Sequence[Input], s: Tensor) -> None:
+        """Multiply the readers' input columns by s > 0 and divide their source's output by it.
 
         The function of the block stays the same. A norm's weight is rounded to the model's dtype
         when it is stored, so the readers take the ratio that was really stored rather than s.
         Raises UserError if one of them has a grid already.
         """
-        assert shared.source is not None
-        names = (shared.source, *shared.linears)
+        (name,) = {shared.source for shared in inputs}
+        assert name is not None
+        linears = [linear for shared in inputs for linear in shared.linears]
+        names = (name, *linears)
         if chosen := [name for name in names if name in self.grids or self.search is not None]:
             raise UserError(
                 f"a transform chose the grid of {chosen[0]} and a later one scales it: "
@@ -199,21 +212,35 @@ class Block:
                 "(awq_clip, opt)"
             )
         self._attended = []
-        source = self.part(shared.source)
-        if shared.source in self.weights:
-            self.weights[shared.source] /= s.unsqueeze(1)
-            divided = [source.bias] if source.bias is not None else []
+        source = self.part(name)
+        bias = getattr(source, "bias", None)
+        if name in self.weights:
+            self.weights[name][-len(s) :] /= s.unsqueeze(1)
         else:
-            divided = [p for p in (source.weight, getattr(source, "bias", None)) if p is not None]
-            before = divided[0].detach().float()
-            stored = (before / s).to(self.dtype).float()
-            s = torch.where(stored == 0, torch.ones_like(s), before / stored)
-        for parameter in divided:
-            parameter.data = (parameter.data.float() / s).to(self.dtype)
-        for name in shared.linears:
-            self.weights[name] *= s
-        for moments in {id(m): m for m in map(self.moments.get, shared.linears) if m}.values():
+            shift = self.family.norm_shift
+            before = source.weight.detach().float() + shift
+            # As it is when the norm adds to it what is stored.
+            stored = (before / s - shift).to(self.dtype)
+            held = stored.float() + shift
+            s = torch.where(held == 0, torch.ones_like(s), before / held)
+            source.weight.data = stored
+        if bias is not None:
+            # A new tensor: what holds the old one is not ours.
+            divided = bias.data.float()
+            divided[-len(s) :] /= s
+            bias.data = divided.to(self.dtype)
+        for linear in linears:
+            self.weights[linear] *= s
+        for linear in self._others(inputs):
+            part = self.part(linear)
+            part.weight.data = (part.weight.data.float() * s).to(self.dtype)
+        for moments in {id(m): m for m in map(self.moments.get, linears) if m}.values():
             moments.scale(1 / s)
+
+    def _others(self, inputs: Sequence[Input]) -> list[str]:
+        """The readers of these inputs that keep 16 bits, of those that the block has."""
+        held = {name for name, _ in self.module.named_modules()}
+        return list(dict.fromkeys(n for shared in inputs for n in shared.others if n in held))
 
 
 def _given(value: Any) -> Any:

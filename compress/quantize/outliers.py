@@ -32,7 +32,7 @@ class Outliers:
 
     def add(self, block: Block, quantized: Mapping[str, QTensor]) -> None:
         """Add a block that was rounded."""
-        for shared in self.family.inputs:
+        for shared in block.inputs:
             first = shared.linears[0]
             (largest, above), q = block.first_seen[first], quantized[first]
             self._shares.setdefault(first, []).append(above.cpu())

@@ -100,7 +100,7 @@ def _block(
     original: _Original, index: int, block: Block, choices: Sequence[int], goal: Tensor
 ) -> tuple[list[list[float]], float]:
     """The divergences of a block's groups, (groups, choices), and the floor under the measured ones."""
-    inputs, widths = block.family.inputs, sorted({*choices, ANCHOR})
+    inputs, widths = block.inputs, sorted({*choices, ANCHOR})
     tried = [{bits: _rounded(block, shared, bits) for bits in widths} for shared in inputs]
     quiet = _rounded(block, inputs[0], QUIET)
     keys = [(group, bits) for group in range(len(tried)) for bits in widths if bits <= ANCHOR]

@@ -182,7 +182,7 @@ def round_block(block: Block, roundings: Sequence[Rounding]) -> dict[str, QTenso
     for name, W in block.weights.items():
         block.place(name, W)
     if block.activations is not None and not (block.moments or roundings[0].observes):
-        block.observe(*block.family.inputs)
+        block.observe(*block.inputs)
     quantized: dict[str, QTensor] = {}
     for method in roundings:
         quantized = method(block, quantized)
@@ -238,12 +238,21 @@ def _resolve_head(
 
 def linear_names(source: Shapes, family: Family) -> list[str]:
     """Full names of the linears of the decoder blocks, without suffix, in file order."""
-    suffixes = tuple(f".{name}.weight" for name in family.linears)
+    held: dict[str, list[str]] = {}
+    for name in source.names:
+        if name.startswith(f"{family.blocks}.") and name.endswith(".weight"):
+            number, _, local = name[len(family.blocks) + 1 : -len(".weight")].partition(".")
+            held.setdefault(number, []).append(local)
     return [
-        name.removesuffix(".weight")
-        for name in source.names
-        if name.startswith(f"{family.blocks}.") and name.endswith(suffixes)
+        f"{family.blocks}.{number}.{local}"
+        for number, names in held.items()
+        for local in _among(names, family.linears_in(names))
     ]
+
+
+def _among(names: list[str], wanted: tuple[str, ...]) -> list[str]:
+    chosen = set(wanted)
+    return [name for name in names if name in chosen]
 
 
 def _head_shapes(source: Shapes, family: Family) -> dict[str, tuple[int, int]]:
@@ -257,11 +266,13 @@ def open_block(
     module: nn.Module, prefix: str, family: Family, schemes: Schemes, dtype: torch.dtype
 ) -> Block:
     """A block with float32 working copies of its linears."""
-    own = {name: schemes.of(f"{prefix}.{name}") for name in family.linears}
-    block = Block(module, family, own, dtype, weights={})
-    for name in family.linears:
-        block.weights[name] = block.part(name).weight.detach().to(torch.float32, copy=True)
-    return block
+    held = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
+    weights = {
+        name: module.get_submodule(name).weight.detach().to(torch.float32, copy=True)
+        for name in family.linears_in(held)
+    }
+    own = {name: schemes.of(f"{prefix}.{name}") for name in weights}
+    return Block(module, family, own, dtype, weights)
 
 
 def _close(block: Block, quantized: Mapping[str, QTensor]) -> dict[str, Any]:

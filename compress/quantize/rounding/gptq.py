@@ -96,7 +96,7 @@ class Gptaq:
 def round_in_order(block: Block, damping: float, correction: float = 0.0) -> dict[str, QTensor]:
     """Quantize the linears of a block in the order in which they run."""
     quantized: dict[str, QTensor] = {}
-    for shared in block.family.inputs:
+    for shared in block.inputs:
         label = "+".join(shared.linears)
         block.observe(shared)
         moments = block.moments[shared.linears[0]].summed()

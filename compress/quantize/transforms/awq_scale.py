@@ -5,14 +5,14 @@ W, D (out, in); H (in, in); x, s (in,)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from calibration.moments import Tokens
+from calibration.moments import Moments
 from compress.errors import UserError
 from compress.quantize.block import PART, PIECE, Block, row_parts, summed_error
 from compress.quantize.scheme import Scheme, fake_quantize, make_grid
@@ -36,41 +36,61 @@ class AwqScale:
             )
 
     def __call__(self, block: Block) -> None:
-        for shared in block.family.inputs:
-            if not block.can_fold(shared):
-                continue
-            readers = [block.weights[name] for name in shared.linears]
-            moments = block.moments_of(shared.linears[0])
-            s, exponent, ratio = self.search(
-                readers, moments.H, moments.magnitude, block.scheme(shared), block.dtype
-            )
-            block.fold(shared, s)
-            block.notes[f"awq_scale.{'+'.join(shared.linears)}"] = {
+        for inputs in block.foldable():
+            readers = [
+                Readers(
+                    [block.weights[name] for name in shared.linears],
+                    block.moments_of(shared.linears[0]),
+                    block.scheme(shared),
+                )
+                for shared in inputs
+            ]
+            s, exponent, ratio = self.search(readers, block.dtype)
+            block.fold(inputs, s)
+            # Of many experts' inputs, by the first.
+            block.notes[f"awq_scale.{'+'.join(inputs[0].linears)}"] = {
                 "exponent": exponent,
                 "error_ratio": ratio,
             }
 
     def search(
-        self,
-        readers: list[Tensor],
-        H: Tensor | Tokens,
-        x: Tensor,
-        scheme: Scheme,
-        dtype: torch.dtype,
+        self, inputs: Sequence[Readers], dtype: torch.dtype
     ) -> tuple[Tensor, float, float]:
-        """The scale with the least output error of all readers of an input, each (out, in).
+        """The scale with the least output error of all readers of the inputs that one source makes, each
+        token counted as often as it is read.
 
         Returns s, its exponent, and its error as a share of the error without scaling.
         """
-        best, errors, rows = torch.ones_like(x), [], sum(map(len, readers))
+        tokens = sum(readers.moments.tokens for readers in inputs)
+        shares = [readers.moments.tokens / tokens if tokens else 0.0 for readers in inputs]
+        pairs = list(zip(inputs, shares, strict=True))
+        x = sum(
+            (share * readers.moments.magnitude for readers, share in pairs),
+            torch.zeros_like(inputs[0].moments.magnitude),
+        )
+        best, errors = torch.ones_like(x), []
         for i in range(self.grid):
             s = x.pow(i / self.grid).clamp(min=1e-4)
             s /= (s.max() * s.min()).sqrt()
-            errors.append(summed_error(_changes(readers, s, scheme, dtype), H, rows))
+            errors.append(sum(share * readers.error(s, dtype) for readers, share in pairs))
             if errors[-1] == min(errors):
                 best = s
         exponent = errors.index(min(errors)) / self.grid
         return best, exponent, min(errors) / errors[0] if errors[0] else 1.0
+
+
+@dataclass(frozen=True)
+class Readers:
+    """The linears that read an input, (out, in) each, and its moments."""
+
+    weights: list[Tensor]
+    moments: Moments
+    scheme: Scheme
+
+    def error(self, s: Tensor, dtype: torch.dtype) -> float:
+        """Their output error if their columns are scaled by s."""
+        rows = sum(map(len, self.weights))
+        return summed_error(_changes(self.weights, s, self.scheme, dtype), self.moments.H, rows)
 
 
 def _changes(

@@ -34,11 +34,11 @@ class Smooth:
 
     def __call__(self, block: Block) -> None:
         alpha = block.family.smooth_alpha if self.alpha is None else self.alpha
-        for shared in block.family.inputs:
-            if block.can_fold(shared):
-                W = torch.cat([block.weights[name] for name in shared.linears])
-                x = block.moments_of(shared.linears[0]).largest
-                block.fold(shared, smoothing(x, W.abs().amax(0), alpha))
+        for inputs in block.foldable():
+            names = [name for shared in inputs for name in shared.linears]
+            W = torch.stack([block.weights[name].abs().amax(0) for name in names])
+            x = torch.stack([block.moments_of(shared.linears[0]).largest for shared in inputs])
+            block.fold(inputs, smoothing(x.amax(0), W.amax(0), alpha))
 
 
 def smoothing(x: Tensor, w: Tensor, alpha: float) -> Tensor:
