@@ -12,7 +12,7 @@ X (tokens, in); H, C (in, in); A (tokens, in) with A^T A = H; s (in,)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -150,7 +150,9 @@ class Moments:
 
     def mean(self) -> Moments:
         """The means over all tokens, in the memory of the sums, which are used up: with 14,336 inputs a
-        square is 0.8 GB. Raises UserError if a sum is not finite."""
+        square is 0.8 GB. Of no tokens they are 0. Raises UserError if a sum is not finite."""
+        if not self.tokens:
+            return self
         if isinstance(self.H, Tokens):
             # The diagonal: no other sum is larger.
             _check_finite(X.float().square().sum(0) for X, _ in self.H.batches)
@@ -226,7 +228,7 @@ class Collector:
     once, at the first of them, in the order in which they run. originals: the same linears in a copy
     of the block that keeps its original weights; with it the cross moments are collected too, and
     ``run`` is called with the copy first, for every batch. threshold: counts the larger inputs. tokens: how
-    many will come, if that is known.
+    many will come, if that is known. routed: linears that are sent some of the tokens, or none.
     """
 
     def __init__(
@@ -236,8 +238,10 @@ class Collector:
         originals: Mapping[str, nn.Linear] | None = None,
         threshold: float | None = None,
         tokens: int | None = None,
+        routed: Collection[str] = (),
     ):
         self._shared = list(shared)
+        self._routed = set(routed)
         self._linears, self._originals = linears, originals
         self._sums = {
             names: Moments.zeros(
@@ -245,7 +249,7 @@ class Collector:
                 linears[names[0]].weight.device,
                 cross=originals is not None,
                 threshold=threshold,
-                tokens=tokens,
+                tokens=None if names[0] in self._routed else tokens,
             )
             for names in self._shared
         }
@@ -255,7 +259,7 @@ class Collector:
     def hooks(self) -> Iterator[None]:
         with ExitStack() as stack:
             for names in self._shared:
-                last = names is self._shared[-1]
+                last = names is self._shared[-1] and names[0] not in self._routed
                 if self._originals is not None:
                     hook = self._hook(names, last, original=True)
                     handle = self._originals[names[0]].register_forward_pre_hook(hook)
@@ -281,7 +285,8 @@ class Collector:
             block(X, **arguments)
         except _Done:
             return
-        raise AssertionError("the block did not reach the linears it was asked about")
+        if self._shared[-1][0] not in self._routed:
+            raise AssertionError("the block did not reach the linears it was asked about")
 
     def means(self) -> dict[str, Moments]:
         """name -> Moments; names that share an input share the object."""

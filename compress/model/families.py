@@ -24,20 +24,26 @@ class Input:
         makes more than these, the last ones.
     others: readers that keep 16 bits (routers): a scale moves out of them too
 
-    ``{}`` in a name stands for the number of an expert: one input an expert, of which it reads the tokens
-    that are sent to it.
+    pattern: the linears as the family names them, of one expert's input
+
+    ``{}`` in a name stands for the number of an expert: there is one input an expert.
     """
 
     linears: tuple[str, ...]
     source: str | None
     others: tuple[str, ...] = ()
-    routed: bool = False
+    pattern: tuple[str, ...] = ()
 
     def of_expert(self, number: int) -> Input:
         """That of one expert."""
         names = tuple(name.format(number) for name in self.linears)
         source = None if self.source is None else self.source.format(number)
-        return replace(self, linears=names, source=source, routed=True)
+        return replace(self, linears=names, source=source, pattern=self.linears)
+
+    @property
+    def routed(self) -> bool:
+        """Whether it is an expert's, which reads the tokens that are sent to it."""
+        return bool(self.pattern)
 
 
 @dataclass(frozen=True)
@@ -78,8 +84,10 @@ class Family:
 
     name: str
     model_types: tuple[str, ...]
+    # What config.json must say, for model types of which not all are alike: a key and its values.
+    when: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     # Of all kinds of its blocks: a block has those whose linears it holds.
-    inputs: tuple[Input, ...]
+    inputs: tuple[Input, ...] = ()
     # The linears that make queries and keys; their heads are turned by position in pairs of channels
     # (i, i + head size / 2).
     queries: str = ""
@@ -171,6 +179,8 @@ FUSED = {}
 LAYER_NORMS = {}
 ROUTED = {}
 STATES = {}
+PACKED = Experts(packed=True)
+FEED_FORWARD = Experts("feed_forward", "feed_forward")
 BLOCK_SPARSE = Experts("block_sparse_moe", "mlp", "w1", "w3", "w2")
 
 LLAMA = Family(
@@ -302,6 +312,7 @@ OPT = Family(
     neurons=("fc1",),
     mlp_output="fc2",
     attention_output="self_attn.out_proj",
+    when=(("do_layer_norm_before", (None, True)),),
     smooth_alpha=0.5,
     blocks="model.decoder.layers",
     embedding="model.decoder.embed_tokens",
@@ -315,7 +326,6 @@ FALCON = Family(
     name="falcon",
     model_types=("falcon",),
     inputs=(
-        # With one norm for both attention and MLP; 40B has two, RW its own names.
         Input(("self_attention.query_key_value", "mlp.dense_h_to_4h"), "input_layernorm"),
         Input(("self_attention.dense",), None),
         Input(("mlp.dense_4h_to_h",), None),
@@ -331,6 +341,30 @@ FALCON = Family(
     settings={"intermediate_size": "", "num_key_value_heads": ""},
     tuples=True,
     refuses=FUSED,
+)
+# Of 40B and 180B.
+FALCON_TWO_NORMS = replace(
+    FALCON,
+    name="falcon with two norms",
+    when=(("new_decoder_architecture", (True,)), ("num_ln_in_parallel_attn", (None, 2))),
+    inputs=(
+        Input(("self_attention.query_key_value",), "ln_attn"),
+        Input(("self_attention.dense",), None),
+        Input(("mlp.dense_h_to_4h",), "ln_mlp"),
+        Input(("mlp.dense_4h_to_h",), None),
+    ),
+)
+# Of RW: attention and MLP one behind the other.
+FALCON_SERIAL = replace(
+    FALCON,
+    name="falcon in series",
+    when=(("parallel_attn", (False,)), ("new_decoder_architecture", (None, False))),
+    inputs=(
+        Input(("self_attention.query_key_value",), "input_layernorm"),
+        Input(("self_attention.dense",), None),
+        Input(("mlp.dense_h_to_4h",), "post_attention_layernorm"),
+        Input(("mlp.dense_4h_to_h",), None),
+    ),
 )
 MIXTRAL = _llama_like(
     "mixtral",
@@ -353,8 +387,8 @@ QWEN_MOE = _llama_like(
         *_attention(),
         # Some blocks have a plain MLP.
         *_mlp(),
-        *_experts("post_attention_layernorm", Experts(), "gate", "shared_expert_gate"),
         *_mlp(path="mlp.shared_expert"),
+        *_experts("post_attention_layernorm", Experts(), "gate", "shared_expert_gate"),
     ),
     writers=(),
     neurons=(),
@@ -393,16 +427,97 @@ MAMBA2 = Family(
     refuses=STATES,
 )
 
+GPT2 = Family(
+    name="gpt2",
+    model_types=("gpt2",),
+    inputs=(
+        Input(("attn.c_attn",), "ln_1"),
+        Input(("attn.c_proj",), None),
+        Input(("mlp.c_fc",), "ln_2"),
+        Input(("mlp.c_proj",), None),
+    ),
+    attention_output="attn.c_proj",
+    attention="attn",
+    writers=("attn.c_proj", "mlp.c_proj"),
+    mlp_output="mlp.c_proj",
+    transposed=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    blocks="transformer.h",
+    embedding="transformer.wte",
+    final_norm="transformer.ln_f",
+    rotary="",
+    base="transformer.",
+    derived=("attn.bias", "attn.masked_bias"),
+    settings={
+        "hidden_size": "n_embd",
+        "intermediate_size": "",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+    },
+    refuses=FUSED,
+)
+GPT_OSS = _llama_like(
+    "gpt_oss",
+    "gpt_oss",
+    inputs=(
+        *_attention(),
+        *_experts("post_attention_layernorm", PACKED, "router", scalable=False),
+    ),
+    writers=(),
+    neurons=(),
+    mlp_output="",
+    experts=PACKED,
+    refuses=ROUTED,
+)
+JAMBA = Family(
+    name="jamba",
+    model_types=("jamba",),
+    inputs=(
+        *_attention(),
+        Input(("mamba.in_proj",), "input_layernorm"),
+        Input(("mamba.x_proj",), None),
+        Input(("mamba.out_proj",), None),
+        *_mlp("pre_ff_layernorm", "feed_forward"),
+        *_experts("pre_ff_layernorm", FEED_FORWARD, "router"),
+    ),
+    attention_output="self_attn.o_proj",
+    experts=FEED_FORWARD,
+    final_norm="model.final_layernorm",
+    rotary="",
+    refuses=STATES,
+)
+QWEN3_NEXT = Family(
+    name="qwen3_next",
+    model_types=("qwen3_next",),
+    inputs=(
+        *_attention(),
+        Input(("linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba"), "input_layernorm"),
+        Input(("linear_attn.out_proj",), None),
+        *_mlp(),
+        *_mlp(path="mlp.shared_expert"),
+        *_experts("post_attention_layernorm", Experts(), "gate", "shared_expert_gate"),
+    ),
+    attention_output="self_attn.o_proj",
+    norm_shift=1.0,
+    experts=Experts(),
+    refuses=STATES,
+)
+
 FAMILIES = (
-    LLAMA, QWEN3, SMOLLM3, GEMMA, OLMO2, PHI3, GPT_NEOX, OPT, FALCON, MIXTRAL, QWEN_MOE, DEEPSEEK, MAMBA2,
+    LLAMA, QWEN3, SMOLLM3, GEMMA, OLMO2, PHI3, GPT_NEOX, OPT, FALCON_TWO_NORMS, FALCON_SERIAL, FALCON, MIXTRAL, QWEN_MOE, DEEPSEEK, MAMBA2, GPT2, GPT_OSS, JAMBA,
+    QWEN3_NEXT,
 )  # fmt: skip
 
 
 def family_of(config: dict[str, Any]) -> Family:
     """The family of a config.json. Raises UserError, with the known ones, if there is none."""
     model_type = config.get("model_type")
-    for family in FAMILIES:
-        if model_type in family.model_types:
+    found = [family for family in FAMILIES if model_type in family.model_types]
+    for family in found:
+        if all(config.get(key) in values for key, values in family.when):
             return family
+    if found:
+        key = next(key for key, values in found[-1].when if config.get(key) not in values)
+        raise UserError(f"models of type {model_type!r} with {key}={config.get(key)} are not known here")
     known = ", ".join(t for family in FAMILIES for t in family.model_types)
     raise UserError(f"model type {model_type!r} is not known here: known are {known}")

@@ -51,7 +51,8 @@ def model_of(settings: dict[str, Any], dtype: torch.dtype) -> Any:
     family = family_of(settings)
     check_settings(settings, family)
     try:
-        config = AutoConfig.for_model(**{k: v for k, v in settings.items() if k not in IGNORED})
+        plain = {k: _plain(v) for k, v in settings.items() if k not in IGNORED}
+        config = AutoConfig.for_model(**plain)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         as_stored(model, family)
@@ -60,6 +61,15 @@ def model_of(settings: dict[str, Any], dtype: torch.dtype) -> Any:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{type(error).__name__}: {reason}") from error
     return model.eval()
+
+
+def _plain(value: Any) -> Any:
+    """A value of a config.json, numbers that JSON does not have in place of what stands for them."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list) else value
 
 
 # What is not taken from a config.json: how weights are stored, which our own readers know, and which code
@@ -81,6 +91,10 @@ POSITIVE = ("rms_norm_eps", "rope_theta")
 def as_stored(model: nn.Module, family: Family) -> None:
     """Give the modules of a model the names and the kinds that its checkpoints have."""
     for layer in model.get_submodule(family.blocks):  # type: ignore[union-attr]
+        for name in family.transposed:
+            conv: Any = layer.get_submodule(name)
+            linear = nn.Linear(conv.nx, conv.nf, device="meta", dtype=conv.weight.dtype)
+            layer.set_submodule(name, linear)
         if family.experts is not None:
             unpack(layer, family.experts)
     if family.head != family.head_module:

@@ -113,6 +113,7 @@ class Block:
             None if twin is None else {name: twin.get_submodule(name) for name in firsts},
             self.threshold,
             data.inputs.shape[:-1].numel(),
+            [shared.linears[0] for shared in inputs if shared.routed],
         )
         with self.attention_once(), collector.hooks():
             originals = None if twin is None else data.batches(_given(data.original))
@@ -121,10 +122,21 @@ class Block:
                     collector.run(_given(twin), next(originals), data.arguments)
                 collector.run(self.module, X, data.arguments)
         self.moments |= collector.means()
+        self._borrow(inputs)
         for first in firsts:
             moments = self.moments[first]
             if moments.above is not None:
                 self.first_seen.setdefault(first, (moments.largest.clone(), moments.above))
+
+    def _borrow(self, inputs: Sequence[Input]) -> None:
+        """Give experts that no token was sent to the largest inputs of the others: a scale that is fixed by
+        them must hold when tokens come."""
+        routed = [shared for shared in inputs if shared.routed]
+        for shared in routed:
+            own = self.moments[shared.linears[0]]
+            if not own.tokens:
+                others = (self.moments[s.linears[0]] for s in routed if s.pattern == shared.pattern)
+                own.largest = torch.stack([moments.largest for moments in others]).amax(0)
 
     @contextmanager
     def attention_once(self) -> Iterator[None]:

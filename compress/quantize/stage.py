@@ -320,7 +320,8 @@ def _drift(walk: Walk, activations: Activations) -> dict[str, float]:
 
 def _tensors(block: Block, prefix: str, quantized: Mapping[str, QTensor]) -> dict[str, Any]:
     """Every tensor of the block under its full name, quantized linears as QTensor."""
-    plain = {f"{prefix}.{name}": p.data for name, p in block.module.named_parameters()}
+    # With buffers that checkpoints hold.
+    plain = {f"{prefix}.{name}": t for name, t in block.module.state_dict().items()}
     return plain | {f"{prefix}.{name}.weight": q for name, q in quantized.items()}
 
 
