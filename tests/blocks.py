@@ -17,7 +17,7 @@ from compress.quantize.scheme import Scheme, Schemes
 from compress.quantize.stage import open_block, round_block
 
 CPU = torch.device("cpu")
-PAIR = replace(LLAMA, name="pair", inputs=(Input(("a", "b"), None),), attention_output=None)
+PAIR = replace(LLAMA, name="pair", inputs=(Input(("a", "b"), None),), attention_output="")
 
 
 class Pair(nn.Module):

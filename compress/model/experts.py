@@ -25,7 +25,11 @@ class Expert(nn.Module):
         super().__init__()
         hidden, inner = sizes
         self.names = names
-        shapes = {names.gate: (hidden, inner), names.up: (hidden, inner), names.down: (inner, hidden)}
+        shapes = {
+            names.gate: (hidden, inner),
+            names.up: (hidden, inner),
+            names.down: (inner, hidden),
+        }
         for name, (columns, rows) in shapes.items():
             self.add_module(name, nn.Linear(columns, rows, bias, dtype=dtype))
 

@@ -174,7 +174,10 @@ def _inputs_in(inputs: tuple[Input, ...], held: frozenset[str]) -> tuple[Input, 
 # Why something does not apply to a family.
 DECODER = "the decode engine has no such blocks: speed is that of transformers"
 GGUF = "its tensors are not named there yet"
-POST_NORMS = {"rotate": "norms behind attention and MLP see single channels", "prune": "norms behind attention and MLP"}
+POST_NORMS = {
+    "rotate": "norms behind attention and MLP see single channels",
+    "prune": "norms behind attention and MLP",
+}
 FUSED = {}
 LAYER_NORMS = {}
 ROUTED = {}
@@ -212,6 +215,7 @@ LLAMA = Family(
     },
 )
 
+
 def _llama_like(name: str, *model_types: str, **changes: Any) -> Family:
     """A family that differs from Llama's in these fields alone; it has no twins."""
     return replace(LLAMA, name=name, model_types=model_types, twins={}, **changes)
@@ -228,7 +232,9 @@ def _mlp(source: str | None = "post_attention_layernorm", path: str = "mlp") -> 
     return Input((gate, up), source), Input((down,), up)
 
 
-def _experts(source: str, names: Experts, *routers: str, scalable: bool = True) -> tuple[Input, Input]:
+def _experts(
+    source: str, names: Experts, *routers: str, scalable: bool = True
+) -> tuple[Input, Input]:
     """Experts behind a norm that their routers read too. scalable: whether what gate and up make scales
     with up"""
     gate, up, down = (
@@ -290,16 +296,14 @@ GPT_NEOX = Family(
     head="embed_out",
     head_module="lm_head",
     rotary="gpt_neox.rotary_emb",
-    derived=("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"),
+    derived=(".attention.bias", ".attention.masked_bias"),
     refuses=FUSED,
 )
 OPT = Family(
     name="opt",
     model_types=("opt",),
     inputs=(
-        Input(
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn_layer_norm"
-        ),
+        Input(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn_layer_norm"),
         Input(("self_attn.out_proj",), "self_attn.v_proj"),
         Input(("fc1",), "final_layer_norm"),
         # ReLU of a scaled number is the scaled ReLU.
@@ -446,7 +450,7 @@ GPT2 = Family(
     final_norm="transformer.ln_f",
     rotary="",
     base="transformer.",
-    derived=("attn.bias", "attn.masked_bias"),
+    derived=(".attn.bias", ".attn.masked_bias"),
     settings={
         "hidden_size": "n_embd",
         "intermediate_size": "",
@@ -518,6 +522,8 @@ def family_of(config: dict[str, Any]) -> Family:
             return family
     if found:
         key = next(key for key, values in found[-1].when if config.get(key) not in values)
-        raise UserError(f"models of type {model_type!r} with {key}={config.get(key)} are not known here")
+        raise UserError(
+            f"models of type {model_type!r} with {key}={config.get(key)} are not known here"
+        )
     known = ", ".join(t for family in FAMILIES for t in family.model_types)
     raise UserError(f"model type {model_type!r} is not known here: known are {known}")

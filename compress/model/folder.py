@@ -24,7 +24,9 @@ from torch import Tensor
 
 from compress.disk import writing
 from compress.errors import UserError
+from compress.model.families import Family, family_of
 from compress.model.gguf_file import SUFFIX, GGUFFile
+from compress.model.stored import Stored, is_plain, places
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -53,6 +55,7 @@ COMPANIONS = (
     KV_CACHE,
     PRUNED,
 )
+MOST_EXPERTS = 2**16
 # Bytes of an element, by the name safetensors gives its type.
 BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
@@ -101,7 +104,11 @@ class ModelFolder:
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise UserError(f"{index} has no weight_map")
-            files = {name: self._inside(index, file) for name, file in weight_map.items()}
+            files = {
+                name: self._inside(index, file)
+                for stored, file in weight_map.items()
+                for name in self._names_of(stored)
+            }
             self._check_index(index, files)
         elif (self.path / SINGLE).is_file():
             single = self.path / SINGLE
@@ -119,10 +126,30 @@ class ModelFolder:
             raise UserError(
                 f"{self.path} holds neither {SINGLE} nor {INDEX}, nor one {SUFFIX} file"
             )
-        files = {name: file for name, file in files.items() if not name.endswith(DERIVED)}
+        derived = DERIVED if self._family is None else (*DERIVED, *self._family.derived)
+        files = {name: file for name, file in files.items() if not name.endswith(derived)}
         if not files:
             raise UserError(f"{self.path} holds no tensors")
         return files
+
+    @cached_property
+    def _family(self) -> Family | None:
+        """None where none is known: whoever needs one says so."""
+        try:
+            return family_of(self.config)
+        except UserError:
+            return None
+
+    @property
+    def _experts(self) -> int:
+        count = self.config.get("num_local_experts", 0)
+        return count if type(count) is int and 0 <= count <= MOST_EXPERTS else 0
+
+    def _names_of(self, stored: str) -> list[str]:
+        """The names of what a file holds under one."""
+        if self._family is None or is_plain(self._family):
+            return [stored]
+        return [name for name, _ in places(self._family, stored, self._experts)]
 
     def _inside(self, index: Path, file: Any) -> Path:
         if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
@@ -199,7 +226,10 @@ class ModelFolder:
 
     def _open(self, file: Path) -> Any:
         if file.suffix != SUFFIX:
-            return open_tensors(file)
+            found = open_tensors(file)
+            if self._family is None or is_plain(self._family):
+                return found
+            return Stored(found, self._family, self._experts)
         return GGUFFile(file, DTYPES.get(self._stated_dtype or ""))
 
     def _checked(self, name: str, read: Any) -> Any:

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from accelerate import init_empty_weights
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compress.errors import UserError

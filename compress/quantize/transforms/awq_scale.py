@@ -53,9 +53,7 @@ class AwqScale:
                 "error_ratio": ratio,
             }
 
-    def search(
-        self, inputs: Sequence[Readers], dtype: torch.dtype
-    ) -> tuple[Tensor, float, float]:
+    def search(self, inputs: Sequence[Readers], dtype: torch.dtype) -> tuple[Tensor, float, float]:
         """The scale with the least output error of all readers of the inputs that one source makes, each
         token counted as often as it is read.
 

@@ -20,6 +20,7 @@ from compress.quantize.rounding import Gptaq, Gptq, Nearest
 from compress.quantize.scheme import Scheme, Schemes
 from compress.quantize.stage import quantize
 from compress.quantize.transforms import AwqClip, AwqScale, Opt
+from compress.quantize.transforms.awq_scale import Readers
 from tests.blocks import quantized_blocks
 
 IN, GROUP = 192, 32
@@ -64,7 +65,7 @@ def test_searches_choose_the_same(both: tuple[Moments, Moments], seed: int) -> N
     generator = torch.Generator().manual_seed(seed)
     readers = [torch.randn(rows, IN, generator=generator) for rows in (24, 8)]
     (s, exponent, ratio), expected = (
-        AwqScale().search(readers, m.H, m.magnitude, SCHEME, BF16) for m in both
+        AwqScale().search([Readers(readers, m, SCHEME)], BF16) for m in both
     )
     assert exponent == expected[1]
     assert exponent > 0, "the case must need scaling, or the test shows nothing"

@@ -7,12 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from calibration.moments import Moments
 from compress.model.families import LLAMA
 from compress.model.folder import ModelFolder
 from compress.model.walk import Walk
 from compress.quantize.scheme import Scheme, Schemes
 from compress.quantize.stage import open_block
 from compress.quantize.transforms import AwqScale
+from compress.quantize.transforms.awq_scale import Readers
 
 SCHEME = Scheme(3, 32)
 
@@ -41,8 +43,9 @@ def test_search_equals_the_textbook() -> None:
     X = torch.randn(50, 96, generator=generator) * torch.randn(96, generator=generator).exp()
     W = torch.randn(6, 96, generator=generator)
     errors = textbook_search(W.double(), X.double(), 8)
-    H = (X.T @ X) / len(X)
-    s, exponent, ratio = AwqScale(grid=8).search([W], H, X.abs().mean(0), SCHEME, torch.bfloat16)
+    magnitude, largest = X.abs().mean(0), X.abs().amax(0)
+    moments = Moments((X.T @ X) / len(X), magnitude, largest, tokens=len(X))
+    s, exponent, ratio = AwqScale(grid=8).search([Readers([W], moments, SCHEME)], torch.bfloat16)
     best = min(range(8), key=errors.__getitem__)
     assert exponent == best / 8
     assert best > 0, "the case must need scaling, or the test shows nothing"
@@ -108,7 +111,7 @@ def test_moments_follow_the_fold(tiny: ModelFolder, tokens: torch.Tensor) -> Non
         block.observe(*LLAMA.inputs)
         name = "mlp.gate_proj"
         W, H = block.weights[name].clone(), block.moments[name].second.clone()
-        block.fold(LLAMA.inputs[2], torch.rand(W.shape[1]) + 0.5)
+        block.fold(LLAMA.inputs[2:3], torch.rand(W.shape[1]) + 0.5)
         assert not torch.allclose(block.weights[name], W)
         expected = ((W @ H) * W).sum()
         got = ((block.weights[name] @ block.moments[name].second) * block.weights[name]).sum()

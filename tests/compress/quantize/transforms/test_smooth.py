@@ -55,8 +55,7 @@ def test_function_is_preserved(
         block.observe(*LLAMA.inputs)
         spread = {
             shared.linears[0]: _spread(block.moments[shared.linears[0]].largest)
-            for shared in LLAMA.inputs
-            if block.can_fold(shared)
+            for (shared,) in block.foldable()
         }
         hidden = block.activations.inputs.double()
         arguments = dict(block.activations.arguments)
