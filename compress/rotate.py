@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from compress.errors import UserError
 from compress.export.shards import ShardWriter
 from compress.hadamard import core_order, hadamard
-from compress.model.families import Family, family_of
+from compress.model.families import Family, check_applies, family_of
 from compress.model.folder import ModelFolder, Shapes, write_json
 from compress.model.walk import Walk
 from compress.progress import track
@@ -100,6 +100,7 @@ def rotated_sizes(source: Shapes, family: Family) -> tuple[int, int]:
     """
     if "quantization_config" in source.config or KEY in source.config:
         raise UserError(f"{source.path} is quantized already: rotate its 16-bit original")
+    check_applies("rotate", source.config)
     heads = source.config.get("num_attention_heads")
     if not isinstance(heads, int):
         raise UserError(f"{source.path}/config.json has no num_attention_heads")

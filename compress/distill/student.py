@@ -67,7 +67,7 @@ class Student(nn.Module):
         whatever is trained, KL at temperature 1, from logits in float32"""
         device, low = tokens.device.type, self.dtype != torch.float32
         with torch.autocast(device, torch.bfloat16, enabled=low):
-            H = self.model.model(input_ids=tokens, use_cache=False).last_hidden_state
+            H = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         weights = Weights() if look else self.weights
         with torch.autocast(device, torch.bfloat16, enabled=low and not look):
             E = self.model.get_output_embeddings().weight

@@ -74,7 +74,7 @@ class LiveTeacher:
 
     @torch.no_grad()
     def states(self, tokens: Tensor) -> States:
-        H = self.model.model(input_ids=tokens, use_cache=False).last_hidden_state
+        H = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         return States(H.flatten(0, 1), self.model.get_output_embeddings().weight)
 
 

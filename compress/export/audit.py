@@ -18,7 +18,7 @@ from torch import Tensor
 from compress.errors import UserError
 from compress.export.formats import FORMATS, Weights
 from compress.kv_cache.folder import is_scale, scheme_of, stated_scheme
-from compress.model.families import family_of
+from compress.model.families import family_of, linears_among
 from compress.model.folder import ModelFolder, file_sha256, read_json, reading, write_json
 from compress.quantize.qtensor import QTensor
 from compress.quantize.record import PARTS, schemes_of
@@ -88,12 +88,7 @@ def unquantized_linears(weights: Weights) -> list[str]:
     """Linears of the decoder blocks that a folder holds in 16 bits, and one of embedding and head if the
     other is quantized."""
     family = family_of(weights.folder.config)
-    suffixes = tuple(f".{name}.weight" for name in family.linears)
-    expected = [
-        name
-        for name in weights.names
-        if name.startswith(f"{family.blocks}.") and name.endswith(suffixes)
-    ]
+    expected = [f"{name}.weight" for name in linears_among(weights.names, family)]
     heads = (family.embedding, family.head)
     if any(name in weights.linears for name in heads):
         expected += [f"{name}.weight" for name in heads if f"{name}.weight" in weights.names]

@@ -25,7 +25,7 @@ from compress.export.gguf_blocks import BLOCKS, LONG, MINIMUM, SHORT
 from compress.export.gguf_metadata import add_metadata, check_model, extra_tensors
 from compress.export.gguf_tokenizer import add_tokenizer, check_tokenizer
 from compress.kv_cache.folder import is_scale
-from compress.model.families import family_of
+from compress.model.families import family_of, linears_among
 from compress.model.folder import ModelFolder, Shapes, write_json
 from compress.model.gguf_file import (
     ARCHITECTURES,
@@ -121,11 +121,11 @@ def fits(model: Shapes, schemes: Schemes | None) -> None:
     if schemes is None:
         return
     family = family_of(model.config)
-    suffixes = tuple(f".{name}.weight" for name in family.linears)
+    linears = set(linears_among(model.names, family))
     for name in model.names:
         base = name.removesuffix(".weight")
         scheme = schemes.head if base in (family.embedding, family.head) else None
-        if base.startswith(f"{family.blocks}.") and name.endswith(suffixes):
+        if base in linears:
             scheme = schemes.of(base)
         if scheme is not None:
             _type_of(base, scheme, model.shape(name)[1])

@@ -20,7 +20,7 @@ from compress.hadamard import core_order
 from compress.kv_cache.folder import SCALES, description, scheme_of
 from compress.kv_cache.scheme import CacheScheme, StateScheme
 from compress.kv_cache.states import static_scale
-from compress.model.families import family_of
+from compress.model.families import check_applies, family_of
 from compress.model.folder import INDEX, KV_CACHE, ModelFolder, Shapes, save_tensors, write_json
 from compress.model.walk import Walk
 from compress.progress import track
@@ -73,16 +73,13 @@ def quantize_cache(
 
 def check(source: Shapes, scheme: CacheScheme) -> None:
     """Raises UserError if the scheme does not fit the model; reads no weights."""
-    family = family_of(source.config)
+    check_applies("kv_cache", source.config)
     if scheme_of(source) is not None:
         raise UserError(f"{source.path} has a quantized cache already: choose its original")
     if "quantization_config" in source.config:
         raise UserError(f"{source.path} is quantized already: choose its original, and both stages")
-    # In a record the linear is stored in parts; their first axis is the same.
-    name = f"{family.blocks}.0.{family.values}"
-    part = "weight" if f"{name}.weight" in source else "codes"
-    channels = source.shape(f"{name}.{part}")[0]
-    head_dim = channels // _kv_heads(source.config)
+    heads = source.config["num_attention_heads"]
+    head_dim = source.config.get("head_dim") or source.config["hidden_size"] // heads
     for key, state in (("keys", scheme.keys), ("values", scheme.values)):
         size = state.group_size if state.per == "token" else None
         if head_dim % (8 // state.bits) or (size is not None and head_dim % size):

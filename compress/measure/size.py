@@ -23,11 +23,10 @@ def measure_size(folder: ModelFolder) -> dict[str, Any]:
     """
     family = family_of(folder.config)
     model = empty_model(folder, folder.dtype)
-    suffixes = tuple(f".{name}" for name in family.linears)
     linears = {
-        name: module.weight.numel()
-        for name, module in model.named_modules()
-        if name.startswith(f"{family.blocks}.") and name.endswith(suffixes)
+        f"{family.blocks}.{number}.{name}": layer.get_parameter(f"{name}.weight").numel()
+        for number, layer in model.get_submodule(family.blocks).named_children()
+        for name in family.linears_in(dict(layer.named_modules()))
     }
     stored = sum(
         folder.nbytes(name)

@@ -35,7 +35,7 @@ class Expert(nn.Module):
 
     def forward(self, x: Tensor, gated: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         gate, up = (self.get_submodule(name)(x) for name in (self.names.gate, self.names.up))
-        return self.get_submodule(self.names.down)(gated(gate, up))  # type: ignore[no-any-return]
+        return self.get_submodule(self.names.down)(gated(gate, up))
 
 
 class ExpertList(nn.ModuleList):
@@ -61,12 +61,13 @@ class ExpertList(nn.ModuleList):
         packed: Any = self._packed
         if self._in_turn:
             rows = torch.stack((gate, up), -1).flatten(-2)
-            return packed._apply_gate(rows)  # type: ignore[no-any-return]
-        return packed.act_fn(gate) * up  # type: ignore[no-any-return]
+            return packed._apply_gate(rows)
+        return packed.act_fn(gate) * up
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         result = torch.zeros_like(x)
-        for number, expert in enumerate(self):
+        for number in range(len(self)):
+            expert = self[number]
             places, ranks = torch.where(index == number)
             if self.every:
                 y = expert(x, self.gated)[places]

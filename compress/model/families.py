@@ -156,14 +156,17 @@ class Family:
         return tuple(name for shared in self.inputs_in(names) for name in shared.linears)
 
 
+def _has_expert(pattern: str, held: frozenset[str], number: int) -> bool:
+    return pattern.format(number) in held
+
+
 @functools.lru_cache(maxsize=256)
 def _inputs_in(inputs: tuple[Input, ...], held: frozenset[str]) -> tuple[Input, ...]:
     found = []
     for shared in inputs:
         if "{}" in shared.linears[0]:
             numbers = itertools.takewhile(
-                lambda number, first=shared.linears[0]: first.format(number) in held,
-                itertools.count(),
+                functools.partial(_has_expert, shared.linears[0], held), itertools.count()
             )
             found += [shared.of_expert(number) for number in numbers]
         elif linears := tuple(name for name in shared.linears if name in held):
@@ -171,17 +174,34 @@ def _inputs_in(inputs: tuple[Input, ...], held: frozenset[str]) -> tuple[Input, 
     return tuple(found)
 
 
-# Why something does not apply to a family.
-DECODER = "the decode engine has no such blocks: speed is that of transformers"
-GGUF = "its tensors are not named there yet"
+# Why stages, and the decode engine (``decoder``), do not apply to a family.
+NO_ENGINE = (
+    "its blocks are not of the form that the decode engine runs: choose transformers or vllm"
+)
+NO_CUT = "which of its parts belong together is not known"
 POST_NORMS = {
-    "rotate": "norms behind attention and MLP see single channels",
-    "prune": "norms behind attention and MLP",
+    "rotate": "the norms behind its attention and MLP weigh single channels of the residual stream",
+    "prune": "the norms behind its attention and MLP weigh what is left of a cut",
+    "decoder": NO_ENGINE,
 }
-FUSED = {}
-LAYER_NORMS = {}
-ROUTED = {}
-STATES = {}
+LAYER_NORMS = {
+    "rotate": "its norms subtract a mean, which a rotation changes",
+    "prune": NO_CUT,
+    "decoder": NO_ENGINE,
+}
+FUSED = LAYER_NORMS | {"rotate": "its queries, keys and values are one linear"}
+ROUTED = {
+    "rotate": "its routers read the residual stream too",
+    "prune": "its MLPs are many, and a router chooses among them",
+    "decoder": NO_ENGINE,
+}
+LATENT = ROUTED | {"kv_cache": "its cache holds latent vectors, not keys and values"}
+RECURRENT = {
+    "rotate": "its blocks are not all attention",
+    "prune": "its blocks are not all attention",
+    "kv_cache": "its blocks are not all attention",
+    "decoder": NO_ENGINE,
+}
 PACKED = Experts(packed=True)
 FEED_FORWARD = Experts("feed_forward", "feed_forward")
 BLOCK_SPARSE = Experts("block_sparse_moe", "mlp", "w1", "w3", "w2")
@@ -254,14 +274,14 @@ GEMMA = _llama_like(
     "gemma3_text",
     inputs=(*_attention(), *_mlp("pre_feedforward_layernorm")),
     norm_shift=1.0,
-    refuses=POST_NORMS | {"decoder": DECODER, "gguf": GGUF},
+    refuses=POST_NORMS,
 )
 # Norms behind attention and MLP alone: these read the residual stream, which nothing may scale.
 OLMO2 = _llama_like(
     "olmo2",
     "olmo2",
     inputs=(*_attention(None), *_mlp(None)),
-    refuses=POST_NORMS | {"decoder": DECODER, "gguf": GGUF},
+    refuses=POST_NORMS,
 )
 PHI3 = Family(
     name="phi3",
@@ -417,7 +437,7 @@ DEEPSEEK = Family(
     ),
     attention_output="self_attn.o_proj",
     experts=Experts(),
-    refuses=ROUTED,
+    refuses=LATENT,
 )
 MAMBA2 = Family(
     name="mamba2",
@@ -428,7 +448,7 @@ MAMBA2 = Family(
     final_norm="backbone.norm_f",
     rotary="",
     settings={"intermediate_size": "", "num_attention_heads": "num_heads"},
-    refuses=STATES,
+    refuses=RECURRENT,
 )
 
 GPT2 = Family(
@@ -488,7 +508,7 @@ JAMBA = Family(
     experts=FEED_FORWARD,
     final_norm="model.final_layernorm",
     rotary="",
-    refuses=STATES,
+    refuses=RECURRENT,
 )
 QWEN3_NEXT = Family(
     name="qwen3_next",
@@ -504,13 +524,28 @@ QWEN3_NEXT = Family(
     attention_output="self_attn.o_proj",
     norm_shift=1.0,
     experts=Experts(),
-    refuses=STATES,
+    refuses=RECURRENT,
 )
 
 FAMILIES = (
-    LLAMA, QWEN3, SMOLLM3, GEMMA, OLMO2, PHI3, GPT_NEOX, OPT, FALCON_TWO_NORMS, FALCON_SERIAL, FALCON, MIXTRAL, QWEN_MOE, DEEPSEEK, MAMBA2, GPT2, GPT_OSS, JAMBA,
-    QWEN3_NEXT,
+    LLAMA, QWEN3, SMOLLM3, GEMMA, OLMO2, PHI3, GPT_NEOX, OPT, GPT2, FALCON_TWO_NORMS, FALCON_SERIAL,
+    FALCON, MIXTRAL, QWEN_MOE, GPT_OSS, DEEPSEEK, MAMBA2, JAMBA, QWEN3_NEXT,
 )  # fmt: skip
+
+
+def linears_among(names: Iterable[str], family: Family) -> list[str]:
+    """The linears of decoder blocks among the tensors of a model, without suffix, in their order."""
+    held: dict[str, list[str]] = {}
+    for name in names:
+        if name.startswith(f"{family.blocks}.") and name.endswith(".weight"):
+            number, _, local = name[len(family.blocks) + 1 : -len(".weight")].partition(".")
+            held.setdefault(number, []).append(local)
+    wanted = {
+        f"{family.blocks}.{number}.{local}"
+        for number, inner in held.items()
+        for local in family.linears_in(inner)
+    }
+    return [base for name in names if (base := name.removesuffix(".weight")) in wanted]
 
 
 def family_of(config: dict[str, Any]) -> Family:
@@ -527,3 +562,13 @@ def family_of(config: dict[str, Any]) -> Family:
         )
     known = ", ".join(t for family in FAMILIES for t in family.model_types)
     raise UserError(f"model type {model_type!r} is not known here: known are {known}")
+
+
+def check_applies(what: str, config: dict[str, Any]) -> Family:
+    """The family of a config.json. Raises UserError if a stage, or the decode engine, is not for it."""
+    family = family_of(config)
+    if what in family.refuses:
+        raise UserError(
+            f"{what} does not apply to models of type {config['model_type']}: {family.refuses[what]}"
+        )
+    return family

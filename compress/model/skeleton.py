@@ -90,7 +90,7 @@ POSITIVE = ("rms_norm_eps", "rope_theta")
 
 def as_stored(model: nn.Module, family: Family) -> None:
     """Give the modules of a model the names and the kinds that its checkpoints have."""
-    for layer in model.get_submodule(family.blocks):  # type: ignore[union-attr]
+    for layer in model.get_submodule(family.blocks).children():
         for name in family.transposed:
             conv: Any = layer.get_submodule(name)
             linear = nn.Linear(conv.nx, conv.nf, device="meta", dtype=conv.weight.dtype)

@@ -32,7 +32,7 @@ class Place:
     start: int | None = None
 
     def taken(self, part: Any) -> Tensor:
-        """The tensor out of what is stored; part: that, or a slice of safetensors, which reads what it must"""
+        """The tensor out of a slice of safetensors, which reads what it must."""
         tensor: Tensor = part[:] if self.number is None else part[self.number]
         if self.start is not None:
             tensor = tensor[..., self.start :: 2]
@@ -88,7 +88,9 @@ class Stored:
     def __init__(self, file: Any, family: Family, experts: int):
         self._file = file
         self._places = {
-            name: place for stored in file.keys() for name, place in places(family, stored, experts)
+            name: place
+            for stored in list(file.keys())
+            for name, place in places(family, stored, experts)
         }
 
     def __enter__(self) -> Stored:

@@ -58,7 +58,7 @@ class Activations:
 def run(module: nn.Module, X: Tensor, arguments: Mapping[str, Any]) -> Tensor:
     """What a block makes of hidden states."""
     found = module(X, **arguments)
-    return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]
+    return found[0] if isinstance(found, tuple) else found
 
 
 class Readable(Protocol):

@@ -284,9 +284,8 @@ def _checkpoint(
         if device is not None and not _runs(shape, shapes.dtype, scheme, device):
             modules[name.removesuffix(".weight")] = math.prod(shape) * shapes.dtype.itemsize
     linears = linear_names(shapes, family)
-    of_mlp = (*family.neurons, family.mlp_output)
-    mlp = [name for name in linears if name.endswith(of_mlp)]
-    attention = [name for name in linears if name not in set(mlp)]
+    attention = [name for name in linears if f".{family.attention}." in name]
+    mlp = [name for name in linears if name not in set(attention)]
     ends = [name for name in (family.embedding, family.head) if f"{name}.weight" in shapes]
     if shapes.tied_head:
         ends = [family.embedding]

@@ -144,7 +144,6 @@ class BlockCut:
                 sums[key] = sums.get(key, 0) + found
             count += x.shape[0]
         linears = {key: self.passage.part(name) for key, name in names.items()}
-        assert family.attention_output is not None
         out = self.passage.part(family.attention_output)
         weights = {key: _with_bias(linear) for key, linear in linears.items()}
         merged = merge_heads(
@@ -168,7 +167,6 @@ class BlockCut:
     def cut_attention(self) -> None:
         """Choose the heads that stay, and refit the linear that reads them."""
         family, old, new = self.family, self.anatomy.shape, self.shape
-        assert family.attention_output is not None
         out = self.passage.part(family.attention_output)
         ours, device = self.passage.attended(), self.passage.device
         found = Regression.zeros(ours.shape[-1], out.weight.shape[0], device)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import UserError
-from compress.model.families import Family, Twin
+from compress.model.families import Family, Twin, check_applies
 from compress.model.folder import Shapes
 
 # Keys of config.json.
@@ -130,6 +130,7 @@ def anatomy(source: Shapes, family: Family) -> Anatomy:
     Raises UserError if the config lacks a size, or a tensor has dimensions that its config does not explain.
     """
     config = source.config
+    check_applies("prune", config)
     for axis, key in KEYS.items():
         if not isinstance(config.get(key), int) and axis != "kv_heads":
             raise UserError(f"{source.path}/config.json has no {key}")

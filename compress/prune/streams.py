@@ -117,7 +117,6 @@ class Passage:
 
     @property
     def _output_name(self) -> str:
-        assert self.family.attention_output is not None
         return self.family.attention_output
 
     def attended(self) -> Tensor:

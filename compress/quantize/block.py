@@ -183,9 +183,12 @@ class Block:
     def place(self, name: str, W: Tensor) -> None:
         """Let the module compute with this weight, rounded to the model's dtype."""
         part, W, before = self.part(name), W.to(self.dtype), self.linears.index
-        if self._attended and not torch.equal(part.weight, W):
-            if before(name) < before(self.family.attention_output):
-                self._attended = []
+        if (
+            self._attended
+            and not torch.equal(part.weight, W)
+            and before(name) < before(self.family.attention_output)
+        ):
+            self._attended = []
         part.weight.data = W
 
     def foldable(self) -> list[tuple[Input, ...]]:

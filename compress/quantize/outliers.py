@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.model.families import Family
 from compress.quantize.block import Block
 from compress.quantize.qtensor import QTensor
 
@@ -24,17 +23,18 @@ LAYERS, POSITIONS = 0.25, 0.06
 class Outliers:
     """Gathers what the blocks report, in their order. threshold: least |x| of an outlier"""
 
-    family: Family
     threshold: float
     _layers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     # Share of positions at which each column reaches the threshold, a row a layer.
     _shares: dict[str, list[Tensor]] = field(default_factory=dict)
+    _readers: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, block: Block, quantized: Mapping[str, QTensor]) -> None:
         """Add a block that was rounded."""
         for shared in block.inputs:
             first = shared.linears[0]
             (largest, above), q = block.first_seen[first], quantized[first]
+            self._readers.setdefault(first, list(shared.linears))
             self._shares.setdefault(first, []).append(above.cpu())
             layer = {
                 "columns": int((above > 0).sum()),
@@ -49,11 +49,12 @@ class Outliers:
 
     def position(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What was added so far, as JSON and tensors."""
-        return self._layers, {first: torch.stack(rows) for first, rows in self._shares.items()}
+        facts = {"layers": self._layers, "readers": self._readers}
+        return facts, {first: torch.stack(rows) for first, rows in self._shares.items()}
 
-    def go_on(self, layers: dict[str, Any], shares: dict[str, Tensor]) -> None:
+    def go_on(self, facts: dict[str, Any], shares: dict[str, Tensor]) -> None:
         """Go on from the position of another."""
-        self._layers = layers
+        self._layers, self._readers = facts["layers"], facts["readers"]
         self._shares = {first: list(rows) for first, rows in shares.items()}
 
     def report(self) -> dict[str, Any]:
@@ -61,7 +62,7 @@ class Outliers:
         that reached the threshold, the share of ``values`` that did, and the ``largest`` |x|, all before any
         transform; how many columns are ``kept`` in 16 bits, or would have been at some calibration token if
         that is found while it runs, after the transforms; and its outlier ``features``."""
-        readers = {shared.linears[0]: shared.linears for shared in self.family.inputs}
+        readers = self._readers
         above = {
             first: sum(layer["columns"] > 0 for layer in layers)
             for first, layers in self._layers.items()
@@ -73,7 +74,7 @@ class Outliers:
             "linears_above": sum(len(readers[first]) * count for first, count in above.items()),
             "inputs": {
                 first: {
-                    "readers": list(readers[first]),
+                    "readers": readers[first],
                     "width": len(self._shares[first][0]),
                     "layers": layers,
                     "features": features(torch.stack(self._shares[first])),

@@ -234,7 +234,7 @@ class Student:
     def _states(self, rows: Tensor) -> Tensor:
         for part in self.parts:
             part.place()
-        found = self.model.model(input_ids=self.goal.tokens[rows], use_cache=False)
+        found = self.model.base_model(input_ids=self.goal.tokens[rows], use_cache=False)
         return cast(Tensor, found.last_hidden_state)
 
     def _divergence(self, rows: Tensor, H: Tensor) -> tuple[float, Tensor]:
@@ -280,7 +280,8 @@ def _share(step: int, steps: int) -> float:
 @torch.no_grad()
 def _final_states(model: Any, tokens: Tensor, states: States) -> Tensor:
     parts = (
-        model.model(input_ids=row.unsqueeze(0), use_cache=False).last_hidden_state for row in tokens
+        model.base_model(input_ids=row.unsqueeze(0), use_cache=False).last_hidden_state
+        for row in tokens
     )
     return states.joined(parts, len(tokens))
 

@@ -146,11 +146,15 @@ def budget(source: Shapes, search: Search, schemes: Schemes) -> Budget:
 
 def fused_groups(source: Shapes, family: Family, schemes: Schemes) -> list[Group]:
     """The fused groups of every block in the order in which they run. ``schemes`` are settled."""
-    present, found = set(linear_names(source, family)), []
-    for index in range(int(source.config["num_hidden_layers"])):
-        for shared in family.inputs:
+    blocks: dict[int, list[str]] = {}
+    for name in linear_names(source, family):
+        number, _, local = name.removeprefix(f"{family.blocks}.").partition(".")
+        blocks.setdefault(int(number), []).append(local)
+    found = []
+    for index, held in sorted(blocks.items()):
+        for shared in family.inputs_in(held):
             names = [f"{family.blocks}.{index}.{name}" for name in shared.linears]
-            shapes = {n: source.shape(f"{n}.weight") for n in names if n in present}
+            shapes = {n: source.shape(f"{n}.weight") for n in names}
             found.append(
                 Group(
                     index,

@@ -189,17 +189,18 @@ def _whole(walk: Walk) -> Iterator[_Original]:
     """
     family, folder, model = walk.family, walk.folder, walk.model
     head = folder.tensor(f"{family.embedding if folder.tied_head else family.head}.weight")
-    name = f"{family.final_norm}.weight"
-    assign(model, name, folder.tensor(name).to(device=walk.device, dtype=folder.dtype))
+    for name in folder.names:
+        if name.startswith(f"{family.final_norm}."):
+            assign(model, name, folder.tensor(name).to(device=walk.device, dtype=folder.dtype))
     assert walk.hidden is not None
     walk.hidden = walk.enter(0).copy(walk.hidden, torch.float32)
     with ExitStack() as stack:
         for index in range(len(walk)):
             layer = stack.enter_context(walk.open(index))
-            for linear in family.linears:
-                module = layer.get_submodule(linear)
-                narrow = partial(_narrow, folder.dtype)
-                stack.callback(module.register_forward_pre_hook(narrow).remove)
+            for module in layer.modules():
+                if isinstance(module, nn.Linear):
+                    narrow = partial(_narrow, folder.dtype)
+                    stack.callback(module.register_forward_pre_hook(narrow).remove)
         head = head.to(folder.dtype).to(device=walk.device, dtype=torch.float32)
         yield _Original(walk, model.get_submodule(family.final_norm), head)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import UserError
-from compress.model.families import Family, family_of
+from compress.model.families import Family, family_of, linears_among
 from compress.model.folder import ModelFolder, Shapes
 from compress.model.skeleton import finite
 from compress.model.tensor_file import rows_of
@@ -69,7 +69,7 @@ def quantize(  # noqa: PLR0913
     schemes = settle(source, family, schemes)
     inputs, outliers = schemes.linears.inputs, None
     if tokens is not None and inputs is not None:
-        outliers = Outliers(family, inputs.threshold)
+        outliers = Outliers(inputs.threshold)
     walk = Walk(source, family, device, spill=spill)
     original = any(method.needs_original for method in roundings)
     assert tokens is not None or not needs_data(schemes, transforms, roundings), (
@@ -238,21 +238,7 @@ def _resolve_head(
 
 def linear_names(source: Shapes, family: Family) -> list[str]:
     """Full names of the linears of the decoder blocks, without suffix, in file order."""
-    held: dict[str, list[str]] = {}
-    for name in source.names:
-        if name.startswith(f"{family.blocks}.") and name.endswith(".weight"):
-            number, _, local = name[len(family.blocks) + 1 : -len(".weight")].partition(".")
-            held.setdefault(number, []).append(local)
-    return [
-        f"{family.blocks}.{number}.{local}"
-        for number, names in held.items()
-        for local in _among(names, family.linears_in(names))
-    ]
-
-
-def _among(names: list[str], wanted: tuple[str, ...]) -> list[str]:
-    chosen = set(wanted)
-    return [name for name in names if name in chosen]
+    return linears_among(source.names, family)
 
 
 def _head_shapes(source: Shapes, family: Family) -> dict[str, tuple[int, int]]:
@@ -268,7 +254,7 @@ def open_block(
     """A block with float32 working copies of its linears."""
     held = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
     weights = {
-        name: module.get_submodule(name).weight.detach().to(torch.float32, copy=True)
+        name: module.get_parameter(f"{name}.weight").detach().to(torch.float32, copy=True)
         for name in family.linears_in(held)
     }
     own = {name: schemes.of(f"{prefix}.{name}") for name in weights}

@@ -14,7 +14,7 @@ from torch.nn.functional import embedding
 from compress.errors import UserError
 from compress.kernels.fusion import Fusion
 from compress.kv_cache.cache import sliding_windows
-from compress.model.families import Family, family_of
+from compress.model.families import Family, check_applies
 from compress.model.folder import Shapes
 from compress.model.skeleton import model_of
 from compress.quantize.qtensor import QTensor, stack
@@ -107,7 +107,7 @@ def build(source: Source, device: torch.device) -> tuple[Network, dict[str, int]
 
     Raises UserError for a model whose blocks are not of this form.
     """
-    family = family_of(source.folder.config)
+    family = check_applies("decoder", source.folder.config)
     try:
         model = model_of(source.folder.config, source.folder.dtype)
     except ValueError as error:
@@ -159,7 +159,6 @@ def _block(builder: Builder, family: Family, block: str, eps: float) -> Block:
         full = None if norm is None or norm in family.linears else f"{block}.{norm}"
         return builder.linear([f"{block}.{name}" for name in names], full, eps=eps, gated=gated)
 
-    assert family.attention_output is not None
     return Block(
         qkv=linear((family.queries, family.keys, family.values)),
         attention_output=linear((family.attention_output,)),
