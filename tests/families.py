@@ -120,7 +120,9 @@ def random_model(kind: str, dtype: torch.dtype = torch.float32) -> Any:
     return model
 
 
-def written_model(kind: str, path: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, ModelFolder]:
+def written_model(
+    kind: str, path: Path, dtype: torch.dtype = torch.float32
+) -> tuple[Any, ModelFolder]:
     """Such a model, and a folder of it as transformers writes it."""
     model = random_model(kind, dtype)
     model.save_pretrained(path)

@@ -456,7 +456,8 @@ GPT2 = Family(
     model_types=("gpt2",),
     inputs=(
         Input(("attn.c_attn",), "ln_1"),
-        Input(("attn.c_proj",), None),
+        # The last of what c_attn makes are the values.
+        Input(("attn.c_proj",), "attn.c_attn"),
         Input(("mlp.c_fc",), "ln_2"),
         Input(("mlp.c_proj",), None),
     ),
@@ -551,7 +552,11 @@ def linears_among(names: Iterable[str], family: Family) -> list[str]:
 def family_of(config: dict[str, Any]) -> Family:
     """The family of a config.json. Raises UserError, with the known ones, if there is none."""
     model_type = config.get("model_type")
-    found = [family for family in FAMILIES if model_type in family.model_types]
+    # Here, not above: what reads files knows of families.
+    from compress.model.added import added
+
+    families = [*FAMILIES, *added()]
+    found = [family for family in families if model_type in family.model_types]
     for family in found:
         if all(config.get(key) in values for key, values in family.when):
             return family
@@ -560,7 +565,7 @@ def family_of(config: dict[str, Any]) -> Family:
         raise UserError(
             f"models of type {model_type!r} with {key}={config.get(key)} are not known here"
         )
-    known = ", ".join(t for family in FAMILIES for t in family.model_types)
+    known = ", ".join(dict.fromkeys(t for family in families for t in family.model_types))
     raise UserError(f"model type {model_type!r} is not known here: known are {known}")
 
 

@@ -47,15 +47,21 @@ def empty_model(folder: ModelFolder, dtype: torch.dtype) -> Any:
 
 def model_of(settings: dict[str, Any], dtype: torch.dtype) -> Any:
     """The same of a config.json by itself. Raises ValueError for one that does not fit."""
-    settle_vector_math()
     family = family_of(settings)
     check_settings(settings, family)
+    model = bare_model(settings, dtype)
+    as_stored(model, family)
+    return model
+
+
+def bare_model(settings: dict[str, Any], dtype: torch.dtype) -> Any:
+    """The same of any type, as transformers builds it. Raises ValueError as ``model_of`` does."""
+    settle_vector_math()
     try:
         plain = {k: _plain(v) for k, v in settings.items() if k not in IGNORED}
         config = AutoConfig.for_model(**plain)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        as_stored(model, family)
     except Exception as error:
         # Whatever the library raises while it takes in a config is for want of a check there.
         reason = str(error).strip().partition("\n")[0]
@@ -92,9 +98,7 @@ def as_stored(model: nn.Module, family: Family) -> None:
     """Give the modules of a model the names and the kinds that its checkpoints have."""
     for layer in model.get_submodule(family.blocks).children():
         for name in family.transposed:
-            conv: Any = layer.get_submodule(name)
-            linear = nn.Linear(conv.nx, conv.nf, device="meta", dtype=conv.weight.dtype)
-            layer.set_submodule(name, linear)
+            layer.set_submodule(name, as_linear(layer.get_submodule(name)))
         if family.experts is not None:
             unpack(layer, family.experts)
     if family.head != family.head_module:
@@ -102,6 +106,11 @@ def as_stored(model: nn.Module, family: Family) -> None:
         delattr(model, family.head_module)
         model.add_module(family.head, head)
         object.__setattr__(model, family.head_module, head)
+
+
+def as_linear(conv: Any) -> nn.Linear:
+    """A linear without weights in place of transformers' Conv1D, whose weight lies the other way."""
+    return nn.Linear(conv.nx, conv.nf, device="meta", dtype=conv.weight.dtype)
 
 
 def check_settings(settings: Mapping[str, Any], family: Family) -> None:

@@ -132,7 +132,7 @@ class Walk:
             del table
         decoder = model.get_submodule(path)
         _buffers_to(decoder, self.device)
-        notes = [_NoteTaker(layer, family.tuples) for layer in self.layers]
+        notes = [NoteTaker(layer, family.tuples) for layer in self.layers]
         norm = model.get_submodule(family.final_norm)
         model.set_submodule(family.blocks, nn.ModuleList(notes))
         model.set_submodule(family.final_norm, nn.Identity())
@@ -245,7 +245,7 @@ def _to_meta(module: nn.Module) -> None:
                 owner._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
-class _NoteTaker(nn.Module):
+class NoteTaker(nn.Module):
     """Stands in for a block: notes how it was called last and lets the hidden states pass.
 
     tuples: whether blocks of the family return their hidden states as the first of several
@@ -254,6 +254,7 @@ class _NoteTaker(nn.Module):
     def __init__(self, layer: nn.Module, tuples: bool) -> None:
         super().__init__()
         self.arguments: dict[str, Any] = {}
+        self.called = False
         self._layer, self._tuples = [layer], tuples
 
     def __getattr__(self, name: str) -> Any:
@@ -264,5 +265,5 @@ class _NoteTaker(nn.Module):
             return getattr(self._layer[0], name)
 
     def forward(self, hidden_states: Tensor, *_: Any, **arguments: Any) -> Any:
-        self.arguments = arguments
+        self.arguments, self.called = arguments, True
         return (hidden_states, None) if self._tuples else hidden_states

@@ -82,9 +82,7 @@ def test_quantized_and_exported(made: Any, tokens: Tensor, tmp_path: Path) -> No
         roundings=[Nearest()], **words,
     )  # fmt: skip
     assert len(first["blocks"]) == len(model.get_submodule(family_of(folder.config).blocks))
-    quantize(
-        folder, tmp_path / "record", schemes=EIGHT, transforms=[], roundings=[Gptq()], **words
-    )
+    quantize(folder, tmp_path / "record", schemes=EIGHT, transforms=[], roundings=[Gptq()], **words)
     record = ModelFolder(tmp_path / "record")
     # A router that is nearly undecided sends a token elsewhere after the least change.
     routed = family_of(folder.config).experts is not None

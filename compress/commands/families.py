@@ -1,0 +1,75 @@
+"""``compress families``: the architectures that are known, and what of this applies to each."""
+
+from __future__ import annotations
+
+import argparse
+
+from compress.commands.words import plain
+from compress.errors import UserError
+from compress.model.added import added, families_dir, write_family
+from compress.model.check import check_model
+from compress.model.families import FAMILIES, Family
+from compress.model.folder import ModelFolder
+from compress.model.sources import resolve_model
+from compress.report.table import markdown
+
+# What may not apply to a family; all else does.
+STAGES = ("rotate", "prune", "kv_cache", "decoder")
+
+
+def main(words: list[str]) -> int:
+    """Prints the families; with --probe what a model of an unknown type is made of, found by running its
+    blocks, and with --add files that, so that runs know the type from then on."""
+    parser = argparse.ArgumentParser("compress families", description=plain(__doc__))
+    parser.add_argument(
+        "--probe", metavar="FOLDER", help="a model that transformers runs: a folder, or owner/name"
+    )
+    parser.add_argument(
+        "--add", action="store_true", help=f"file what was found in {families_dir()}"
+    )
+    asked = parser.parse_args(words)
+    if asked.probe is None:
+        if asked.add:
+            raise UserError("--add files what --probe finds: give --probe FOLDER")
+        print(known([*FAMILIES, *added()]))
+        return 0
+    # Here, not above: it loads transformers.
+    from compress.quantize.probe import probe
+
+    folder = ModelFolder(resolve_model(asked.probe, None))
+    family = probe(folder)
+    print(told(family))
+    if asked.add:
+        file = families_dir() / f"{family.name}.json"
+        write_family(file, family)
+        try:
+            check_model(folder, folder.names, plain=True)
+        except UserError:
+            file.unlink()
+            raise
+        print(f"filed as {file}")
+    return 0
+
+
+def known(families: list[Family]) -> str:
+    """A table: model types, and for each stage that may not apply, why not."""
+    rows = [["model types", *STAGES]]
+    for family in families:
+        types = ", ".join(family.model_types)
+        when = ", ".join(f"{key}={values[0]}" for key, values in family.when)
+        reasons = [family.refuses.get(stage, "yes") for stage in STAGES]
+        rows.append([f"{types} ({when})" if when else types, *reasons])
+    return markdown(rows)
+
+
+def told(family: Family) -> str:
+    """What was found, a line an input."""
+    lines = [
+        f"{family.name}: blocks {family.blocks}, embedding {family.embedding}, final norm "
+        f"{family.final_norm}, head {family.head}"
+    ]
+    for shared in family.inputs:
+        source = "nothing takes a scale" if shared.source is None else f"made by {shared.source}"
+        others = f", read too by {', '.join(shared.others)}" if shared.others else ""
+        lines.append(f"  {', '.join(shared.linears)}: {source}{others}")
+    return "\n".join(lines)
