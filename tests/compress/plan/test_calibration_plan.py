@@ -30,8 +30,8 @@ def test_a_large_vocabulary_passes_in_rows_unless_it_is_quantized() -> None:
     assert export.bytes == code + table
     assert export.what == "its largest matrix"
     rounded, _ = planned("smollm2-135m", "recipe=rtn-int4", "scheme.symmetric=true", "head=int8")
-    assert rounded.bytes == code + 3.5 * table
-    assert rounded.what == "embedding or head, checked and rounded"
+    assert rounded.bytes == code + 2 * table
+    assert rounded.what == "embedding or head and its codes"
 
 
 def test_an_export_holds_a_tensor_and_not_a_file() -> None:
