@@ -49,6 +49,10 @@ UNNAMED = re.compile(
 )
 
 
+class JobError(Exception):
+    """A job broke, by its cause: no mistake of a person, and nothing of Hydra's own."""
+
+
 def main() -> None:
     """Entry of ``compress`` and ``python -m compress``; of each process, where a launcher starts several."""
     # As Ctrl-C: what is unfinished is cleared away, child processes are ended.
@@ -131,9 +135,9 @@ def run_recipes(words: list[str]) -> int:
             then = f"; {goes_on}" if isinstance(error, DiskError) else ""
             print(f"compress: {one_line(error)}{then}", file=sys.stderr)
             sys.exit(USER_ERROR)
-        except Exception:
-            traceback.print_exc()
-            sys.exit(1)
+        except Exception as error:
+            # In a sweep the others have their turn first.
+            raise JobError from error
         except KeyboardInterrupt as stop:
             stop.add_note(goes_on)
             raise
@@ -141,7 +145,11 @@ def run_recipes(words: list[str]) -> int:
     sys.argv = [sys.argv[0], *words]
     named = dict(word.split("=", 1) for word in words if word.startswith("hydra.") and "=" in word)
     place = named.get("hydra.sweep.dir" if asked.multirun else "hydra.run.dir", "outputs")
-    _through_hydra(task, Path(place.strip("'")))
+    try:
+        _through_hydra(task, Path(place.strip("'")))
+    except JobError as broken:
+        traceback.print_exception(broken.__cause__)
+        return 1
     code = 0
     if finished:
         from compress.report.terminal import comparison, terminal_width
@@ -158,7 +166,7 @@ def run_recipes(words: list[str]) -> int:
 
 
 def _through_hydra(task: Callable[[DictConfig], None], place: Path) -> None:
-    """Have Hydra call the task, which raises no errors of its own, for each job. Raises UserError where Hydra
+    """Have Hydra call the task, which raises JobError or nothing, for each job. Raises UserError where Hydra
     cannot write its own files, the settings of a job and its log, in a folder of ``place``."""
     # It would print its errors itself.
     os.environ["HYDRA_FULL_ERROR"] = "1"

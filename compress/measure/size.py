@@ -8,7 +8,7 @@ from typing import Any
 
 from compress.export.formats import FORMATS, Weights
 from compress.model.families import Family, family_of
-from compress.model.folder import ModelFolder, open_tensors
+from compress.model.folder import ModelFolder, open_tensors, reading
 from compress.model.skeleton import empty_model
 
 
@@ -19,7 +19,8 @@ def measure_size(folder: ModelFolder) -> dict[str, Any]:
     points, shapes) over their weights; bits_file: all weight files over all parameters, a tied head
     counted once.
     """
-    family = family_of(folder.config)
+    with reading(folder.path):
+        family = family_of(folder.config)
     model = empty_model(folder, folder.dtype)
     suffixes = tuple(f".{name}" for name in family.linears)
     linears = {

@@ -364,11 +364,18 @@ STUMBLES = (
 @contextlib.contextmanager
 def reading(place: Path | str) -> Iterator[None]:
     """For code that takes in what a file says: whatever it stumbles over is the file's fault, so it becomes a
-    UserError that names the file."""
+    UserError that names the file, and one that does not name it is given its name.
+
+    place: the path, and what in it after a colon
+    """
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):
+    except torch.OutOfMemoryError:
         raise
+    except UserError as error:
+        if str(place).partition(": ")[0] in str(error):
+            raise
+        raise UserError(f"{place}: {error}") from error
     except STUMBLES as error:
         reason = str(error).partition("\n")[0]
         raise UserError(

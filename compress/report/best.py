@@ -108,8 +108,9 @@ def _equal(first: Row, second: Row) -> bool:
     if _losses(first).keys() != _losses(second).keys() or not all(f.is_file() for f in files):
         return False
     texts = [text for text, *_ in _losses(first)]
-    with reading(f"{files[0]}, beside {files[1]}"):
-        return all(difference(*(_figures(file, text) for file in files)).equal for text in texts)
+    pairs = [[_figures(file, text) for file in files] for text in texts]
+    with reading(files[1]):
+        return all(difference(*pair).equal for pair in pairs)
 
 
 # The second of a pair is the first of the next.
@@ -122,7 +123,8 @@ def _kept(file: Path) -> dict[str, Tensor]:
 
 def _figures(file: Path, text: str) -> dict[str, Sequence[Tensor]]:
     kept = _kept(file)
-    return {key: list(kept[f"{text}.{key}"]) for key in ("nll", "kl")}
+    with reading(file):
+        return {key: list(kept[f"{text}.{key}"]) for key in ("nll", "kl")}
 
 
 def _bytes(row: Row) -> int:

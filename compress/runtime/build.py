@@ -15,7 +15,7 @@ from compress.errors import UserError
 from compress.kernels.fusion import Fusion
 from compress.kv_cache.cache import sliding_windows
 from compress.model.families import Family, family_of
-from compress.model.folder import Shapes
+from compress.model.folder import Shapes, reading
 from compress.model.skeleton import check_tensor, model_of
 from compress.quantize.qtensor import QTensor, stack
 from compress.runtime.embedding import packed_embedding
@@ -88,7 +88,8 @@ class Builder:
         missing = [name for name in names if name not in self.source.folder]
         if missing:
             raise UserError(
-                f"{missing[0]} is missing: biases of linears that are read together go together"
+                f"{self.source.folder.path} holds no tensor {missing[0]}: biases of linears that are read "
+                "together go together"
             )
         return torch.cat([self.tensor(name) for name in names])
 
@@ -115,7 +116,8 @@ def build(source: Source, device: torch.device) -> tuple[Network, dict[str, int]
 
     Raises UserError for a model whose blocks are not of this form.
     """
-    family = family_of(source.folder.config)
+    with reading(source.folder.path):
+        family = family_of(source.folder.config)
     try:
         model = model_of(source.folder.config, source.folder.dtype)
     except ValueError as error:
@@ -124,11 +126,13 @@ def build(source: Source, device: torch.device) -> tuple[Network, dict[str, int]
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in GROWING:
         raise UserError(
-            f"rope_type={rope!r} is not run by the decode engine: its angles depend on the text's length"
+            f"{source.folder.path}: rope_type={rope!r} is not run by the decode engine: its angles depend on "
+            "the text's length"
         )
     if config.hidden_act != ACTIVATION:
         raise UserError(
-            f"hidden_act={config.hidden_act!r} is not run by the decode engine: it knows {ACTIVATION}"
+            f"{source.folder.path}: hidden_act={config.hidden_act!r} is not run by the decode engine: it "
+            f"knows {ACTIVATION}"
         )
     builder = Builder(source, model, device)
     eps = config.rms_norm_eps
