@@ -202,9 +202,10 @@ class ModelFolder:
         return self._file_of[name]
 
     def place_of(self, name: str) -> Path:
-        """For a sentence about a weight: its file, or that of a part of it; the folder if it has none."""
-        module = name.rpartition(".")[0]
-        parts = (file for held, file in self._file_of.items() if held.rpartition(".")[0] == module)
+        """For a sentence about a tensor, or a linear: its file, or that of a part of it; the folder if it has
+        none."""
+        modules = (name, name.rpartition(".")[0])
+        parts = (file for held, file in self._file_of.items() if held.rpartition(".")[0] in modules)
         return self._file_of.get(name) or next(parts, self.path)
 
     def _open(self, file: Path) -> Any:

@@ -36,7 +36,8 @@ KEPT = 2 * 2**25
 # Tokens that run at once, as ``model.walk.Walk`` has it.
 AT_ONCE = 4096
 HALF, SINGLE, DOUBLE = 2, 4, 8
-# float64 squares of K that factoring and inverting one holds at a time; with the original's inputs too.
+# float64 squares of K that factoring and inverting one holds at a time: two, and where inputs are dead a copy
+# of H in float32; with the original's inputs too, more.
 SQUARES, SQUARES_WITH_ORIGINAL = 2.5, 6
 # Bytes a second that the export is taken to read, and to write: a disk's, not measured.
 DISK = 1e9

@@ -242,8 +242,8 @@ def test_a_broken_job_keeps_its_traceback_and_lets_the_others_run(
 
     monkeypatch.setattr(pipeline, "run_recipe", run_recipe)
     words = [w for w in words_of(tiny, tmp_path) if not w.startswith(("hydra", "scheme"))]
-    sweep = ["-m", "scheme.group_size=32,64", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
-    assert _code([*words, *sweep]) == 1
+    sweep = ["scheme.group_size=32,64", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    assert _code(["-m", *words, *sweep]) == 1
     assert len(ran) == 2
     said = capsys.readouterr().err
     assert "Traceback" in said

@@ -32,7 +32,7 @@ Read = Callable[[ModelFolder, Path, Tensor], Any]
 READERS: dict[str, Read] = {
     "rotate": lambda folder, target, _: rotate(folder, target),
     "prune": lambda folder, target, tokens: prune(
-        folder, target, Prune(layers=2, axes=["layers"]), tokens=tokens, device=CPU
+        folder, target, Prune(layers=2), tokens=tokens, device=CPU
     ),
     "kv_cache": lambda folder, target, _: quantize_cache(
         folder, target, CacheScheme(StateScheme(), StateScheme()), tokens=None, device=CPU
@@ -84,7 +84,7 @@ def test_shapes_of_an_export_are_named(
     tiny: ModelFolder, tmp_path: Path, reader: Any, name: str, part: str
 ) -> None:
     """Fewer rows than the config asks for, though the file by itself is whole."""
-    folder = exported(tiny, Scheme(4, 32), tmp_path)
+    folder = exported(tiny, Scheme(4, 32, True), tmp_path)
     base = part.removesuffix("_packed")
     path = changed(folder, tmp_path / "odd", part, lambda t: t[:64].clone())
     if part != name:

@@ -58,7 +58,7 @@ def test_factoring_in_float64_grows_with_the_widest_input() -> None:
     gptq, _ = planned("llama-2-13b", "recipe=gptq-int4")
     awq, _ = planned("llama-2-13b", "recipe=awq-int4")
     assert gptq.what == "factoring second moments"
-    assert gptq.bytes > 6 * 8 * 13824**2
+    assert gptq.bytes > 2.5 * 8 * 13824**2
     assert awq.bytes < gptq.bytes
     # More text is more states between two blocks, and more work, but no more of anything else.
     more, _ = planned("llama-2-13b", "recipe=gptq-int4", "data.sequences=128")
