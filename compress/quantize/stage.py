@@ -330,7 +330,7 @@ def _copy_rest(
     if schemes.head is not None:
         for name in _head_shapes(source, family):
             W = finite(source, f"{name}.weight", source.tensor(f"{name}.weight").to(source.dtype))
-            q, report[name] = quantize_rows(name, W, schemes.head, device)
+            q, report[name] = quantize_rows(W, schemes.head, device)
             log.info("%s: relative error %.2e", name, report[name]["relative_error"])
             writer.add(f"{name}.safetensors", {f"{name}.weight": q})
         # Some files of tied models hold the shared matrix twice: here it is one.

@@ -20,7 +20,9 @@ from compress.measure.size import measure_size
 from compress.model.folder import INDEX, SINGLE, ModelFolder, write_json
 from compress.prune.knobs import Prune
 from compress.prune.stage import prune
-from compress.quantize.scheme import Scheme
+from compress.quantize.rounding import Nearest
+from compress.quantize.scheme import Scheme, Schemes
+from compress.quantize.stage import quantize
 from compress.rotate import rotate
 from compress.runtime.build import build
 from compress.runtime.load import load_dense, load_packed
@@ -30,6 +32,15 @@ CPU = torch.device("cpu")
 Read = Callable[[ModelFolder, Path, Tensor], Any]
 
 READERS: dict[str, Read] = {
+    "quantize": lambda folder, target, _: quantize(
+        folder,
+        target,
+        tokens=None,
+        schemes=Schemes(Scheme(4, 32), head=Scheme(8, 32)),
+        transforms=[],
+        roundings=[Nearest()],
+        device=CPU,
+    ),
     "rotate": lambda folder, target, _: rotate(folder, target),
     "prune": lambda folder, target, tokens: prune(
         folder, target, Prune(layers=2), tokens=tokens, device=CPU
