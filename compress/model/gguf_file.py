@@ -195,10 +195,8 @@ def _header(path: Path, changed: int) -> tuple[dict[str, Entry], dict[str, Any]]
         known = ", ".join(sorted(set(ARCHITECTURES.values())))
         raise UserError(f"{path} is of architecture {architecture!r}, read here are {known}")
     shared = config.get(f"{architecture}.{TURNED['attn_k']}", count)
-    if not all(type(heads) is int and heads > 0 for heads in (count, shared)):
-        raise UserError(
-            f"{path} has heads {count}, {shared}: read here is one number for all layers"
-        )
+    if not all(type(heads) is int for heads in (count, shared)):
+        raise UserError(f"{path} has a number of heads for each layer, read here is one for all")
     numbers = {
         "general.architecture": architecture,
         TURNED["attn_q"]: count,

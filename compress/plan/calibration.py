@@ -37,8 +37,8 @@ KEPT = 2 * 2**25
 AT_ONCE = 4096
 HALF, SINGLE, DOUBLE = 2, 4, 8
 # float64 squares of K that factoring and inverting one holds at a time: two, and where inputs are dead a copy
-# of H in float32; with the original's inputs too, more.
-SQUARES, SQUARES_WITH_ORIGINAL = 2.5, 6
+# of H in float32. With the original's inputs three, and copies of their moments.
+SQUARES, SQUARES_WITH_ORIGINAL = 2.5, 4
 # Bytes a second that the export is taken to read, and to write: a disk's, not measured.
 DISK = 1e9
 # Of a matrix outside the blocks in 16 bits that is quantized: itself, and its codes in parts and as a whole.

@@ -264,20 +264,19 @@ def reports_case(originals: Originals, place: Path, chance: Random) -> str:
 
 def logs_case(originals: Originals, place: Path, chance: Random) -> str:
     """A log of requests with values that are no counts."""
-    rows = [{"input": 5, "output": 7, "time": 1.0 + i} for i in range(4)]
+    rows = [{"input_tokens": 5, "output_tokens": 7, "time": 1.0 + i} for i in range(4)]
     for _ in range(chance.choice([1, 2])):
-        chance.choice(rows)[chance.choice(["input", "output", "time", "x"])] = chance.choice(
-            HOSTILE
-        )
+        chance.choice(rows)[chance.choice([*rows[0], "x"])] = chance.choice(HOSTILE)
     file = place / f"log{chance.choice(['.jsonl', '.csv', '.tsv'])}"
     lines = [json.dumps(row) for row in rows]
     if file.suffix != ".jsonl":
-        lines = ["input,output,time", *(",".join(map(ascii, row.values())) for row in rows)]
+        between = "," if file.suffix == ".csv" else "\t"
+        lines = [between.join(rows[0]), *(between.join(map(ascii, r.values())) for r in rows)]
     file.write_text("\n".join(lines))
     said = truncate(file, chance) if chance.random() < 0.2 else "values"
     if chance.random() < 0.2:
         file.write_bytes(
-            chance.choice([b"[" * 50_000, b"\xff\xfe", b'{"input": ' + b"9" * 5000 + b"}"])
+            chance.choice([b"[" * 50_000, b"\xff\xfe", b'{"input_tokens": ' + b"9" * 5000 + b"}"])
         )
     return _judge_command(f"{said}: {lines}", lambda: traffic.main([str(file)]))
 
@@ -344,5 +343,7 @@ def test_faults_end_in_one_sentence(
     with capsys.disabled():
         sys.stdout.write(f"\nfuzz, --fuzz-seed {seed}: {said}\n")
     assert not faults, f"{len(faults)} of {cases}\n" + "\n".join(faults[:30])
-    # If nothing were refused nothing would have been damaged.
+    # If nothing were refused nothing would have been damaged; if all is, it may be for one and the same reason.
+    # Words that mean nothing hardly ever pass.
     assert outcomes["refused"] > cases / 10
+    assert outcomes["refused"] < cases or kind == "words"

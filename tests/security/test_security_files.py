@@ -422,7 +422,7 @@ def gguf_header(**values: tuple[str, int]) -> bytes:
     ("keys", "said"),
     [
         ({"llama__attention__head_count": ("I", 4)}, "head_count 4, its config.json asks for 2"),
-        ({"llama__attention__head_count": ("I", 0)}, "has heads 0, 0"),
+        ({"llama__attention__head_count": ("I", 0)}, "head_count 0, its config.json asks for 2"),
         (
             {
                 "llama__attention__head_count": ("I", 2),

@@ -192,7 +192,10 @@ def solve(
     P = None
     if cross is not None:
         # Row j of P is C[j, free] H[free, free]^-1, free = the columns after j (GPTAQ, eq. 15).
-        P = ((cross[order][:, order].double() @ U.T).triu(1) @ U).float()
+        C = cross[order][:, order].double()
+        P = (C @ U.T).triu_(1)
+        del C
+        P = (P @ U).float()
     U = U.float()
     group = order // (in_features // grid.scale.shape[1])
     Wt = W.T[order].contiguous()
