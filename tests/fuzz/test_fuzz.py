@@ -343,7 +343,7 @@ def test_faults_end_in_one_sentence(
     with capsys.disabled():
         sys.stdout.write(f"\nfuzz, --fuzz-seed {seed}: {said}\n")
     assert not faults, f"{len(faults)} of {cases}\n" + "\n".join(faults[:30])
-    # If nothing were refused nothing would have been damaged; if all is, it may be for one and the same reason.
-    # Words that mean nothing hardly ever pass.
+    # If nothing were refused nothing would have been damaged; if all is, it may be for one and the same
+    # reason. Words that mean nothing hardly ever pass.
     assert outcomes["refused"] > cases / 10
     assert outcomes["refused"] < cases or kind == "words"
