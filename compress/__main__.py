@@ -150,18 +150,22 @@ def run_recipes(words: list[str]) -> int:
     except JobError as broken:
         traceback.print_exception(broken.__cause__)
         return 1
-    code = 0
-    if finished:
-        from compress.report.terminal import comparison, terminal_width
-        from compress.report.verdict import passed
+    return _told(finished, limits) if finished else 0
 
-        print(comparison(finished, limits or None, terminal_width(sys.stdout.isatty())), end="")
-        for run in finished:
-            judged = run["candidate"].get("verdict")
-            if not passed(judged):
-                code = GATE_ERROR
-                failed = "; ".join(judged["gate"]["failed"])
-                print(f"compress: {run['name']} is outside the gate: {failed}", file=sys.stderr)
+
+def _told(finished: list[dict[str, Any]], limits: dict[str, float]) -> int:
+    """Print the table of these runs. Returns the exit code."""
+    from compress.report.terminal import comparison, terminal_width
+    from compress.report.verdict import passed
+
+    print(comparison(finished, limits or None, terminal_width(sys.stdout.isatty())), end="")
+    code = 0
+    for run in finished:
+        judged = run["candidate"].get("verdict")
+        if not passed(judged):
+            code = GATE_ERROR
+            failed = "; ".join(judged["gate"]["failed"])
+            print(f"compress: {run['name']} is outside the gate: {failed}", file=sys.stderr)
     return code
 
 
