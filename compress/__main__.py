@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import re
 import signal
 import sys
 import tempfile
+import traceback
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from compress import processes
 from compress.commands import VERBS
@@ -43,6 +47,10 @@ GATE_ERROR = 1
 UNNAMED = re.compile(
     r"[+~]*((recipe|model|eval|context|speed|gate|serve|device|hydra)\b|data=text|data\.source)"
 )
+
+
+class JobError(Exception):
+    """A job broke, by its cause: no mistake of a person, and nothing of Hydra's own."""
 
 
 def main() -> None:
@@ -123,29 +131,64 @@ def run_recipes(words: list[str]) -> int:
                 finished.append(run_recipe(run, name, out, last=last))
             limits.update(run.settings.gate.limits)
         except UserError as error:
-            # Hydra would print a traceback; SystemExit passes through it.
+            # SystemExit passes through Hydra.
             then = f"; {goes_on}" if isinstance(error, DiskError) else ""
             print(f"compress: {one_line(error)}{then}", file=sys.stderr)
             sys.exit(USER_ERROR)
+        except Exception as error:
+            # In a sweep the others have their turn first.
+            raise JobError from error
         except KeyboardInterrupt as stop:
             stop.add_note(goes_on)
             raise
 
     sys.argv = [sys.argv[0], *words]
-    hydra.main(version_base="1.3", config_path=str(RECIPES), config_name="config")(task)()
-    code = 0
-    if finished:
-        from compress.report.terminal import comparison, terminal_width
-        from compress.report.verdict import passed
+    named = dict(word.split("=", 1) for word in words if word.startswith("hydra.") and "=" in word)
+    place = named.get("hydra.sweep.dir" if asked.multirun else "hydra.run.dir", "outputs")
+    try:
+        _through_hydra(task, Path(place.strip("'")))
+    except JobError as broken:
+        traceback.print_exception(broken.__cause__)
+        return 1
+    return _told(finished, limits) if finished else 0
 
-        print(comparison(finished, limits or None, terminal_width(sys.stdout.isatty())), end="")
-        for run in finished:
-            judged = run["candidate"].get("verdict")
-            if not passed(judged):
-                code = GATE_ERROR
-                failed = "; ".join(judged["gate"]["failed"])
-                print(f"compress: {run['name']} is outside the gate: {failed}", file=sys.stderr)
+
+def _told(finished: list[dict[str, Any]], limits: dict[str, float]) -> int:
+    """Print the table of these runs. Returns the exit code."""
+    from compress.report.terminal import comparison, terminal_width
+    from compress.report.verdict import passed
+
+    print(comparison(finished, limits or None, terminal_width(sys.stdout.isatty())), end="")
+    code = 0
+    for run in finished:
+        judged = run["candidate"].get("verdict")
+        if not passed(judged):
+            code = GATE_ERROR
+            failed = "; ".join(judged["gate"]["failed"])
+            print(f"compress: {run['name']} is outside the gate: {failed}", file=sys.stderr)
     return code
+
+
+def _through_hydra(task: Callable[[DictConfig], None], place: Path) -> None:
+    """Have Hydra call the task, which raises JobError or nothing, for each job. Raises UserError where Hydra
+    cannot write its own files, the settings of a job and its log, in a folder of ``place``."""
+    # It would print its errors itself.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    run = hydra.main(version_base="1.3", config_path=str(RECIPES), config_name="config")(task)
+    try:
+        with writing(place):
+            try:
+                run()
+            except ValueError as error:
+                # As logging tells of a file that cannot be opened.
+                if isinstance(error.__cause__, OSError):
+                    raise error.__cause__ from None
+                raise
+    except OSError as error:
+        file = place if error.filename is None else error.filename
+        raise UserError(f"{file} cannot be written: {error.strerror}") from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(one_sentence(error, sys.argv[1:])) from error
 
 
 def _checked(asked: Namespace) -> tuple[list[list[str]], list[str]]:
