@@ -128,7 +128,7 @@ class Walk:
         for name in outside:
             # Not looked at as a whole, which would have all of it in memory: tokens name few of its rows.
             table = self.source.tensor(name)
-            assign(model, name, table.to(self.device, self.folder.dtype))
+            assign(model, name, table.to(self.device, self.folder.dtype), self.folder)
             del table
         decoder = model.get_submodule(path)
         _buffers_to(decoder, self.device)
@@ -177,7 +177,7 @@ class Walk:
         layer = self.layers[index]
         prefix = f"{self.prefix(index)}."
         for name, tensor in self._tensors(index):
-            assign(layer, name.removeprefix(prefix), tensor)
+            assign(layer, name.removeprefix(prefix), tensor, self.folder, prefix)
         missing = [name for name, p in layer.named_parameters() if p.is_meta]
         if missing:
             raise UserError(f"{self.folder.path} holds no tensor {prefix}{missing[0]}")
