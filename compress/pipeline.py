@@ -28,6 +28,7 @@ from compress.environment import environment, version_of
 from compress.errors import UserError
 from compress.export.audit import CHECKPOINT, audit, write_manifest
 from compress.export.formats import FORMATS, Weights, check_fits
+from compress.export.outer import dress
 from compress.kv_cache.stage import check as check_cache
 from compress.measure.accuracy import (
     check_texts,
@@ -445,7 +446,7 @@ def _compress(
     exports = {}
     for name, folder in _folders(run.settings.export).items():
         steps[folder], exports[name] = export(
-            name, current, out, folder, origin, fingerprints[folder]
+            name, current, out, folder, origin, model, fingerprints[folder]
         )
     taken = [name for name, found in steps.items() if found.taken]
     total = time.perf_counter() - start + sum(steps[name].seconds for name in taken)
@@ -520,18 +521,26 @@ def export(
     out: Path,
     folder: str,
     origin: dict[str, Any],
+    original: ModelFolder,
     fingerprint: dict[str, Any] | None = None,
 ) -> tuple[Step, dict[str, Any]]:
     """A step of a run: write a record to ``folder`` in the format ``name``, compare it with the record, write
-    its manifest. Returns the step, and what ``exports`` of metrics.json says of it."""
-    found = step(out, folder, lambda target, _: _export(name, record, target, origin), fingerprint)
+    its manifest. original: what the record may be the language part of. Returns the step, and what ``exports`` of metrics.json says of it."""
+
+    def make(target: Path, _: Path) -> dict[str, Any]:
+        return _export(name, record, target, origin, original)
+
+    found = step(out, folder, make, fingerprint)
     size = measure_size(ModelFolder(out / folder))
     return found, {"folder": folder, "size": size, "audit": found.report["audit"]}
 
 
-def _export(name: str, record: ModelFolder, target: Path, origin: dict[str, Any]) -> dict[str, Any]:
+def _export(
+    name: str, record: ModelFolder, target: Path, origin: dict[str, Any], original: ModelFolder
+) -> dict[str, Any]:
     log.info("writing the checkpoint as %s and comparing it with the record", name)
     FORMATS[name].write(record, target)
+    dress(target, original)
     checked = audit(record, ModelFolder(target), FORMATS[name].quantized)
     write_manifest(target, origin)
     return {"format": name, "audit": checked}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from compress.model.folder import ModelFolder
 from tests.conftest import byte_tokenizer
@@ -98,6 +98,41 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
+# Models that see images too, with a language part of a kind above: settings of that, and of the tower.
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+QWEN_VISION = {
+    "depth": 1, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "intermediate_size": 64,
+}  # fmt: skip
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+SEEING: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "text_config": {"model_type": "gemma3_text", **WIDE, **SLIDING},
+        "vision_config": {
+            "model_type": "siglip_vision_model", **VISION, "image_size": 32, "patch_size": 8,
+        },
+        "mm_tokens_per_image": 4, "image_token_index": 300, "boi_token_index": 301,
+        "eoi_token_index": 302,
+    },
+    "llava": {
+        "text_config": {"model_type": "llama", **LLAMA},
+        "vision_config": {
+            "model_type": "clip_vision_model", **VISION, "image_size": 16, "patch_size": 8,
+            "projection_dim": 32,
+        },
+        "image_token_index": 300,
+    },
+    "qwen2_5_vl": {
+        "text_config": {"model_type": "qwen2_5_vl_text", **LLAMA, "rope_parameters": MROPE},
+        "vision_config": {**QWEN_VISION, "out_hidden_size": 64, "fullatt_block_indexes": [0]},
+        "image_token_id": 300, "video_token_id": 301, "vision_start_token_id": 302,
+        "vision_end_token_id": 303,
+    },
+}  # fmt: skip
 # What is no matrix of a linear: its size matters for what the model computes.
 KEPT = ("A_log", "dt_bias", ".D", "sinks")
 
@@ -118,6 +153,21 @@ def random_model(kind: str, dtype: torch.dtype = torch.float32) -> Any:
             fan = tensor.shape[-2] if tensor.dim() == 3 and "oss" in kind else tensor.shape[-1]
             tensor.data = (noise / fan**0.5).to(dtype)
     return model
+
+
+def written_seeing_model(kind: str, path: Path) -> tuple[Any, ModelFolder]:
+    """A model that sees images too, with a language part."""
+    config = AutoConfig.for_model(kind, **SEEING[kind])
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    for name, parameter in model.named_parameters():
+        noise = torch.randn_like(parameter)
+        parameter.data = noise / parameter.shape[-1] ** 0.5 if parameter.dim() == 2 else parameter
+        if "norm" in name:
+            parameter.data += 0.2 * noise
+    model.save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return model, ModelFolder(path)
 
 
 def written_model(

@@ -53,7 +53,9 @@ def main(words: list[str]) -> int:
         for name in names:
             _check_free(asked.run, name, metrics)
         for name in names:
-            _, made = export(name, source, asked.run, beside(name), origin)
+            # What the model is beside its language part is in every format.
+            original = ModelFolder(asked.run / CHECKPOINT)
+            _, made = export(name, source, asked.run, beside(name), origin, original)
             metrics["exports"] = {**metrics.get("exports", {}), name: made}
             with whole(asked.run / METRICS) as partial:
                 write_json(partial, metrics)

@@ -26,7 +26,8 @@ from compress.disk import writing
 from compress.errors import UserError
 from compress.model.families import Family, family_of
 from compress.model.gguf_file import SUFFIX, GGUFFile
-from compress.model.stored import Stored, is_plain, places
+from compress.model.language import Outer, outer_of, text_config
+from compress.model.stored import Spelling, Stored
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -94,27 +95,45 @@ class ModelFolder:
         self.path = Path(path)
         if not self.path.is_dir():
             raise UserError(f"model folder {self.path} does not exist")
-        self.config: dict[str, Any] = read_json(self.path / "config.json")
+        self.stated: dict[str, Any] = read_json(self.path / "config.json")
+        self.outer = outer_of(self.stated)
+        self.config = self.stated if self.outer is None else self._text_config(self.outer)
         if not isinstance(self.config.get("quantization_config") or {}, dict):
             raise UserError(f"{self.path}/config.json: quantization_config is not an object")
-        check_code(self.path / "config.json", self.config)
+        check_code(self.path / "config.json", self.stated)
+
+    def _text_config(self, outer: Outer) -> dict[str, Any]:
+        try:
+            return text_config(self.stated, outer)
+        except UserError as error:
+            raise UserError(f"{self.path}/config.json: {error}") from None
 
     @cached_property
     def _file_of(self) -> dict[str, Path]:
+        derived = DERIVED if self._family is None else (*DERIVED, *self._family.derived)
+        files = {
+            name: file
+            for stored, file in self.stored.items()
+            for name in self._names_of(stored)
+            if not name.endswith(derived)
+        }
+        if not files:
+            raise UserError(f"{self.path} holds no tensors")
+        return files
+
+    @cached_property
+    def stored(self) -> dict[str, Path]:
+        """The file of every tensor that the folder holds, by the name that it has there."""
         index = self.path / INDEX
         if index.exists():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise UserError(f"{index} has no weight_map")
-            files = {
-                name: self._inside(index, file)
-                for stored, file in weight_map.items()
-                for name in self._names_of(stored)
-            }
+            files = {name: self._inside(index, file) for name, file in weight_map.items()}
             self._check_index(index, files)
         elif (self.path / SINGLE).is_file():
             single = self.path / SINGLE
-            with self._open(single) as f:
+            with open_tensors(single) as f:
                 files = dict.fromkeys(f.keys(), single)
         elif len(found := sorted(self.path.glob(f"*{SUFFIX}"))) == 1:
             files = dict.fromkeys(self._open(found[0]).keys(), found[0])
@@ -128,10 +147,6 @@ class ModelFolder:
             raise UserError(
                 f"{self.path} holds neither {SINGLE} nor {INDEX}, nor one {SUFFIX} file"
             )
-        derived = DERIVED if self._family is None else (*DERIVED, *self._family.derived)
-        files = {name: file for name, file in files.items() if not name.endswith(derived)}
-        if not files:
-            raise UserError(f"{self.path} holds no tensors")
         return files
 
     @cached_property
@@ -149,9 +164,11 @@ class ModelFolder:
 
     def _names_of(self, stored: str) -> list[str]:
         """The names of what a file holds under one."""
-        if self._family is None or is_plain(self._family):
-            return [stored]
-        return [name for name, _ in places(self._family, stored, self._experts)]
+        return [name for name, _ in self._spelling.places(stored)]
+
+    @cached_property
+    def _spelling(self) -> Spelling:
+        return Spelling(self._family, self._experts, self.outer)
 
     def _inside(self, index: Path, file: Any) -> Path:
         if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
@@ -166,7 +183,7 @@ class ModelFolder:
             # No exception for names that no file can have.
             if not os.path.isfile(file):
                 raise UserError(f"{index} names {file.name}, which is missing")
-            with self._open(file) as f:
+            with open_tensors(file) as f:
                 held = set(f.keys())
             for name, where in files.items():
                 if where == file and name not in held:
@@ -238,9 +255,7 @@ class ModelFolder:
     def _open(self, file: Path) -> Any:
         if file.suffix != SUFFIX:
             found = open_tensors(file)
-            if self._family is None or is_plain(self._family):
-                return found
-            return Stored(found, self._family, self._experts)
+            return found if self._spelling.plain else Stored(found, self._spelling)
         return GGUFFile(file, DTYPES.get(self._stated_dtype or ""), self.config)
 
     def _checked(self, name: str, read: Any) -> Any:

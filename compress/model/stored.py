@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from compress.model.families import Experts, Family
+from compress.model.language import Outer, text_name
 
 # The parts of an expert in a tensor of all: which of its linears, whether that is every second row.
 PACKED = {
@@ -45,30 +46,49 @@ class Place:
         return shape[::-1] if self.turned else shape
 
 
-def is_plain(family: Family) -> bool:
-    """Whether checkpoints of a family hold every tensor under its name, as it is."""
-    packed = family.experts is not None and family.experts.packed
-    return not (family.transposed or family.base or packed)
+@dataclass(frozen=True)
+class Spelling:
+    """How a folder's files name and hold the tensors of its model.
 
+    family: None: as they are; experts: how many a block has; outer: what the language model is the part of
+    """
 
-def places(family: Family, stored: str, experts: int) -> Iterator[tuple[str, Place]]:
-    """The tensors that a stored one is, by name. experts: how many a block has"""
-    name = (
-        stored
-        if stored.startswith(family.base) or _is_head(family, stored)
-        else f"{family.base}{stored}"
-    )
-    packed = family.experts is not None and family.experts.packed
-    found = re.fullmatch(r"(.*\.experts)\.(\w+)", name) if packed else None
-    if found is not None and found[2] in PACKED:
-        assert family.experts is not None
-        yield from _of_experts(family.experts, stored, found[1], found[2], experts)
-        return
-    yield name, Place(stored, name.endswith(tuple(f".{n}.weight" for n in family.transposed)))
+    family: Family | None
+    experts: int
+    outer: Outer | None
 
+    @property
+    def plain(self) -> bool:
+        """Whether every tensor is held under its name, as it is."""
+        family = self.family
+        return self.outer is None and not (
+            family is not None and (family.transposed or family.base or self._packed)
+        )
 
-def _is_head(family: Family, name: str) -> bool:
-    return name.startswith(f"{family.head}.")
+    @property
+    def _packed(self) -> bool:
+        family = self.family
+        return family is not None and family.experts is not None and family.experts.packed
+
+    def places(self, stored: str) -> Iterator[tuple[str, Place]]:
+        """The tensors that a stored one is, by name: none for one that is not of the language model."""
+        found = stored if self.outer is None else text_name(stored, self.outer)
+        if found is not None:
+            yield from self._of_family(found, stored)
+
+    def _of_family(self, name: str, stored: str) -> Iterator[tuple[str, Place]]:
+        family = self.family
+        if family is None:
+            yield name, Place(stored)
+            return
+        if not name.startswith((family.base, f"{family.head}.")):
+            name = f"{family.base}{name}"
+        part = re.fullmatch(r"(.*\.experts)\.(\w+)", name) if self._packed else None
+        if part is not None and part[2] in PACKED:
+            assert family.experts is not None
+            yield from _of_experts(family.experts, stored, part[1], part[2], self.experts)
+            return
+        yield name, Place(stored, name.endswith(tuple(f".{n}.weight" for n in family.transposed)))
 
 
 def _of_experts(
@@ -85,12 +105,10 @@ def _of_experts(
 class Stored:
     """A safetensors file with the methods of ``safe_open`` that ``ModelFolder`` calls, names as above."""
 
-    def __init__(self, file: Any, family: Family, experts: int):
+    def __init__(self, file: Any, spelling: Spelling):
         self._file = file
         self._places = {
-            name: place
-            for stored in list(file.keys())
-            for name, place in places(family, stored, experts)
+            name: place for stored in list(file.keys()) for name, place in spelling.places(stored)
         }
 
     def __enter__(self) -> Stored:

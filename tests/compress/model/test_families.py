@@ -11,16 +11,18 @@ from torch import Tensor
 
 from compress.export.audit import audit
 from compress.export.formats import FORMATS
+from compress.export.outer import dress
 from compress.model.check import check_model
 from compress.model.families import family_of
-from compress.model.folder import ModelFolder
+from compress.model.folder import ModelFolder, open_tensors
+from compress.model.language import text_name
 from compress.model.walk import Walk
 from compress.quantize.rounding import Gptq, Nearest
 from compress.quantize.scheme import Scheme, Schemes
 from compress.quantize.stage import open_block, quantize
 from compress.quantize.transforms import AwqClip, AwqScale
 from compress.runtime.load import load_dense
-from tests.families import KINDS, written_model
+from tests.families import KINDS, SEEING, written_model, written_seeing_model
 
 CPU = torch.device("cpu")
 EIGHT, FOUR = Schemes(Scheme(8, 32)), Schemes(Scheme(4, 32))
@@ -95,3 +97,38 @@ def test_quantized_and_exported(made: Any, tokens: Tensor, tmp_path: Path) -> No
             found = load_dense(exported, CPU, torch.float32)(tokens, use_cache=False).logits
             kl = (expected.exp() * (expected - found.log_softmax(-1))).sum(-1).mean()
             assert kl < (0.05 if routed else 1e-3), name
+
+
+@pytest.mark.parametrize("kind", SEEING)
+def test_the_language_part_of_a_model_that_sees(kind: str, tokens: Tensor, tmp_path: Path) -> None:
+    model, folder = written_seeing_model(kind, tmp_path / "model")
+    check_model(folder, folder.names, plain=True)
+    with torch.no_grad():
+        expected = model(input_ids=tokens, use_cache=False).logits
+        found = load_dense(folder, CPU, torch.float32)(tokens, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    quantize(
+        folder, tmp_path / "record", tokens=tokens, schemes=EIGHT, transforms=[AwqScale(4)],
+        roundings=[Nearest()], device=CPU,
+    )  # fmt: skip
+    record = ModelFolder(tmp_path / "record")
+    assert "text_config" not in record.config
+    FORMATS["compressed-tensors"].write(record, tmp_path / "out")
+    dress(tmp_path / "out", folder)
+    exported = ModelFolder(tmp_path / "out")
+    audit(record, exported)
+    # Towers and projectors are there, to the bit, under their names.
+    beside = [name for name in folder.stored if text_name(name, folder.outer) is None]
+    assert beside
+    for name in beside:
+        assert torch.equal(raw(exported, name), raw(folder, name))
+    assert exported.stated["model_type"] == kind
+    with torch.no_grad():
+        logits = load_dense(exported, CPU, torch.float32)(tokens, use_cache=False).logits
+    log_p = expected.log_softmax(-1)
+    assert (log_p.exp() * (log_p - logits.log_softmax(-1))).sum(-1).mean() < 1e-3
+
+
+def raw(folder: ModelFolder, name: str) -> Tensor:
+    with open_tensors(folder.stored[name]) as file:
+        return file.get_tensor(name)
