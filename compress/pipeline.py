@@ -525,7 +525,8 @@ def export(
     fingerprint: dict[str, Any] | None = None,
 ) -> tuple[Step, dict[str, Any]]:
     """A step of a run: write a record to ``folder`` in the format ``name``, compare it with the record, write
-    its manifest. original: what the record may be the language part of. Returns the step, and what ``exports`` of metrics.json says of it."""
+    its manifest. original: what the record may be the language part of. Returns the step, and what
+    ``exports`` of metrics.json says of it."""
 
     def make(target: Path, _: Path) -> dict[str, Any]:
         return _export(name, record, target, origin, original)
