@@ -101,6 +101,8 @@ class Family:
     mlp_output: str = ""
     # The linear that a block's attention ends with.
     attention_output: str = ""
+    # Norms of every head of queries or keys, the same for all of them.
+    head_norms: tuple[str, ...] = ()
     # Where compressed-tensors looks for the scales of a block's cache.
     attention: str = "self_attn"
     # How much of the inputs' spread SmoothQuant moves into the weights.
@@ -265,8 +267,14 @@ def _experts(
 
 
 # Queries and keys pass a norm of their own: a scale of these stays where it is.
-QWEN3 = _llama_like("qwen3", "qwen3")
-SMOLLM3 = _llama_like("smollm3", "smollm3")
+QWEN3 = _llama_like(
+    "qwen3",
+    "qwen3",
+    head_norms=("self_attn.q_norm", "self_attn.k_norm"),
+    refuses={"decoder": NO_ENGINE},
+)
+# Some blocks do not turn their heads by position.
+SMOLLM3 = _llama_like("smollm3", "smollm3", refuses={"decoder": NO_ENGINE})
 # Norms before and behind attention and MLP.
 GEMMA = _llama_like(
     "gemma",

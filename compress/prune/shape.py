@@ -27,7 +27,7 @@ KEYS = {
 }
 AXES = tuple(KEYS)
 # Keys of config.json with an entry a layer.
-PER_LAYER = ("layer_types",)
+PER_LAYER = ("layer_types", "no_rope_layers")
 # Tokens in the cache of a step whose bytes predict decode speed.
 CONTEXT = 1024
 
@@ -147,7 +147,7 @@ def anatomy(source: Shapes, family: Family) -> Anatomy:
     for name in source.names:
         if name.startswith(prefix):
             local = name.removeprefix(prefix)
-            block[local] = tuple(_block_axes(family, local, len(source.shape(name))))
+            block[local] = tuple(_block_axes(family, local, source.shape(name)))
             _agrees(source, name, found, block[local])
         elif not name.startswith(f"{family.blocks}.") and not _tied(source, family, name):
             rest[name] = (
@@ -162,14 +162,15 @@ def _tied(source: Shapes, family: Family, name: str) -> bool:
     return source.tied_head and name == f"{family.head}.weight"
 
 
-def _block_axes(family: Family, local: str, dims: int) -> Iterator[str]:
+def _block_axes(family: Family, local: str, shape: tuple[int, ...]) -> Iterator[str | int]:
     """The axes of a block's tensor: what its linear makes, then, of a matrix, what it reads."""
     made = {family.queries: "heads", family.keys: "kv_heads", family.values: "kv_heads"}
     made |= dict.fromkeys(family.neurons, "mlp")
     read = {family.attention_output: "heads", family.mlp_output: "mlp"}
     module = local.rpartition(".")[0]
-    yield made.get(module, "hidden")
-    if dims == 2:
+    # Norms of single heads, one for all.
+    yield shape[0] if module in family.head_norms else made.get(module, "hidden")
+    if len(shape) == 2:
         yield read.get(module, "hidden")
 
 
