@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import UserError
+from compress.model.families import check_applies
 from compress.model.folder import Shapes
 from compress.quantize.scheme import Schemes
 
@@ -128,12 +129,13 @@ class Distill:
     def check(
         self, model: Shapes, device: torch.device, blocks: Tensor, processes: int = 1
     ) -> None:
-        """Raises UserError for a model of float16, whose gradients would need loss scaling, fewer than 2
-        sequences, of which one is held out, sequences longer than the model takes, more kept tokens than its
+        """Raises UserError for a family that it is not for, a model of float16, whose gradients would need
+        loss scaling, fewer than 2 sequences, of which one is held out, sequences longer than the model takes, more kept tokens than its
         vocabulary has, an optimizer that the device lacks, and a batch that the processes cannot share.
 
         model: the source, or the original; blocks: int64 (sequences, length); processes: that train together
         """
+        check_applies("distill", model.config)
         if model.dtype == torch.float16:
             raise UserError("distill trains in bfloat16 or float32: set the model's dtype to one")
         sequences, length = blocks.shape

@@ -25,6 +25,7 @@ from compress.distill.teacher import CachedTeacher, Rows, Teacher, fill_cache, o
 from compress.distill.training import Text, Training
 from compress.errors import UserError
 from compress.export.shards import ShardWriter
+from compress.model.families import turned_over
 from compress.model.folder import ModelFolder, write_json
 from compress.quantize import record
 from compress.saved import here
@@ -176,7 +177,7 @@ def _write(source: ModelFolder, target: Path, student: Student, weights: dict[st
 def _write_plain(source: ModelFolder, target: Path, weights: dict[str, Tensor]) -> None:
     target.mkdir(parents=True)
     source.copy_companions(target)
-    shards = ShardWriter(target)
+    shards = ShardWriter(target, turned=turned_over(source.config))
     for name in source.names:
         shards.add(name, weights[name].cpu().to(source.tensor(name).dtype))
     shards.close()

@@ -38,7 +38,7 @@ from compress.errors import UserError
 from compress.export.packing import pack_rows, packed_width, unpack_rows
 from compress.export.shards import ShardWriter
 from compress.kv_cache.folder import scheme_of, stated_scheme
-from compress.model.families import Family, family_of
+from compress.model.families import Family, family_of, turned_over
 from compress.model.folder import ModelFolder, write_json
 from compress.quantize import record
 from compress.quantize.inputs import COLUMNS, InputScheme
@@ -73,7 +73,7 @@ def write(source: ModelFolder, target: Path) -> None:
         check(record.schemes_of(source))
     target.mkdir(parents=True)
     source.copy_companions(target)
-    shards = ShardWriter(target)
+    shards = ShardWriter(target, turned=turned_over(source.config))
     schemes: dict[str, Scheme] = {}
     for name, value in record.contents(source):
         if isinstance(value, Tensor):

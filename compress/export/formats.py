@@ -11,7 +11,7 @@ from torch import Tensor
 from compress.errors import UserError
 from compress.export import awq, bitsandbytes, by_columns, compressed_tensors, dense, gguf, gptq
 from compress.kv_cache.folder import is_scale
-from compress.model.families import family_of
+from compress.model.families import check_applies, family_of
 from compress.model.folder import ModelFolder, Shapes, reading
 from compress.model.skeleton import finite
 from compress.quantize import record
@@ -126,6 +126,7 @@ def check_fits(
     schemes: settled on the model; linears: (out, in) of those that are quantized; none for a plain model
     """
     form = FORMATS[export]
+    check_applies(export, model.config)
     if form.half and linears and model.dtype.itemsize != 2:
         raise UserError(
             f"export={export} holds models of bfloat16 or float16 exactly, {model.path} is "

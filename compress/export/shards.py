@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from compress.model.families import turned_over
 from compress.model.folder import INDEX, SINGLE, ModelFolder, write_json
 from compress.model.tensor_file import TensorFile
 from compress.quantize import record
@@ -17,10 +18,13 @@ SHARD_BYTES = 4 * 2**30
 
 
 class ShardWriter:
-    """Puts tensors into files of at most ``shard_bytes`` (a larger tensor has its own file)."""
+    """Puts tensors into files of at most ``shard_bytes`` (a larger tensor has its own file).
 
-    def __init__(self, path: Path, shard_bytes: int = SHARD_BYTES):
-        self.path = path
+    turned: the ends of names of matrices that the files hold turned over
+    """
+
+    def __init__(self, path: Path, shard_bytes: int = SHARD_BYTES, turned: tuple[str, ...] = ()):
+        self.path, self.turned = path, turned
         self.shard_bytes = shard_bytes
         self._total = 0
         self._shards: list[list[str]] = []
@@ -28,6 +32,8 @@ class ShardWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """The tensor is on disk when this returns."""
+        if name.endswith(self.turned):
+            tensor = tensor.T.contiguous()
         if self._file is not None and self._file.nbytes + tensor.nbytes > self.shard_bytes:
             self.flush()
         if self._file is None:
@@ -89,7 +95,7 @@ def write_tensors(
     """
     target.mkdir(parents=True)
     source.copy_companions(target)
-    shards = ShardWriter(target)
+    shards = ShardWriter(target, turned=turned_over(source.config))
     for name, value in record.contents(source):
         if isinstance(value, Tensor):
             shards.add(name, value)

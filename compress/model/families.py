@@ -176,11 +176,13 @@ def _inputs_in(inputs: tuple[Input, ...], held: frozenset[str]) -> tuple[Input, 
     return tuple(found)
 
 
-# Why stages, and the decode engine (``decoder``), do not apply to a family.
+# Why stages, the search for bits, formats, and the decode engine (``decoder``) do not apply to a family.
 NO_ENGINE = (
     "its blocks are not of the form that the decode engine runs: choose transformers or vllm"
 )
 NO_CUT = "which of its parts belong together is not known"
+NO_LOGITS = "its logits are not its head's products alone"
+CAPPED = dict.fromkeys(("search", "repair", "distill"), NO_LOGITS)
 POST_NORMS = {
     "rotate": "the norms behind its attention and MLP weigh single channels of the residual stream",
     "prune": "the norms behind its attention and MLP weigh what is left of a cut",
@@ -276,14 +278,14 @@ QWEN3 = _llama_like(
 # Some blocks do not turn their heads by position.
 SMOLLM3 = _llama_like("smollm3", "smollm3", refuses={"decoder": NO_ENGINE})
 # Norms before and behind attention and MLP.
-GEMMA = _llama_like(
-    "gemma",
-    "gemma2",
+GEMMA3 = _llama_like(
+    "gemma3",
     "gemma3_text",
     inputs=(*_attention(), *_mlp("pre_feedforward_layernorm")),
     norm_shift=1.0,
     refuses=POST_NORMS,
 )
+GEMMA2 = replace(GEMMA3, name="gemma2", model_types=("gemma2",), refuses=POST_NORMS | CAPPED)
 # Norms behind attention and MLP alone: these read the residual stream, which nothing may scale.
 OLMO2 = _llama_like(
     "olmo2",
@@ -500,7 +502,8 @@ GPT_OSS = _llama_like(
     neurons=(),
     mlp_output="",
     experts=PACKED,
-    refuses=ROUTED,
+    refuses=ROUTED
+    | dict.fromkeys(("dense", "distill"), "its checkpoints hold all experts in one tensor"),
 )
 JAMBA = Family(
     name="jamba",
@@ -537,7 +540,7 @@ QWEN3_NEXT = Family(
 )
 
 FAMILIES = (
-    LLAMA, QWEN3, SMOLLM3, GEMMA, OLMO2, PHI3, GPT_NEOX, OPT, GPT2, FALCON_TWO_NORMS, FALCON_SERIAL,
+    LLAMA, QWEN3, SMOLLM3, GEMMA2, GEMMA3, OLMO2, PHI3, GPT_NEOX, OPT, GPT2, FALCON_TWO_NORMS, FALCON_SERIAL,
     FALCON, MIXTRAL, QWEN_MOE, GPT_OSS, DEEPSEEK, MAMBA2, JAMBA, QWEN3_NEXT,
 )  # fmt: skip
 
@@ -578,10 +581,15 @@ def family_of(config: dict[str, Any]) -> Family:
 
 
 def check_applies(what: str, config: dict[str, Any]) -> Family:
-    """The family of a config.json. Raises UserError if a stage, or the decode engine, is not for it."""
+    """The family of a config.json. Raises UserError if something (a key of ``refuses``) is not for it."""
     family = family_of(config)
     if what in family.refuses:
         raise UserError(
             f"{what} does not apply to models of type {config['model_type']}: {family.refuses[what]}"
         )
     return family
+
+
+def turned_over(config: dict[str, Any]) -> tuple[str, ...]:
+    """The ends of names of weights that checkpoints of this config hold as (in, out)."""
+    return tuple(f".{name}.weight" for name in family_of(config).transposed)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from calibration.tokens import held_out
 from compress.errors import UserError
-from compress.model.families import family_of
+from compress.model.families import check_applies, family_of
 from compress.model.folder import ModelFolder
 from compress.model.states import States
 from compress.progress import track
@@ -62,8 +62,9 @@ class Kl:
                 )
 
     def check(self, source: ModelFolder, sequences: int) -> None:
-        """Raises UserError for a float16 model, whose gradients would need loss scaling, and for too
-        few sequences of calibration to hold one out."""
+        """Raises UserError for a family that it is not for, a float16 model, whose gradients would need loss
+        scaling, and for too few sequences of calibration to hold one out."""
+        check_applies("repair", source.config)
         if sequences < 2:
             raise UserError("repair=kl holds a sequence out: set data.sequences to 2 or more")
         if source.dtype == torch.float16:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from compress.errors import UserError
 from compress.export.packing import packed_width
-from compress.model.families import Family, Input, family_of
+from compress.model.families import Family, Input, check_applies, family_of
 from compress.model.folder import ModelFolder, Shapes
 from compress.quantize.scheme import Scheme, Schemes
 from compress.quantize.sensitivity import ANCHOR, sensitivities
@@ -128,7 +128,7 @@ def budget(source: Shapes, search: Search, schemes: Schemes) -> Budget:
     Raises UserError if the model or a scheme does not fit, or no choice of bits fits the budget or
     fills it.
     """
-    family = family_of(source.config)
+    family = check_applies("search", source.config)
     groups = fused_groups(source, family, settle(source, family, schemes))
     if search.megabytes is None:
         assert search.average_bits is not None

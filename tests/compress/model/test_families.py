@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from compress.errors import UserError
 from compress.export.audit import audit
-from compress.export.formats import FORMATS
+from compress.export.formats import FORMATS, check_fits
 from compress.export.outer import dress
 from compress.model.check import check_model
 from compress.model.families import family_of
@@ -90,10 +92,14 @@ def test_quantized_and_exported(made: Any, tokens: Tensor, tmp_path: Path) -> No
     routed = family_of(folder.config).experts is not None
     with torch.no_grad():
         expected = model(tokens, use_cache=False).logits.log_softmax(-1)
-        for name in ("compressed-tensors", "gptq"):
+        for name in ("compressed-tensors", "gptq", "dense"):
+            if name in family_of(folder.config).refuses:
+                with pytest.raises(UserError, match="does not apply"):
+                    check_fits(name, folder, EIGHT, {})
+                continue
             FORMATS[name].write(record, tmp_path / name)
             exported = ModelFolder(tmp_path / name)
-            audit(record, exported)
+            audit(record, exported, FORMATS[name].quantized)
             found = load_dense(exported, CPU, torch.float32)(tokens, use_cache=False).logits
             kl = (expected.exp() * (expected - found.log_softmax(-1))).sum(-1).mean()
             assert kl < (0.05 if routed else 1e-3), name
@@ -132,3 +138,28 @@ def test_the_language_part_of_a_model_that_sees(kind: str, tokens: Tensor, tmp_p
 def raw(folder: ModelFolder, name: str) -> Tensor:
     with open_tensors(folder.stored[name]) as file:
         return file.get_tensor(name)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral", "deepseek_v3", "gpt_neox"])
+def test_a_dense_export_is_what_transformers_reads(
+    kind: str, tokens: Tensor, tmp_path: Path
+) -> None:
+    """Names and layout of checkpoints: transformers finds all tensors, and computes the same."""
+    _, folder = written_model(kind, tmp_path / "model")
+    quantize(
+        folder, tmp_path / "record", tokens=None, schemes=EIGHT, transforms=[], roundings=[Nearest()],
+        device=CPU,
+    )  # fmt: skip
+    FORMATS["dense"].write(ModelFolder(tmp_path / "record"), tmp_path / "dense")
+    theirs, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ours = load_dense(ModelFolder(tmp_path / "dense"), CPU, torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            theirs(tokens, use_cache=False).logits,
+            ours(tokens, use_cache=False).logits,
+            rtol=1e-4,
+            atol=1e-5,
+        )
