@@ -130,8 +130,9 @@ class Distill:
         self, model: Shapes, device: torch.device, blocks: Tensor, processes: int = 1
     ) -> None:
         """Raises UserError for a family that it is not for, a model of float16, whose gradients would need
-        loss scaling, fewer than 2 sequences, of which one is held out, sequences longer than the model takes, more kept tokens than its
-        vocabulary has, an optimizer that the device lacks, and a batch that the processes cannot share.
+        loss scaling, fewer than 2 sequences, of which one is held out, sequences longer than the model takes,
+        more kept tokens than its vocabulary has, an optimizer that the device lacks, and a batch that the
+        processes cannot share.
 
         model: the source, or the original; blocks: int64 (sequences, length); processes: that train together
         """
