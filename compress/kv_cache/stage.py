@@ -20,7 +20,7 @@ from compress.hadamard import core_order
 from compress.kv_cache.folder import SCALES, description, scheme_of
 from compress.kv_cache.scheme import CacheScheme, StateScheme
 from compress.kv_cache.states import static_scale
-from compress.model.families import check_applies, family_of
+from compress.model.families import check_applies, family_of, size_of
 from compress.model.folder import INDEX, KV_CACHE, ModelFolder, Shapes, save_tensors, write_json
 from compress.model.skeleton import finite_rows
 from compress.model.walk import Walk
@@ -65,7 +65,7 @@ def quantize_cache(
                 pass
     target.mkdir(parents=True)
     source.copy_companions(target)
-    weight_map = {name: source.file_of(name).name for name in source.names}
+    weight_map = {name: file.name for name, file in source.stored.items()}
     for file in source.weight_files:
         link(file, target / file.name)
     if scales is not None:
@@ -74,7 +74,7 @@ def quantize_cache(
     write_json(target / INDEX, {"metadata": {}, "weight_map": weight_map})
     write_json(target / KV_CACHE, description(scheme))
     # The config comes last: before that the folder does not open.
-    write_json(target / "config.json", source.config)
+    write_json(target / "config.json", source.stated)
     found = {} if scales is None else {name: t.flatten().tolist() for name, t in scales.items()}
     return {"kv_cache": {"name": scheme.name, "scheme": scheme.as_config(), "scales": found}}
 
@@ -86,8 +86,8 @@ def check(source: Shapes, scheme: CacheScheme) -> None:
         raise UserError(f"{source.path} has a quantized cache already: choose its original")
     if "quantization_config" in source.config:
         raise UserError(f"{source.path} is quantized already: choose its original, and both stages")
-    heads = source.config["num_attention_heads"]
-    head_dim = source.config.get("head_dim") or source.config["hidden_size"] // heads
+    heads = size_of("num_attention_heads", source.config)
+    head_dim = source.config.get("head_dim") or size_of("hidden_size", source.config) // heads
     if isinstance(source, ModelFolder) and source.path / SCALE_FILE in source.weight_files:
         raise UserError(f"{source.path / SCALE_FILE} holds weights: give that file another name")
     for key, state in (("keys", scheme.keys), ("values", scheme.values)):
@@ -142,7 +142,9 @@ def calibrate(
         cache = Cache(layers=[layer] * len(walk))
         with walk.open(index), torch.no_grad():
             activations = walk.enter(index)
-            activations.arguments = {**activations.arguments, "past_key_values": cache}
+            # By the name that blocks of the family have for it.
+            key = "layer_past" if "layer_past" in activations.arguments else "past_key_values"
+            activations.arguments = {**activations.arguments, key: cache}
             walk.leave(index, activations)
         prefix = f"{walk.prefix(index)}.{family.attention}"
         for name, largest in zip(SCALES, layer.largest, strict=True):

@@ -593,3 +593,8 @@ def check_applies(what: str, config: dict[str, Any]) -> Family:
 def turned_over(config: dict[str, Any]) -> tuple[str, ...]:
     """The ends of names of weights that checkpoints of this config hold as (in, out)."""
     return tuple(f".{name}.weight" for name in family_of(config).transposed)
+
+
+def size_of(name: str, config: dict[str, Any]) -> int:
+    """A size by Llama's name for it, from a config.json that may have another."""
+    return int(config[family_of(config).settings.get(name) or name])

@@ -332,6 +332,10 @@ class ScaledWeight:
     def collect(self) -> None:
         """The gradient of the factor from the gradient of the weight."""
         gradient = self.module.weight.grad
+        if gradient is None:
+            # An expert that no token was sent to.
+            self.factor.grad = torch.zeros_like(self.factor)
+            return
         by_level = gradient.unflatten(1, self.levels.shape[1:]) * self.levels
         by_scale = by_level.sum(-1, keepdim=True, dtype=torch.float32)
         self.factor.grad = by_scale * self.scale
