@@ -10,11 +10,15 @@ from compress.model.added import added, families_dir, write_family
 from compress.model.check import check_model
 from compress.model.families import FAMILIES, Family
 from compress.model.folder import ModelFolder
+from compress.model.gguf_file import ARCHITECTURES
 from compress.model.sources import resolve_model
 from compress.report.table import markdown
 
-# What may not apply to a family; all else does.
-STAGES = ("rotate", "prune", "kv_cache", "decoder")
+# Stages, the search for bits, the decode engine, and formats.
+COLUMNS = (
+    "quantize", "search", "repair", "rotate", "prune", "distill", "kv_cache", "decoder",
+    "compressed-tensors", "gptq", "awq", "bitsandbytes", "dense", "gguf",
+)  # fmt: skip
 
 
 def main(words: list[str]) -> int:
@@ -52,14 +56,30 @@ def main(words: list[str]) -> int:
 
 
 def known(families: list[Family]) -> str:
-    """A table: model types, and for each stage that may not apply, why not."""
-    rows = [["model types", *STAGES]]
+    """A table of what applies to which model types; below it why something does not, by number."""
+    rows, reasons = [["model types", *COLUMNS]], list[str]()
     for family in families:
-        types = ", ".join(family.model_types)
-        when = ", ".join(f"{key}={values[0]}" for key, values in family.when)
-        reasons = [family.refuses.get(stage, "yes") for stage in STAGES]
-        rows.append([f"{types} ({when})" if when else types, *reasons])
-    return markdown(rows)
+        cells = []
+        for column in COLUMNS:
+            why = _why_not(column, family)
+            if why is not None and why not in reasons:
+                reasons.append(why)
+            cells.append("yes" if why is None else f"no ({reasons.index(why) + 1})")
+        rows.append([_types(family), *cells])
+    notes = [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
+    return "\n".join([markdown(rows), "", *notes])
+
+
+def _why_not(column: str, family: Family) -> str | None:
+    if column == "gguf" and not set(family.model_types) <= set(ARCHITECTURES):
+        return "the names of its tensors in llama.cpp are not known here"
+    return family.refuses.get(column)
+
+
+def _types(family: Family) -> str:
+    types = ", ".join(family.model_types)
+    when = [f"{key}={values[-1]}" for key, values in family.when if values != (None, True)]
+    return f"{types} ({', '.join(when)})" if when else types
 
 
 def told(family: Family) -> str:

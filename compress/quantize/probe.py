@@ -25,7 +25,7 @@ from compress.errors import UserError
 from compress.model.experts import unpack
 from compress.model.families import FUSED, Experts, Family, Input
 from compress.model.folder import ModelFolder
-from compress.model.skeleton import as_linear, bare_model
+from compress.model.skeleton import OPTIONAL, REQUIRED, as_linear, bare_model
 from compress.model.walk import NoteTaker, run
 
 SEQUENCES, LENGTH = 2, 16
@@ -33,7 +33,6 @@ SEQUENCES, LENGTH = 2, 16
 TOLERANCE = 1e-3
 # Fewer rows are no linear of size: gates of one number.
 ROWS = 8
-SIZES = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "hidden_size")
 UNKNOWN = "what belongs together in it is not known of a probed family"
 
 
@@ -68,7 +67,7 @@ def probe(folder: ModelFolder) -> Family:
         head=names[model.get_output_embeddings()],
         head_module=names[model.get_output_embeddings()],
         rotary=next((names[m] for m in decoder.children() if hasattr(m, "inv_freq")), ""),
-        settings={key: "" for key in SIZES if not isinstance(folder.config.get(key), int)},
+        settings=_settings(folder.config, model.config),
         refuses=FUSED | dict.fromkeys(("rotate", "prune"), UNKNOWN),
     )
     inputs: dict[tuple[str, ...], Input] = {}
@@ -85,6 +84,13 @@ def probe(folder: ModelFolder) -> Family:
     if not found.attention_output:
         found = replace(found, refuses={**found.refuses, "kv_cache": "it has no attention"})
     return replace(found, inputs=tuple(inputs.values()))
+
+
+def _settings(stated: dict[str, Any], config: Any) -> dict[str, str]:
+    """The names that a config has for sizes, where those are not Llama's; "" for one that it does not have."""
+    named = {key: config.attribute_map.get(key, key) for key in REQUIRED | OPTIONAL}
+    found = {key: own if isinstance(stated.get(own), int) else "" for key, own in named.items()}
+    return {key: own for key, own in found.items() if own != key}
 
 
 def _fill(module: nn.Module, without: Sequence[nn.Module] = ()) -> None:
@@ -211,7 +217,7 @@ class _Trial:
         held: list[Tensor] = []
         handles = []
         for name, module in self.layer.named_modules():
-            if name and getattr(module, "weight", None) is not None:
+            if name and isinstance(getattr(module, "weight", None), nn.Parameter):
                 hook = functools.partial(self._note, name, held)
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             elif name:
