@@ -167,7 +167,7 @@ def load_mix(source: str, field: str, split: str) -> dict[str, list[str]]:
 def parts_of(mix: str) -> list[str]:
     """The sources of a mix."""
     # A file may have a plus in its name.
-    return [mix] if Path(mix).exists() else mix.split("+")
+    return [mix] if os.path.exists(mix) else mix.split("+")
 
 
 def pin_of(source: str) -> dict[str, str]:
@@ -252,7 +252,9 @@ def _file_of(source: str) -> Path:
 
 def _on_hub(source: str) -> re.Match[str] | None:
     """The parts of a dataset's name; None of anything else."""
-    if source.startswith((".", "~")) or Path(source).suffix in LOADERS or Path(source).exists():
+    # No exception for names that no file can have.
+    here = Path(source).suffix in LOADERS or os.path.exists(source)
+    if here or source.startswith((".", "~")):
         return None
     return ON_HUB.fullmatch(source)
 
@@ -267,7 +269,7 @@ def _hub_rows(source: str, found: re.Match[str], split: str) -> Any:
         if builder.hash != commit:
             # Where the hub is not reached, the library takes what it prepared last, whatever that is.
             raise UserError(
-                f"dataset {source} is not on this machine at commit {commit}, and the hub is not reached"
+                f"dataset {source} cannot be had at commit {commit}: neither from the hub nor from its cache"
             )
         builder.download_and_prepare()
         hub.keep("dataset", found["name"], found["revision"])
