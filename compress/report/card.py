@@ -183,6 +183,11 @@ def _origin(metrics: Mapping[str, Any], base: Base, format_name: str) -> str:
             f"{plain_markdown(data['source'])}, seed {plain_markdown(str(data.get('seed')))}; "
             f"SHA-256 `{sha256}`."
         )
+    lines += [
+        f"{plain_markdown(source)} was read at commit {_code(pin)}."
+        for source, pin in metrics.get("pins", {}).items()
+        if source.startswith("dataset ")
+    ]
     if written := compression.get("generated_tokens"):
         lines.append(f"The original wrote {written[0]} sequences of {written[1]} tokens more.")
     if audit := compression.get("audit"):

@@ -143,6 +143,12 @@ def test_texts_and_configs_are_single_files(
     assert load_texts(f"file://{local}", "text", "train") == ["three"]
 
 
+def test_a_recorded_pin_is_no_path() -> None:
+    pins.remember({URL: "../../../x", "model a/b": 5, "model c/d": "0" * 40})
+    assert pins.known(URL) is pins.known("model a/b") is None
+    assert pins.known("model c/d") == "0" * 40
+
+
 def test_a_local_url_is_the_folder_itself(original: Path) -> None:
     assert resolve_model(f"file://{original}", None) == original
 
