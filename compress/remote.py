@@ -91,8 +91,9 @@ def fetched_folder(url: str, choose: Choose) -> Path:
         # Of a file alone some list the file itself.
         if entry.get("type") != "file" or entry["name"].strip("/") == path.strip("/"):
             continue
+        name = _inside(url, path, entry)
         with _speaking(url):
-            files[_inside(url, path, entry)] = _listed(fs, entry)
+            files[name] = _listed(fs, entry)
     with tempfile.TemporaryDirectory() as beside:
 
         def read(name: str) -> Path:
