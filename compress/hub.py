@@ -98,8 +98,9 @@ def keep(kind: str, name: str, revision: str | None) -> None:
 
 
 def _ref(kind: str, name: str, revision: str | None) -> Path:
-    ref = _cache(kind, name) / "refs" / (revision or MAIN)
-    if ".." in ref.parts:
+    refs = _cache(kind, name) / "refs"
+    ref = refs / (revision or MAIN)
+    if ".." in ref.parts or refs not in ref.parents:
         raise UserError(f"{revision!r} is no revision: choose a branch, a tag or a commit")
     return ref
 

@@ -188,6 +188,7 @@ def test_no_room_is_told_before_anything_is_fetched(
         ("owner/none", None, "model owner/none is not on http://127.0.0.1:.*HF_TOKEN"),
         ("owner/tiny", "v2", "model owner/tiny has no revision 'v2'"),
         ("owner/tiny", "../../x", "'../../x' is no revision"),
+        ("owner/tiny", "/tmp/x", "'/tmp/x' is no revision"),
         ("./tiny", "main", "model.revision=main is of a name on the hub, which ./tiny is not"),
     ],
 )
