@@ -68,18 +68,28 @@ from compress.quantize.stage import linear_names, settle
 from compress.report.table import METRICS, table
 from compress.report.verdict import verdict
 from compress.rotate import rotated_sizes
-from compress.run_folder import RUN, Step, check_unheld, keep_same, opened, step, whole
+from compress.run_folder import (
+    MEASURED,
+    RUN,
+    Step,
+    check_unheld,
+    keep_same,
+    made,
+    opened,
+    step,
+    whole,
+)
 from compress.runtime.load import load_dense
-from compress.saved import Saved, code, cost_of, here
+from compress.saved import Saved, changes, code, cost_of, here, sync
 from compress.serve.card import write_cards
 from compress.stages import Work, run_stage, training_text
 from eval.memory import reset_peak, rss
+from eval.task_scores import task_sources
 
 log = logging.getLogger(__name__)
 
 # Steps of a run beside its stages: text that the original writes, in one file, and the export.
 GENERATE, WRITTEN = "generate", "tokens.safetensors"
-# With others of these the same recipe may come out otherwise.
 # Settings that decide what a stage leaves, beside the text that it looks at.
 KNOBS_OF = {
     "prune": ("prune",),
@@ -89,11 +99,10 @@ KNOBS_OF = {
     "repair": ("repair",),
     "kv_cache": ("kv_cache",),
 }
+# With others of these the same recipe may come out otherwise.
 DECISIVE_VERSIONS = ("compress", "torch", "transformers", "safetensors")
 # What sources that are elsewhere stand at, in run.json and metrics.json.
 PINS = "pins"
-# What is measured so far.
-MEASURED = "measured.state"
 
 
 def check(run: Run, out: Path | None = None) -> None:
@@ -171,8 +180,12 @@ def _check_taken(run: Run, out: Path, fingerprints: dict[str, dict[str, Any]]) -
     of now."""
     if not (out / CHECKPOINT).exists():
         return
-    made = read_json(out / f"{CHECKPOINT}.json")
-    found, same = made["report"]["format"], made.get("fingerprint") == fingerprints[CHECKPOINT]
+    try:
+        checkpoint = made(out, CHECKPOINT)
+    except UserError:
+        # It is made anew, with a warning.
+        return
+    found, same = checkpoint.report["format"], checkpoint.fingerprint == fingerprints[CHECKPOINT]
     if same and found != run.first_format:
         raise UserError(
             f"{out / CHECKPOINT} is there in {found} already: name that first, as in "
@@ -245,6 +258,21 @@ def check_shape(run: Run, model: Shapes) -> None:
         check_cache(model, run.cache)
 
 
+def finished_before(run: Run, out: Path) -> dict[str, Any]:
+    """What the finished run in ``out`` wrote to metrics.json. Raises UserError if this one may end otherwise:
+    with another recipe, model, text, or version of this program."""
+    run = _pinned(run, out)
+    metrics, decisive = read_json(out / METRICS), read_json(out / RUN)
+    now = _decisive(run, ModelFolder(resolve_model(**_named(run))))
+    known, asked = (
+        {**decisive, "recipe": metrics.get("recipe")},
+        {**now, "recipe": asdict(run.settings)},
+    )
+    if changed := changes(known, json.loads(json.dumps(asked))):
+        raise UserError(f"{out} was made otherwise: {changed}")
+    return metrics
+
+
 def run_recipe(run: Run, name: str, out: Path, *, last: bool = True) -> dict[str, Any]:
     """Compress, export, audit, evaluate, measure. Returns what it wrote to metrics.json.
 
@@ -304,6 +332,8 @@ def run_recipe(run: Run, name: str, out: Path, *, last: bool = True) -> dict[str
             write_cards(metrics, model, out)
             draw(compression, rows, out)
             (out / "table.md").write_text(table([metrics]), encoding="utf-8")
+            # Finished is what is on the disk, all of it.
+            sync(out)
         shutil.rmtree(out / MEASURED, ignore_errors=True)
     return metrics
 
@@ -322,9 +352,9 @@ def _measured(
     rows: dict[str, dict[str, Any]] = {"base": {}, "candidate": {}, "compression": {}}
     folders = {"checkpoint": checkpoint.fingerprint, "model": model.fingerprint}
     parts = Parts(Saved(out / MEASURED, folders | here(run.device)))
+    files = _companions(model)
     if settings.eval is not None:
         asked = [asdict(settings.eval), {text: w.sha256 for text, w in windows.items()}]
-        tokenized = {file.name: file_sha256(file) for file in model.companions()}
         accuracy = measure_accuracy(
             checkpoint,
             model,
@@ -332,7 +362,7 @@ def _measured(
             settings.eval,
             tokenizer,
             run.device,
-            parts.of("accuracy", [*asked, tokenized]),
+            parts.of("accuracy", [*asked, files, task_sources()]),
         )
         for row, found in accuracy.rows.items():
             rows[row] |= found
@@ -355,7 +385,7 @@ def _measured(
             settings.context,
             tokenizer,
             run.device,
-            parts.of("context", asdict(settings.context)),
+            parts.of("context", [asdict(settings.context), files]),
         )
         for row, found in at_length.items():
             rows[row]["context"] = found
@@ -472,7 +502,7 @@ def _compress(
 def _state_cost(steps: dict[str, Step], total: float) -> dict[str, Any]:
     """What it cost that the run could be killed: the most ``bytes`` on disk at once, ``seconds`` of writing,
     their ``share`` of the total."""
-    found = [made.state for made in steps.values() if made.state is not None]
+    found = [done.state for done in steps.values() if done.state is not None]
     seconds = sum(cost["seconds"] for cost in found)
     return {
         "saves": sum(cost["saves"] for cost in found),
@@ -523,9 +553,9 @@ def export(
 ) -> tuple[Step, dict[str, Any]]:
     """A step of a run: write a record to ``folder`` in the format ``name``, compare it with the record, write
     its manifest. Returns the step, and what ``exports`` of metrics.json says of it."""
-    made = step(out, folder, lambda target, _: _export(name, record, target, origin), fingerprint)
+    found = step(out, folder, lambda target, _: _export(name, record, target, origin), fingerprint)
     size = measure_size(ModelFolder(out / folder))
-    return made, {"folder": folder, "size": size, "audit": made.report["audit"]}
+    return found, {"folder": folder, "size": size, "audit": found.report["audit"]}
 
 
 def _export(name: str, record: ModelFolder, target: Path, origin: dict[str, Any]) -> dict[str, Any]:
@@ -625,10 +655,9 @@ def _decisive(run: Run, model: ModelFolder) -> dict[str, Any]:
     settings["data"] |= {"sha256": None if data is None else data.sha256}
     if run.distill is not None:
         settings["distill"] |= {"sha256": training_text(run, model).sha256}
-    # Its tokenizer and what else travels along may differ where its weights do not.
-    pin = pin_of(run.settings.model.source, run.settings.model.revision)
     return {
-        "model": {"fingerprint": model.fingerprint} | ({"pins": pin} if pin else {}),
+        "model": {"fingerprint": model.fingerprint, "files": _companions(model)},
+        # For a start after this one, which reads the same; steps depend on the content.
         PINS: run.pins,
         **settings,
         "scheme": run.settings.scheme,
@@ -652,7 +681,9 @@ def _fingerprints(run: Run, decisive: dict[str, Any]) -> dict[str, dict[str, Any
         # Training has a text of its own, which its knobs name; turning looks at none.
         textless = stage in ("rotate", "distill")
         own[stage]["data"] = {"seed": data["seed"]} if textless else data
-    own |= {folder: {} for folder in _folders(run.settings.export).values()}
+    # A manifest has the hash of the whole recipe.
+    whole_recipe = {key: decisive[key] for key in _decisive_settings(run)}
+    own |= {folder: whole_recipe for folder in _folders(run.settings.export).values()}
     common = {key: decisive[key] for key in ("model", "device", "versions", "code")}
     before, found = {"step": "model", "sha256": decisive["model"]["fingerprint"]}, {}
     for name, fingerprint in own.items():
@@ -661,6 +692,11 @@ def _fingerprints(run: Run, decisive: dict[str, Any]) -> dict[str, dict[str, Any
             text = json.dumps(found[name])
             before = {"step": name, "sha256": hashlib.sha256(text.encode()).hexdigest()}
     return found
+
+
+def _companions(model: ModelFolder) -> dict[str, str]:
+    """SHA-256 of the files that travel along, of which the tokenizer decides what is measured too."""
+    return {file.name: file_sha256(file) for file in model.companions()}
 
 
 def _saved(run: Run, state: Path, fingerprint: dict[str, Any]) -> Saved:
