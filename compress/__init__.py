@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
+
+# Libraries that would tell their makers what is read and run here, files of this machine included. They look
+# when they are imported; whoever sets these otherwise is asked first.
+QUIET = {"DO_NOT_TRACK": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+for _name, _value in QUIET.items():
+    os.environ.setdefault(_name, _value)
 
 
 def load(folder: Path | str, device: str = "auto") -> Any:

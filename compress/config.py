@@ -37,8 +37,9 @@ from eval.retrieval import MOST_FACTS
 
 @dataclass
 class ModelConfig:
-    """source: a folder, owner/name on the hub, or gguf-package:NAME; name: how outputs are filed.
-    allow_pickle: weights in .bin or .pt alone are read, as tensors and nothing else."""
+    """source: a folder, owner/name on the hub, a URL, or gguf-package:NAME; name: how outputs are filed.
+    revision: of a name on the hub, a branch, tag or commit (null = main). allow_pickle: weights in .bin or
+    .pt alone are read, as tensors and nothing else."""
 
     name: str = MISSING
     source: str = MISSING
@@ -211,7 +212,8 @@ class RecipeConfig:
 
 @dataclass(frozen=True)
 class Run:
-    """A checked recipe: settings, and the methods it named as objects."""
+    """A checked recipe: settings, and the methods it named as objects. pins: what its sources that are
+    elsewhere stand at, see compress.pins"""
 
     settings: RecipeConfig
     schemes: Schemes
@@ -223,6 +225,7 @@ class Run:
     prune: Prune | None
     distill: Distill | None
     device: torch.device
+    pins: dict[str, str] = field(default_factory=dict)
 
     @property
     def first_format(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -9,7 +10,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from calibration.generated import generated_tokens
-from calibration.texts import load_mix
+from calibration.texts import load_mix, parts_of
+from calibration.texts import pin_of as text_pin_of
 from calibration.tokens import TokenBlocks, calibration_blocks, interleave
-from compress import processes
+from compress import pins, processes
 from compress.config import Run
 from compress.distill.knobs import check_schemes
 from compress.distill.stage import check_launch, open_accelerator
@@ -51,7 +53,7 @@ from compress.model.folder import (
     save_tensors,
     write_json,
 )
-from compress.model.sources import open_tokenizer, resolve_model
+from compress.model.sources import open_tokenizer, pin_of, resolve_model
 from compress.pictures import draw
 from compress.plan.hardware import hardware_here
 from compress.plan.loadable import refusals, warnings
@@ -100,6 +102,8 @@ KNOBS_OF = {
 }
 # With others of these the same recipe may come out otherwise.
 DECISIVE_VERSIONS = ("compress", "torch", "transformers", "safetensors")
+# What sources that are elsewhere stand at, in run.json and metrics.json.
+PINS = "pins"
 
 
 def check(run: Run, out: Path | None = None) -> None:
@@ -109,6 +113,7 @@ def check(run: Run, out: Path | None = None) -> None:
     Writes no output, and reads no weights but to tell what is there by their hash: a sweep checks all its
     runs before the first one starts.
     """
+    run = _pinned(run, out)
     settings = run.settings
     model = ModelFolder(resolve_model(**_named(run)))
     _check_folder(run, model)
@@ -138,6 +143,27 @@ def _named(run: Run) -> dict[str, Any]:
     """How a recipe names its model."""
     model = run.settings.model
     return {"source": model.source, "revision": model.revision, "allow_pickle": model.allow_pickle}
+
+
+def _pinned(run: Run, out: Path | None) -> Run:
+    """The run with what its sources that are elsewhere stand at: what ``out`` recorded of an earlier start,
+    though a branch may have moved since, and else what is found now. Raises UserError for one that cannot be
+    had."""
+    settings = run.settings
+    with contextlib.suppress(UserError):
+        # One that was killed before it was written has none.
+        recorded = read_json(out / RUN).get(PINS) if out is not None else None
+        pins.remember(recorded if isinstance(recorded, dict) else {})
+    resolve_model(**_named(run))
+    texts = list[str]()
+    if run.needs_data or run.distill is not None:
+        texts += parts_of(settings.data.source)
+    if settings.eval is not None:
+        texts += settings.eval.texts
+    if settings.context is not None:
+        texts.append(settings.context.text)
+    found = [pin_of(settings.model.source, settings.model.revision), *map(text_pin_of, texts)]
+    return replace(run, pins={source: pin for one in found for source, pin in one.items()})
 
 
 def _check_folder(run: Run, model: ModelFolder) -> None:
@@ -236,6 +262,7 @@ def check_shape(run: Run, model: Shapes) -> None:
 def finished_before(run: Run, out: Path) -> dict[str, Any]:
     """What the finished run in ``out`` wrote to metrics.json. Raises UserError if this one may end otherwise:
     with another recipe, model, text, or version of this program."""
+    run = _pinned(run, out)
     metrics, decisive = read_json(out / METRICS), read_json(out / RUN)
     now = _decisive(run, ModelFolder(resolve_model(**_named(run))))
     known, asked = (
@@ -255,6 +282,7 @@ def run_recipe(run: Run, name: str, out: Path, *, last: bool = True) -> dict[str
     ``out`` is taken over as far as this one would make the same. Raises UserError before any weight is
     computed with if the recipe does not fit model or data, or ``out`` holds something else.
     """
+    run = _pinned(run, out)
     settings = run.settings
     model = ModelFolder(resolve_model(**_named(run)))
     tokenizer = open_tokenizer(model)
@@ -291,6 +319,7 @@ def run_recipe(run: Run, name: str, out: Path, *, last: bool = True) -> dict[str
         metrics = {
             "name": name,
             "model": {"name": settings.model.name, "fingerprint": model.fingerprint},
+            PINS: run.pins,
             "recipe": asdict(settings),
             "compression": compression,
             "exports": exports,
@@ -553,15 +582,26 @@ def _calibration(run: Run, model: ModelFolder) -> TokenBlocks | None:
         return None
     data = run.settings.data
     return _drawn(
-        (data.source, data.field, data.split), model.path, data.sequences, data.length, data.seed
+        (data.source, data.field, data.split),
+        model.path,
+        data.sequences,
+        data.length,
+        data.seed,
+        frozenset(run.pins.items()),
     )
 
 
 @functools.lru_cache(maxsize=1)
 def _drawn(
-    text: tuple[str, str, str], model: Path, sequences: int, length: int, seed: int
+    text: tuple[str, str, str],
+    model: Path,
+    sequences: int,
+    length: int,
+    seed: int,
+    pinned: frozenset[tuple[str, str]],
 ) -> TokenBlocks:
-    """Kept from the check to the run, and from run to run of a sweep."""
+    """Kept from the check to the run, and from run to run of a sweep. pinned: of another text at another time
+    the name may be the same"""
     folder = ModelFolder(model)
     blocks = calibration_blocks(
         load_mix(*text), open_tokenizer(folder), sequences=sequences, length=length, seed=seed
@@ -627,6 +667,8 @@ def _decisive(run: Run, model: ModelFolder) -> dict[str, Any]:
         settings["distill"] |= {"sha256": training_text(run, model).sha256}
     return {
         "model": {"fingerprint": model.fingerprint, "files": _companions(model)},
+        # For a start after this one, which reads the same; steps depend on the content.
+        PINS: run.pins,
         **settings,
         "scheme": run.settings.scheme,
         "device": run.device.type,

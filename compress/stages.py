@@ -12,7 +12,7 @@ from torch import Tensor
 
 from calibration.texts import load_mix
 from calibration.tokens import TokenBlocks, training_blocks
-from compress import processes
+from compress import pins, processes
 from compress.config import Run
 from compress.distill.plan import enough
 from compress.distill.stage import distill
@@ -96,15 +96,24 @@ def training_text(run: Run, model: ModelFolder) -> TokenBlocks:
     """The recipe's text in blocks, as much as distillation may see. Raises UserError if it is too short."""
     assert run.distill is not None
     data = run.settings.data
+    # In a process beside the main one too.
+    pins.remember(run.pins)
     text = (data.source, data.field, data.split)
-    return _packed(text, model.path, run.distill.length, data.seed, enough(run.distill))
+    pinned = frozenset(run.pins.items())
+    return _packed(text, model.path, run.distill.length, data.seed, enough(run.distill), pinned)
 
 
 @functools.lru_cache(maxsize=1)
 def _packed(
-    text: tuple[str, str, str], model: Path, length: int, seed: int, most: int | None
+    text: tuple[str, str, str],
+    model: Path,
+    length: int,
+    seed: int,
+    most: int | None,
+    pinned: frozenset[tuple[str, str]],
 ) -> TokenBlocks:
-    """Kept from the check to the run, and from run to run of a sweep."""
+    """Kept from the check to the run, and from run to run of a sweep. pinned: of another text at another time
+    the name may be the same"""
     folder = ModelFolder(model)
     tokenizer = open_tokenizer(folder)
     blocks = training_blocks(load_mix(*text), tokenizer, length=length, seed=seed, most=most)

@@ -19,7 +19,7 @@ from compress.errors import UserError
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder, Shapes
 from compress.model.shapes import PREFIX, ShapeFolder
-from compress.model.sources import config_of_hub, is_hub_name, resolve_model
+from compress.model.sources import config_elsewhere, resolve_model
 from compress.pipeline import check_shape
 from compress.plan.calibration import stages, uncounted
 from compress.plan.checkpoint import Checkpoint, as_planned, on_disk
@@ -86,14 +86,14 @@ def plan(settings: RecipeConfig) -> dict[str, Any]:
 
 
 def open_shapes(source: str, revision: str | None, allow_pickle: bool = False) -> Shapes:
-    """A folder, or the shapes of a config alone: of a hub name only config.json is looked at.
+    """A folder, or the shapes of a config alone: of a hub name or a URL only config.json is looked at.
 
     Raises UserError for a config alone that is of a quantized model: what is stored is in its files' headers.
     """
     if source.startswith(PREFIX):
         shapes = ShapeFolder(source.removeprefix(PREFIX))
-    elif is_hub_name(source):
-        shapes = ShapeFolder(str(config_of_hub(source, revision)))
+    elif (config := config_elsewhere(source, revision)) is not None:
+        shapes = ShapeFolder(str(config))
     else:
         return ModelFolder(resolve_model(source, revision, allow_pickle))
     if "quantization_config" in shapes.config:

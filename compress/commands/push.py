@@ -9,18 +9,15 @@ import argparse
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 
 from compress.commands.words import plain, read_pairs, truth
 from compress.errors import UserError
 from compress.export.audit import CHECKPOINT, verify
+from compress.hub import HTTP_ERROR, NAME
 from compress.model.card import CARD
-from compress.model.sources import HUB_NAME
 from compress.serve.command import served_name
 
 KEYS = ("private", "revision")
-# Of the HTTP library that this version of the hub's client uses; where the hub is not reached, that speaks.
-HTTP_ERROR: type[BaseException] = HfHubHTTPError.__mro__[1]
 
 
 def main(words: list[str]) -> int:
@@ -48,7 +45,7 @@ def main(words: list[str]) -> int:
 
 
 def _check(folder: Path, repository: str) -> None:
-    if not HUB_NAME.fullmatch(repository):
+    if not NAME.fullmatch(repository):
         raise UserError(f"{repository} is no name on the hub: give owner/name")
     problems = verify(folder)
     if problems:

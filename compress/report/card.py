@@ -27,11 +27,12 @@ SHAPING = ("prune", "distill")
 
 @dataclass(frozen=True)
 class Base:
-    """The original. hub: owner/name, if it came from there; licence: as a card's YAML states it"""
+    """The original. hub: owner/name, if it came from there, at commit; licence: as a card's YAML states it"""
 
     name: str
     hub: str | None
     licence: Mapping[str, str]
+    commit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,9 @@ def _summary(metrics: Mapping[str, Any], base: Base, format_name: str) -> str:
 
 def _origin(metrics: Mapping[str, Any], base: Base, format_name: str) -> str:
     compression, data = metrics["compression"], metrics["recipe"]["data"]
+    at = "" if base.commit is None else f" at commit {_code(base.commit)}"
     lines = [
-        f"Original: {base.hub or plain_markdown(base.name)}; SHA-256 over its config and weights: "
+        f"Original: {base.hub or plain_markdown(base.name)}{at}; SHA-256 over its config and weights: "
         f"`{metrics['model']['fingerprint']}`."
     ]
     if base.licence:
@@ -181,6 +183,11 @@ def _origin(metrics: Mapping[str, Any], base: Base, format_name: str) -> str:
             f"{plain_markdown(data['source'])}, seed {plain_markdown(str(data.get('seed')))}; "
             f"SHA-256 `{sha256}`."
         )
+    lines += [
+        f"{plain_markdown(source)} was read at commit {_code(pin)}."
+        for source, pin in metrics.get("pins", {}).items()
+        if source.startswith("dataset ")
+    ]
     if written := compression.get("generated_tokens"):
         lines.append(f"The original wrote {written[0]} sequences of {written[1]} tokens more.")
     if audit := compression.get("audit"):

@@ -9,6 +9,7 @@ from typing import Any
 from compress.engines import TENSORRT, TRANSFORMERS
 from compress.errors import UserError
 from compress.export.audit import CHECKPOINT, MANIFEST, add_text
+from compress.hub import key
 from compress.model.card import CARD, licence_of
 from compress.model.folder import ModelFolder
 from compress.model.sources import is_hub_name
@@ -26,10 +27,11 @@ def write_cards(metrics: Mapping[str, Any], model: ModelFolder, out: Path) -> No
 
     metrics: all of metrics.json; model: the original
     """
-    source = metrics["recipe"]["model"]["source"]
-    base = Base(
-        metrics["model"]["name"], source if is_hub_name(source) else None, licence_of(model.path)
-    )
+    named = metrics["recipe"]["model"]
+    source = named["source"] if is_hub_name(named["source"]) else None
+    # Runs of before have none.
+    commit = metrics.get("pins", {}).get(key("model", named["source"], named.get("revision")))
+    base = Base(metrics["model"]["name"], source, licence_of(model.path), commit)
     for folder in checkpoints(out):
         if (folder / MANIFEST).exists():
             text = model_card(

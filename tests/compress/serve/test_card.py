@@ -68,6 +68,15 @@ def test_a_card_has_the_cells_of_the_table(tmp_path: Path) -> None:
     assert not words.keys() & {"model", "eval", "speed"}
 
 
+def test_a_card_names_the_commits_it_was_made_of() -> None:
+    model, texts = "c" * 40, "d" * 40
+    metrics = run_of("awq-int4") | {"pins": {"model a/b": model, "dataset c/d@main": texts}}
+    origin = part(card_of(metrics, Base("b", "a/b", {}, model)), "What it is made from")
+    assert f"Original: a/b at commit `{model}`; SHA-256" in origin
+    assert f"- dataset c/d@main was read at commit `{texts}`." in origin
+    assert "commit" not in part(card_of(run_of("awq-int4")), "What it is made from")
+
+
 def test_a_card_names_what_was_not_measured(tmp_path: Path) -> None:
     metrics = run_of("rtn-int4")
     whole = part(card_of(metrics), "Not measured")
