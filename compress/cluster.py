@@ -1,0 +1,325 @@
+"""Runs of a sweep elsewhere: as tasks of Ray, or as jobs that submitit hands to SLURM or starts here.
+
+A job is ``compress WORDS hydra.run.dir=FOLDER`` in a process of its own. It is handed words, and its results
+are the files in its folder: all machines must see that, the model and this program under the same paths. What
+happens to one job (a mistake, an error, a killed process, a time limit) is told of it alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TextIO
+
+from compress.errors import UserError, printable
+
+# Where the classes are that Hydra makes of the words below.
+PLUGINS = "hydra_plugins.compress_launchers"
+# Hydra's log file of a run.
+LOG = "compress.log"
+# Seconds between two looks at the jobs of a queue, and that jobs have to end when they are stopped.
+EVERY, GRACE = 1.0, 60.0
+# Seconds for a Ray of this machine to start: 30 are too few where many others work.
+START = 300
+
+
+@dataclass
+class RayInit:
+    """address: local starts a Ray of this machine for the sweep, auto and HOST:PORT join one that runs;
+    num_cpus, num_gpus: what a local one has, null all there are"""
+
+    address: str = "local"
+    num_cpus: int | None = None
+    num_gpus: int | None = None
+
+
+@dataclass
+class RayRemote:
+    """What each job takes. memory: bytes; resources: names that a cluster gives its machines -> how much"""
+
+    num_cpus: int = 1
+    num_gpus: float = 0
+    memory: int | None = None
+    resources: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class RayWords:
+    init: RayInit = field(default_factory=RayInit)
+    remote: RayRemote = field(default_factory=RayRemote)
+
+
+@dataclass
+class Ray:
+    _target_: str = f"{PLUGINS}.RayLauncher"
+    ray: RayWords = field(default_factory=RayWords)
+
+
+@dataclass
+class Local:
+    """What each job takes. timeout_min: minutes until it is ended; array_parallelism: jobs at a time"""
+
+    _target_: str = f"{PLUGINS}.LocalLauncher"
+    name: str = "compress"
+    timeout_min: int = 60
+    cpus_per_task: int | None = None
+    gpus_per_node: int | None = None
+    mem_gb: int | None = None
+    array_parallelism: int = 2
+
+
+@dataclass
+class Slurm(Local):
+    """The other keys are options of sbatch."""
+
+    _target_: str = f"{PLUGINS}.SlurmLauncher"
+    array_parallelism: int = 256
+    partition: str | None = None
+    qos: str | None = None
+    account: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    gres: str | None = None
+    comment: str | None = None
+    cpus_per_gpu: int | None = None
+    gpus_per_task: int | None = None
+    mem_per_gpu: str | None = None
+    mem_per_cpu: str | None = None
+
+
+# By the names, and with the keys, that Hydra's own launchers for these have.
+LAUNCHERS: dict[str, type] = {"ray": Ray, "submitit_local": Local, "submitit_slurm": Slurm}
+
+
+def keys_of(launcher: str) -> list[str]:
+    """The keys below hydra.launcher that may be set."""
+    return [key for key in _keys(LAUNCHERS[launcher]()) if key != "_target_"]
+
+
+def _keys(section: Any) -> Iterator[str]:
+    for key, value in vars(section).items():
+        inner = _keys(value) if hasattr(value, "__dataclass_fields__") else ()
+        yield from (f"{key}.{name}" for name in inner) if inner else (key,)
+
+
+def check_launcher(launcher: str) -> None:
+    """Raises UserError if what a launcher needs is not installed."""
+    package = "ray" if launcher == "ray" else "submitit"
+    if find_spec(package) is None:
+        raise UserError(
+            f"hydra/launcher={launcher} needs the package {package} in this environment: "
+            "pip install 'compress[cluster]'"
+        )
+    if launcher == "submitit_slurm" and shutil.which("sbatch") is None:
+        raise UserError(
+            f"hydra/launcher={launcher} needs SLURM's sbatch, which this machine does not have: "
+            "choose submitit_local or ray"
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """words: its overrides; folder: of its run, absolute"""
+
+    words: list[str]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run of a sweep that is no more. reason: why it has no results, for a person; None if it has"""
+
+    words: list[str]
+    folder: Path
+    reason: str | None = None
+    code: int = 0
+
+
+def ended(job: Job, code: int, reason: str) -> Ended:
+    """code, reason: of a job that did not leave what a finished run leaves."""
+    from compress.report.table import METRICS
+
+    if (job.folder / METRICS).exists():
+        # Also with an exit code: of a gate, or of a process that died on its way out.
+        return Ended(job.words, job.folder)
+    if code == 0:
+        reason = (
+            "it ended well, but its folder is not here: all machines must share the file system"
+        )
+    return Ended(job.words, job.folder, reason, code or 1)
+
+
+def named(error: BaseException) -> str:
+    """An error on one line."""
+    first, _, _ = str(error).strip().partition("\n")
+    return printable(f"{type(error).__name__}: {first}" if first else type(error).__name__)
+
+
+class _Heard(io.TextIOBase):
+    """Passes on what is written to it, and remembers it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.text = stream, io.StringIO()
+
+    def write(self, text: str) -> int:
+        self.text.write(text)
+        return self.stream.write(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def work(words: list[str], folder: Path, place: Path, environ: dict[str, str]) -> tuple[int, str]:
+    """A job, in the process that the cluster started for it. Returns its exit code, and why it is not 0.
+
+    place: the folder that relative paths of the words begin in; environ: variables that decide results
+    An error that is no UserError is written to the log of the run.
+    """
+    # Before torch is imported, which reads the number of threads once.
+    os.environ.update(environ)
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    os.chdir(place)
+    from compress.__main__ import _code
+
+    heard = _Heard(sys.stderr)
+    try:
+        with contextlib.redirect_stderr(heard):
+            code = _code([*words, f"hydra.run.dir='{folder}'"])
+    except Exception as error:
+        with contextlib.suppress(OSError), (folder / LOG).open("a", encoding="utf-8") as log:
+            log.write(traceback.format_exc())
+        return 1, named(error)
+    told = [line for line in heard.text.getvalue().splitlines() if line.startswith("compress: ")]
+    return code, told[-1].removeprefix("compress: ") if told else f"it ended with code {code}"
+
+
+def environ_of(threads: int | None) -> dict[str, str]:
+    """What of this environment goes to every job: threads, where caches are, what the hub's client is told.
+
+    threads: if the environment does not say. Secrets stay here
+    """
+    passed = {
+        name: value
+        for name, value in os.environ.items()
+        if name in ("OMP_NUM_THREADS", "XDG_CACHE_HOME")
+        or (name.startswith("HF_") and "TOKEN" not in name)
+    }
+    return ({} if threads is None else {"OMP_NUM_THREADS": str(threads)}) | passed
+
+
+def on_ray(jobs: Sequence[Job], words: RayWords) -> Iterator[Ended]:
+    """Run jobs as tasks of Ray, each in a new process; they come as they end.
+
+    Raises UserError if a local Ray has not what a job asks for.
+    """
+    # Ray would tell its makers of each start.
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", str(START))
+    import ray
+
+    init, remote = asdict(words.init), asdict(words.remote)
+    if words.init.address == "local":
+        # What passes through its store are words.
+        init |= {"object_store_memory": 100_000_000, "include_dashboard": False}
+    ray.init(**{k: v for k, v in init.items() if v is not None}, log_to_driver=False)
+    running: dict[Any, Job] = {}
+    try:
+        if words.init.address == "local":
+            _check_resources(remote, ray.cluster_resources())
+        # A process that dies is told, not tried again: the same command goes on from what it left.
+        task = ray.remote(max_retries=0, max_calls=1, **remote)(work)
+        environ = environ_of(words.remote.num_cpus)
+        for job in jobs:
+            running[task.remote(job.words, job.folder, Path.cwd(), environ)] = job
+        while running:
+            (first,), _ = ray.wait(list(running), num_returns=1)
+            job = running.pop(first)
+            try:
+                code, reason = ray.get(first)
+            except ray.exceptions.RayError as error:
+                code, reason = 1, f"its process is gone: {named(error)}"
+            yield ended(job, code, reason)
+    finally:
+        for reference in running:
+            # Raises KeyboardInterrupt there.
+            ray.cancel(reference)
+        if running:
+            ray.wait(list(running), num_returns=len(running), timeout=GRACE)
+        ray.shutdown()
+
+
+def _check_resources(remote: dict[str, Any], there: dict[str, float]) -> None:
+    """Raises UserError if a job would wait forever."""
+    asked = {"CPU": remote["num_cpus"], "GPU": remote["num_gpus"], **remote["resources"]}
+    for name, amount in asked.items():
+        if amount > there.get(name, 0):
+            raise UserError(
+                f"a job asks for {amount:g} {name} of hydra.launcher.ray.remote, and this Ray has "
+                f"{there.get(name, 0):g}"
+            )
+
+
+def on_submitit(jobs: Sequence[Job], words: Local, logs: Path) -> Iterator[Ended]:
+    """Run jobs by submitit, on SLURM as one array; they come as they end.
+
+    logs: the folder for what submitit writes, on the shared file system
+    """
+    import submitit
+
+    cluster = "slurm" if isinstance(words, Slurm) else "local"
+    asked = {key: value for key, value in asdict(words).items() if key != "_target_"}
+    at_once = asked.pop("array_parallelism")
+    common = {"name", "timeout_min", "cpus_per_task", "gpus_per_node", "mem_gb"}
+    executor = submitit.AutoExecutor(folder=logs / "%j", cluster=cluster)
+    executor.update_parameters(
+        **{k if k in common else f"slurm_{k}": v for k, v in asked.items() if v is not None}
+    )
+    if cluster == "slurm":
+        executor.update_parameters(slurm_array_parallelism=at_once)
+        at_once = len(jobs)
+    environ = environ_of(words.cpus_per_task)
+    waiting, running = list(jobs), list[tuple[Any, Job]]()
+    try:
+        while waiting or running:
+            starting = waiting[: at_once - len(running)]
+            if starting:
+                lists = zip(
+                    *((j.words, j.folder, Path.cwd(), environ) for j in starting), strict=True
+                )
+                running += zip(executor.map_array(work, *lists), starting, strict=True)
+                waiting = waiting[len(starting) :]
+            gone = [(handle, job) for handle, job in running if handle.done()]
+            running = [pair for pair in running if pair not in gone]
+            for handle, job in gone:
+                yield ended(job, *_outcome(handle))
+            if not gone:
+                time.sleep(EVERY)
+    finally:
+        for handle, _ in running:
+            handle.cancel(check=False)
+        until = time.monotonic() + GRACE
+        while cluster == "local" and any(not handle.done() for handle, _ in running):
+            if time.monotonic() > until:
+                break
+            time.sleep(0.1)
+
+
+def _outcome(handle: Any) -> tuple[int, str]:
+    """The exit code of a job of submitit, and why it is not 0."""
+    error = handle.exception()
+    if error is None:
+        code, reason = handle.result()
+        return int(code), str(reason)
+    return (
+        1,
+        f"its process is gone ({handle.state.lower()}); what it said is in {handle.paths.stderr}",
+    )
