@@ -9,6 +9,8 @@ import signal
 import sys
 import tempfile
 from argparse import Namespace
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +33,16 @@ from compress.compose import (
     options,
     register,
 )
-from compress.config import parse, settings_of
+from compress.config import Run, parse, settings_of
 from compress.disk import DiskError, check_free_bytes, writing
 from compress.errors import UserError, one_line
-from compress.run_folder import check_free, unfinished
+from compress.report.table import METRICS
+from compress.run_folder import check_free, unfinished, unfinished_sweep
 
+log = logging.getLogger(__name__)
+
+# Where recipes/config.yaml files runs and sweeps.
+OUTPUTS = Path("outputs")
 USER_ERROR = 2
 # A candidate costs more than the gate allows.
 GATE_ERROR = 1
@@ -101,8 +108,8 @@ def run_recipes(words: list[str]) -> int:
     exit code: 1 if a candidate costs more than the gate allows."""
     words = expand_shorthand(words)
     asked = get_args_parser().parse_args(words)
-    combinations, more = _checked(asked)
-    words += more
+    jobs = _checked(asked)
+    words += jobs.more
     register()
     finished: list[dict[str, Any]] = []
     limits: dict[str, float] = {}
@@ -116,12 +123,18 @@ def run_recipes(words: list[str]) -> int:
         words: Any = OmegaConf.to_container(choice.overrides.task, resolve=False)
         name = run_name(choice.runtime.choices["recipe"], words)
         goes_on = f"the same command with hydra.run.dir={out} goes on from there"
+        if asked.multirun:
+            goes_on = f"the same command goes on in {out}"
         try:
-            last = len(finished) + 1 == len(combinations)
+            last = len(finished) + 1 == len(jobs.outs)
             run = parse(settings_of(config))
+            limits.update(run.settings.gate.limits)
+            if (known := jobs.finished.get(out.resolve())) is not None:
+                log.info("%s: taken over from an earlier start", out)
+                finished.append(known)
+                return
             with writing(out):
                 finished.append(run_recipe(run, name, out, last=last))
-            limits.update(run.settings.gate.limits)
         except UserError as error:
             # Hydra would print a traceback; SystemExit passes through it.
             then = f"; {goes_on}" if isinstance(error, DiskError) else ""
@@ -148,36 +161,106 @@ def run_recipes(words: list[str]) -> int:
     return code
 
 
-def _checked(asked: Namespace) -> tuple[list[list[str]], list[str]]:
-    """The overrides of each job, every one checked, and what leads the same command to the run that it left
-    unfinished, if it did; none where Hydra is only asked what it knows. Raises UserError."""
+@dataclass(frozen=True)
+class _Jobs:
+    """What a command asks for, and what an earlier start of it left.
+
+    outs: the folder of each of its runs, None where Hydra makes a new one
+    more: words that tell Hydra where they are; said: what was left, for a person
+    finished: folder -> metrics.json of the runs of a sweep that are there already
+    """
+
+    outs: list[Path | None] = field(default_factory=list)
+    more: list[str] = field(default_factory=list)
+    said: str | None = None
+    finished: dict[Path, dict[str, Any]] = field(default_factory=dict)
+
+
+def _checked(asked: Namespace) -> _Jobs:
+    """The runs, every one checked; none where Hydra is only asked what it knows. Raises UserError."""
     check_flags(asked)
     if asked.help or asked.hydra_help:
-        return [], []
+        return _Jobs()
     if asked.info or asked.cfg:
         # Before Hydra itself looks at what they say.
         for overrides in _combinations(asked.overrides, asked.multirun):
             compose_settings(overrides)
-        return [], []
+        return _Jobs()
     from compress.pipeline import check
 
     _check_words(asked.overrides)
-    run_dir = _check_output(asked.overrides)
-    combinations = _combinations(asked.overrides, asked.multirun)
-    found: Path | None = None
-    for job in combinations:
-        recipes = [o.removeprefix("recipe=") for o in job if o.startswith("recipe=")]
-        if not recipes:
-            raise UserError(f"recipe= is missing: choose one of {', '.join(options('recipe'))}")
-        settings = compose_settings(job)
-        if run_dir is None and not asked.multirun:
-            words = [o for o in job if not o.startswith("hydra.")]
-            found = unfinished(Path("outputs", settings.model.name, recipes[-1]), words)
-        check(parse(settings), None if asked.multirun else found or run_dir)
-    if found is None:
-        return combinations, []
-    print(f"compress: goes on in {found}, which was left unfinished", file=sys.stderr)
-    return combinations, [f"hydra.run.dir='{found}'"]
+    chosen = _check_output(asked.overrides)
+    jobs = [_job(words) for words in _combinations(asked.overrides, asked.multirun)]
+    found = _sweep(jobs, chosen) if asked.multirun else _single(jobs[0], chosen)
+    for job, out in zip(jobs, found.outs, strict=True):
+        if out is None or out.resolve() not in found.finished:
+            check(job.run, out)
+    if found.said is not None:
+        print(f"compress: {found.said}", file=sys.stderr)
+    return found
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One run of a command. own: its words but Hydra's"""
+
+    run: Run
+    recipe: str
+    own: list[str]
+
+    def folder(self, root: Path) -> Path:
+        """Where its runs are filed by recipes/config.yaml."""
+        return root / self.run.settings.model.name / self.recipe
+
+
+def _job(words: list[str]) -> _Job:
+    recipes = [word.removeprefix("recipe=") for word in words if word.startswith("recipe=")]
+    if not recipes:
+        raise UserError(f"recipe= is missing: choose one of {', '.join(options('recipe'))}")
+    own = [word for word in words if not word.startswith("hydra.")]
+    return _Job(parse(compose_settings(words)), recipes[-1], own)
+
+
+def _single(job: _Job, chosen: dict[str, Path]) -> _Jobs:
+    """chosen: what the command says of Hydra's own"""
+    if "hydra.run.dir" in chosen:
+        return _Jobs([chosen["hydra.run.dir"]])
+    out = unfinished(job.folder(OUTPUTS), job.own)
+    if out is None:
+        return _Jobs([None])
+    said = f"goes on in {out}, which was left unfinished"
+    return _Jobs([out], [f"hydra.run.dir='{out}'"], said)
+
+
+def _sweep(jobs: list[_Job], chosen: dict[str, Path]) -> _Jobs:
+    """chosen: as for ``_single``"""
+    from compress.pipeline import finished_before
+
+    if "hydra.sweep.subdir" in chosen:
+        return _Jobs([None] * len(jobs))
+    now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    new = _Jobs([None] * len(jobs), _filed(now))
+    root = chosen.get("hydra.sweep.dir", OUTPUTS)
+    outs = unfinished_sweep([(job.folder(root), job.own) for job in jobs])
+    if outs is None:
+        return new
+    finished: dict[Path, dict[str, Any]] = {}
+    for job, out in zip(jobs, outs, strict=True):
+        if not (out / METRICS).exists():
+            continue
+        try:
+            finished[out.resolve()] = finished_before(job.run, out)
+        except UserError as error:
+            return replace(new, said=f"the sweep starts anew: {error}")
+    began = outs[0].name.removesuffix("-0")
+    said = f"goes on with the sweep of {began}: {len(finished)} of {len(jobs)} runs are finished"
+    return _Jobs(list(outs), _filed(began), said, finished)
+
+
+def _filed(began: str) -> list[str]:
+    """Where Hydra files the runs of a sweep, all with one time: by ``now`` each would have its own."""
+    folder = "${model.name}/${hydra:runtime.choices.recipe}"
+    return [f"hydra.sweep.subdir='{folder}/{began}-${{hydra:job.num}}'"]
 
 
 def _check_words(overrides: list[str]) -> None:
@@ -186,20 +269,19 @@ def _check_words(overrides: list[str]) -> None:
             raise UserError(f"{word} is neither a verb ({', '.join(VERBS)}) nor KEY=VALUE")
 
 
-def _check_output(overrides: list[str]) -> Path | None:
-    """The output folder, if one is named. Refuses one that cannot be written, or holds anything but an
-    unfinished run, before Hydra touches it."""
-    chosen = dict(o.split("=", 1) for o in overrides if o.startswith("hydra.") and "=" in o)
-    run_dir = Path(chosen.get("hydra.run.dir", "outputs"))
-    for folder in (run_dir, Path(chosen.get("hydra.sweep.dir", "outputs"))):
-        _check_writable(folder)
-    if "hydra.run.dir" in chosen:
-        check_free(run_dir)
+def _check_output(overrides: list[str]) -> dict[str, Path]:
+    """What is said of Hydra's own, as paths. Refuses an output folder that cannot be written, or holds
+    anything but an unfinished run, before Hydra touches it."""
+    said = (word.split("=", 1) for word in overrides if word.startswith("hydra.") and "=" in word)
+    chosen = {key: Path(value) for key, value in said}
+    named = [chosen[key] for key in ("hydra.run.dir", "hydra.sweep.dir") if key in chosen]
     # Where nothing is named, runs and sweeps are in one folder.
-    named = [Path(chosen[key]) for key in ("hydra.run.dir", "hydra.sweep.dir") if key in chosen]
-    for folder in named or [run_dir]:
+    for folder in named or [OUTPUTS]:
+        _check_writable(folder)
         check_free_bytes(folder)
-    return run_dir if "hydra.run.dir" in chosen else None
+    if "hydra.run.dir" in chosen:
+        check_free(chosen["hydra.run.dir"])
+    return chosen
 
 
 def _check_writable(folder: Path) -> None:

@@ -66,18 +66,28 @@ from compress.quantize.stage import linear_names, settle
 from compress.report.table import METRICS, table
 from compress.report.verdict import verdict
 from compress.rotate import rotated_sizes
-from compress.run_folder import RUN, Step, check_unheld, keep_same, opened, step, whole
+from compress.run_folder import (
+    MEASURED,
+    RUN,
+    Step,
+    check_unheld,
+    keep_same,
+    made,
+    opened,
+    step,
+    whole,
+)
 from compress.runtime.load import load_dense
-from compress.saved import Saved, code, cost_of, here
+from compress.saved import Saved, changes, code, cost_of, here, sync
 from compress.serve.card import write_cards
 from compress.stages import Work, run_stage, training_text
 from eval.memory import reset_peak, rss
+from eval.task_scores import task_sources
 
 log = logging.getLogger(__name__)
 
 # Steps of a run beside its stages: text that the original writes, in one file, and the export.
 GENERATE, WRITTEN = "generate", "tokens.safetensors"
-# With others of these the same recipe may come out otherwise.
 # Settings that decide what a stage leaves, beside the text that it looks at.
 KNOBS_OF = {
     "prune": ("prune",),
@@ -87,9 +97,8 @@ KNOBS_OF = {
     "repair": ("repair",),
     "kv_cache": ("kv_cache",),
 }
+# With others of these the same recipe may come out otherwise.
 DECISIVE_VERSIONS = ("compress", "torch", "transformers", "safetensors")
-# What is measured so far.
-MEASURED = "measured.state"
 
 
 def check(run: Run, out: Path | None = None) -> None:
@@ -145,8 +154,12 @@ def _check_taken(run: Run, out: Path, fingerprints: dict[str, dict[str, Any]]) -
     of now."""
     if not (out / CHECKPOINT).exists():
         return
-    made = read_json(out / f"{CHECKPOINT}.json")
-    found, same = made["report"]["format"], made.get("fingerprint") == fingerprints[CHECKPOINT]
+    try:
+        checkpoint = made(out, CHECKPOINT)
+    except UserError:
+        # It is made anew, with a warning.
+        return
+    found, same = checkpoint.report["format"], checkpoint.fingerprint == fingerprints[CHECKPOINT]
     if same and found != run.first_format:
         raise UserError(
             f"{out / CHECKPOINT} is there in {found} already: name that first, as in "
@@ -219,6 +232,20 @@ def check_shape(run: Run, model: Shapes) -> None:
         check_cache(model, run.cache)
 
 
+def finished_before(run: Run, out: Path) -> dict[str, Any]:
+    """What the finished run in ``out`` wrote to metrics.json. Raises UserError if this one may end otherwise:
+    with another recipe, model, text, or version of this program."""
+    metrics, decisive = read_json(out / METRICS), read_json(out / RUN)
+    now = _decisive(run, ModelFolder(resolve_model(**_named(run))))
+    known, asked = (
+        {**decisive, "recipe": metrics.get("recipe")},
+        {**now, "recipe": asdict(run.settings)},
+    )
+    if changed := changes(known, json.loads(json.dumps(asked))):
+        raise UserError(f"{out} was made otherwise: {changed}")
+    return metrics
+
+
 def run_recipe(run: Run, name: str, out: Path, *, last: bool = True) -> dict[str, Any]:
     """Compress, export, audit, evaluate, measure. Returns what it wrote to metrics.json.
 
@@ -276,6 +303,8 @@ def run_recipe(run: Run, name: str, out: Path, *, last: bool = True) -> dict[str
             write_cards(metrics, model, out)
             draw(compression, rows, out)
             (out / "table.md").write_text(table([metrics]), encoding="utf-8")
+            # Finished is what is on the disk, all of it.
+            sync(out)
         shutil.rmtree(out / MEASURED, ignore_errors=True)
     return metrics
 
@@ -294,9 +323,9 @@ def _measured(
     rows: dict[str, dict[str, Any]] = {"base": {}, "candidate": {}, "compression": {}}
     folders = {"checkpoint": checkpoint.fingerprint, "model": model.fingerprint}
     parts = Parts(Saved(out / MEASURED, folders | here(run.device)))
+    files = _companions(model)
     if settings.eval is not None:
         asked = [asdict(settings.eval), {text: w.sha256 for text, w in windows.items()}]
-        tokenized = {file.name: file_sha256(file) for file in model.companions()}
         accuracy = measure_accuracy(
             checkpoint,
             model,
@@ -304,7 +333,7 @@ def _measured(
             settings.eval,
             tokenizer,
             run.device,
-            parts.of("accuracy", [*asked, tokenized]),
+            parts.of("accuracy", [*asked, files, task_sources()]),
         )
         for row, found in accuracy.rows.items():
             rows[row] |= found
@@ -327,7 +356,7 @@ def _measured(
             settings.context,
             tokenizer,
             run.device,
-            parts.of("context", asdict(settings.context)),
+            parts.of("context", [asdict(settings.context), files]),
         )
         for row, found in at_length.items():
             rows[row]["context"] = found
@@ -444,7 +473,7 @@ def _compress(
 def _state_cost(steps: dict[str, Step], total: float) -> dict[str, Any]:
     """What it cost that the run could be killed: the most ``bytes`` on disk at once, ``seconds`` of writing,
     their ``share`` of the total."""
-    found = [made.state for made in steps.values() if made.state is not None]
+    found = [done.state for done in steps.values() if done.state is not None]
     seconds = sum(cost["seconds"] for cost in found)
     return {
         "saves": sum(cost["saves"] for cost in found),
@@ -495,9 +524,9 @@ def export(
 ) -> tuple[Step, dict[str, Any]]:
     """A step of a run: write a record to ``folder`` in the format ``name``, compare it with the record, write
     its manifest. Returns the step, and what ``exports`` of metrics.json says of it."""
-    made = step(out, folder, lambda target, _: _export(name, record, target, origin), fingerprint)
+    found = step(out, folder, lambda target, _: _export(name, record, target, origin), fingerprint)
     size = measure_size(ModelFolder(out / folder))
-    return made, {"folder": folder, "size": size, "audit": made.report["audit"]}
+    return found, {"folder": folder, "size": size, "audit": found.report["audit"]}
 
 
 def _export(name: str, record: ModelFolder, target: Path, origin: dict[str, Any]) -> dict[str, Any]:
@@ -587,7 +616,7 @@ def _decisive(run: Run, model: ModelFolder) -> dict[str, Any]:
     if run.distill is not None:
         settings["distill"] |= {"sha256": training_text(run, model).sha256}
     return {
-        "model": {"fingerprint": model.fingerprint},
+        "model": {"fingerprint": model.fingerprint, "files": _companions(model)},
         **settings,
         "scheme": run.settings.scheme,
         "device": run.device.type,
@@ -610,7 +639,9 @@ def _fingerprints(run: Run, decisive: dict[str, Any]) -> dict[str, dict[str, Any
         # Training has a text of its own, which its knobs name; turning looks at none.
         textless = stage in ("rotate", "distill")
         own[stage]["data"] = {"seed": data["seed"]} if textless else data
-    own |= {folder: {} for folder in _folders(run.settings.export).values()}
+    # A manifest has the hash of the whole recipe.
+    whole_recipe = {key: decisive[key] for key in _decisive_settings(run)}
+    own |= {folder: whole_recipe for folder in _folders(run.settings.export).values()}
     common = {key: decisive[key] for key in ("model", "device", "versions", "code")}
     before, found = {"step": "model", "sha256": decisive["model"]["fingerprint"]}, {}
     for name, fingerprint in own.items():
@@ -619,6 +650,11 @@ def _fingerprints(run: Run, decisive: dict[str, Any]) -> dict[str, dict[str, Any
             text = json.dumps(found[name])
             before = {"step": name, "sha256": hashlib.sha256(text.encode()).hexdigest()}
     return found
+
+
+def _companions(model: ModelFolder) -> dict[str, str]:
+    """SHA-256 of the files that travel along, of which the tokenizer decides what is measured too."""
+    return {file.name: file_sha256(file) for file in model.companions()}
 
 
 def _saved(run: Run, state: Path, fingerprint: dict[str, Any]) -> Saved:

@@ -17,8 +17,8 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,6 +34,8 @@ from eval.memory import give_back, peak_cuda, peak_rss
 log = logging.getLogger(__name__)
 
 RUN = "run.json"
+# What a run has measured so far.
+MEASURED = "measured.state"
 # What the command line leaves in a folder before a run begins in it.
 BEFORE = (".hydra", "compress.log")
 
@@ -56,26 +58,55 @@ class Step:
 
 def check_free(out: Path) -> None:
     """Raises UserError if a folder holds a finished run, or anything else but an unfinished one."""
-    if (out / METRICS).exists():
-        raise UserError(f"{out} holds a finished run: choose another hydra.run.dir")
+    _check_unfinished(out)
     if (out / RUN).exists() or not out.is_dir():
         return
     if any(file.name not in BEFORE for file in out.iterdir()):
         raise UserError(f"{out} is not empty: choose another hydra.run.dir")
 
 
+def _check_unfinished(out: Path) -> None:
+    if (out / METRICS).exists():
+        raise UserError(f"{out} holds a finished run: choose another hydra.run.dir")
+
+
 def unfinished(folder: Path, overrides: list[str]) -> Path | None:
     """The newest unfinished run in a folder of runs that the same words asked for, and nobody works on."""
-    for run in sorted(folder.glob(f"*/{RUN}"), reverse=True):
-        asked = run.parent / ".hydra" / "overrides.yaml"
-        if (run.parent / METRICS).exists() or not asked.exists():
-            continue
-        if yaml.safe_load(asked.read_text(encoding="utf-8")) != overrides:
-            continue
-        with contextlib.suppress(UserError):
-            check_unheld(run.parent)
-            return run.parent
+    for run in _newest(folder, "*"):
+        if not (run / METRICS).exists() and _free_and_of(run, overrides):
+            return run
     return None
+
+
+def unfinished_sweep(jobs: Sequence[tuple[Path, list[str]]]) -> list[Path] | None:
+    """The folders of the newest unfinished sweep that the same words asked for, and nobody works on: one a
+    job, which is there or not yet.
+
+    jobs: of each its folder of runs and its words. Folders of a sweep are TIME-NUMBER in these
+    """
+    for first in _newest(jobs[0][0], "*-0"):
+        began = first.name.removesuffix("-0")
+        runs = [folder / f"{began}-{number}" for number, (folder, _) in enumerate(jobs)]
+        begun = [(run, job[1]) for run, job in zip(runs, jobs, strict=True) if (run / RUN).exists()]
+        finished = all((run / METRICS).exists() for run in runs)
+        if not finished and all(_free_and_of(run, words) for run, words in begun):
+            return runs
+    return None
+
+
+def _newest(folder: Path, names: str) -> list[Path]:
+    """The folders that hold a run, by name, which is a time; the newest first."""
+    return [run.parent for run in sorted(folder.glob(f"{names}/{RUN}"), reverse=True)]
+
+
+def _free_and_of(run: Path, overrides: list[str]) -> bool:
+    """Whether a run was asked for by these words, and nobody works on it."""
+    asked = run / ".hydra" / "overrides.yaml"
+    # Hydra's own file: a power cut may have left anything.
+    with contextlib.suppress(UserError, OSError, ValueError, yaml.YAMLError):
+        check_unheld(run)
+        return bool(yaml.safe_load(asked.read_text(encoding="utf-8")) == overrides)
+    return False
 
 
 def check_unheld(out: Path) -> None:
@@ -96,6 +127,8 @@ def opened(out: Path, decisive: dict[str, Any]) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     with (out / RUN).open("a+", encoding="utf-8") as file:
         _lock(file, out)
+        # Another process may have ended in the meantime.
+        _check_unfinished(out)
         # In place: a file that replaced it would not be the one that is locked.
         file.truncate(0)
         file.write(json.dumps(decisive, indent=2, ensure_ascii=False) + "\n")
@@ -147,20 +180,37 @@ def keep_same(out: Path, steps: dict[str, dict[str, Any]]) -> None:
                 anew = True
         if anew:
             _discard(out, name)
+    for state in out.glob("*.state"):
+        if state.stem not in steps and state.name != MEASURED:
+            shutil.rmtree(state)
     for report in out.glob("*.json"):
         if report.stem in steps or not (out / report.stem).is_dir():
             continue
-        # Of a stage that the recipe has no more; further formats of the same record stay.
-        known = read_json(report).get("fingerprint")
-        if known is not None and all(changes(known, own) for own in steps.values()):
-            log.info("%s is no step of this run: removed", report.stem)
-            _discard(out, report.stem)
+        # As that state, of a stage that the recipe has no more; further formats of the same record stay.
+        with contextlib.suppress(UserError):
+            known = made(out, report.stem).fingerprint
+            if known is not None and all(changes(known, own) for own in steps.values()):
+                log.info("%s is no step of this run: removed", report.stem)
+                _discard(out, report.stem)
 
 
 def _changed(out: Path, name: str, fingerprint: dict[str, Any]) -> str:
-    """How a step that is there differs from what would be made, in words; empty if it does not."""
-    known = read_json(out / f"{name}.json").get("fingerprint")
+    """Why a step that is there is not what would be made, in words; empty if it is."""
+    try:
+        known = made(out, name).fingerprint
+    except UserError as error:
+        return f"its report cannot be read: {error}"
     return changes(known, fingerprint) if known else "another version of this program made it"
+
+
+def made(out: Path, name: str) -> Step:
+    """A step that an earlier start made. Raises UserError if its report is none."""
+    file = out / f"{name}.json"
+    found = read_json(file)
+    try:
+        return Step(**found, taken=True)
+    except TypeError as error:
+        raise UserError(f"{file} is not the report of a step") from error
 
 
 def _discard(out: Path, name: str) -> None:
@@ -209,7 +259,7 @@ def step(
                 write_json(partial, facts)
     if state.exists():
         shutil.rmtree(state)
-    return Step(**read_json(report), taken=taken)
+    return replace(made(out, name), taken=taken)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from torch import Tensor
 from compress.environment import PACKAGES, device_name, version_of
 from compress.errors import UserError
 from compress.model.folder import file_sha256, read_json, write_json
-from compress.model.tensor_file import TensorFile
+from compress.model.tensor_file import CHUNK, TensorFile
 
 log = logging.getLogger(__name__)
 now = time.perf_counter
@@ -72,18 +72,44 @@ class Cost:
         (state / COST).unlink(missing_ok=True)
 
 
+class Tensors(Mapping[str, Tensor]):
+    """The tensors of a file, on the CPU, each a copy that is made when it is asked for."""
+
+    def __init__(self, path: Path):
+        """Raises SafetensorError."""
+        self._file = safe_open(path, framework="pt")
+        self._names = dict.fromkeys(self._file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self.mapped(name).clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def mapped(self, name: str) -> Tensor:
+        """The tensor as it lies in the file, which may be larger than the memory. For what is soon gone: the
+        next position removes the file, but the disk has its room back only when nothing looks at it."""
+        return self._file.get_tensor(name)
+
+
 @dataclass(frozen=True)
 class Position:
-    """Where a piece of work was. tensors: on the CPU"""
+    """Where a piece of work was."""
 
     facts: dict[str, Any]
-    tensors: dict[str, Tensor]
+    tensors: Tensors
 
     def under(self, name: str) -> dict[str, Tensor]:
         """The tensors that ``named`` put under a name."""
         prefix = f"{name}."
-        found = self.tensors.items()
-        return {key.removeprefix(prefix): t for key, t in found if key.startswith(prefix)}
+        return {
+            k.removeprefix(prefix): self.tensors[k] for k in self.tensors if k.startswith(prefix)
+        }
 
 
 def named(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -148,9 +174,9 @@ class Saved:
                 log.warning("%s starts anew: %s", _named(self.whole), changed)
                 shutil.rmtree(self.whole)
                 return None
-            tensors = _load(folder / TENSORS, saved["checksums"])
-            return Position(saved["facts"], tensors)
-        except (UserError, SafetensorError, OSError, KeyError, TypeError) as error:
+            check_sums(folder, saved["checksums"])
+            return Position(saved["facts"], Tensors(folder / TENSORS))
+        except (UserError, SafetensorError, OSError, KeyError, AttributeError) as error:
             log.warning(
                 "%s starts anew: its state cannot be read: %s", _named(folder.parent), error
             )
@@ -175,12 +201,11 @@ class Saved:
     def save(self, facts: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
         """Write a position, and sync with it what is in ``files``; then remove the ones before it.
 
-        facts: JSON; tensors: none shares memory with another
+        facts: JSON
         """
         if self.path is None:
             return
-        start = now()
-        given = {name: t.detach().cpu().contiguous() for name, t in (tensors or {}).items()}
+        start, given = now(), tensors or {}
         before = self._positions()
         self._count += 1
         target = self.path / f"{PREFIX}{self._count}"
@@ -189,18 +214,20 @@ class Saved:
         # Tensor by tensor: states that were spilled may be larger than the memory.
         file = TensorFile(partial / TENSORS)
         for name, tensor in given.items():
-            file.add(name, tensor)
+            file.add(name, tensor.detach())
         file.close()
-        checksums = {name: _checksum(t) for name, t in given.items()}
         write_json(
             partial / FACTS,
-            {"fingerprint": self.fingerprint, "checksums": checksums, "facts": facts},
+            {"fingerprint": self.fingerprint, "checksums": checksums(partial), "facts": facts},
         )
         sync(partial)
         if (self.path / FILES).exists():
             sync(self.path / FILES)
         partial.rename(target)
-        sync_names(self.path)
+        # A folder that is new is in the one above it.
+        assert self.whole is not None
+        for folder in (self.path, self.whole, self.whole.parent):
+            sync_names(folder)
         on_disk = sum(map(size_of, (target, *before)))
         for folder in before:
             shutil.rmtree(folder)
@@ -313,21 +340,26 @@ def _number(position: Path) -> int:
     return int(position.name.removeprefix(PREFIX))
 
 
-def _load(path: Path, checksums: dict[str, int]) -> dict[str, Tensor]:
-    """Raises SafetensorError, or UserError for bytes that are not those that were saved."""
-    found: dict[str, Tensor] = {}
-    with safe_open(path, framework="pt") as file:
-        for name in checksums:
-            # Not a view of the file, which goes when the next position comes.
-            found[name] = file.get_tensor(name).clone()
-            if _checksum(found[name]) != checksums[name]:
-                raise UserError(f"{path} holds other bytes of {name} than were written")
+def checksums(folder: Path) -> dict[str, int]:
+    """CRC-32 of each file in a folder, by its path there."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): _checksum(file) for file in files}
+
+
+def check_sums(folder: Path, known: dict[str, int]) -> None:
+    """Raises UserError for a file that has not the bytes that ``checksums`` saw."""
+    for name, checksum in known.items():
+        file = folder / name
+        if not file.exists() or _checksum(file) != checksum:
+            raise UserError(f"{file} does not hold the bytes that were written")
+
+
+def _checksum(file: Path) -> int:
+    found = 0
+    with file.open("rb") as opened:
+        while part := opened.read(CHUNK):
+            found = zlib.crc32(part, found)
     return found
-
-
-def _checksum(tensor: Tensor) -> int:
-    """CRC-32 of the bytes of a contiguous tensor on the CPU."""
-    return zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data) if tensor.numel() else 0
 
 
 def size_of(folder: Path) -> int:

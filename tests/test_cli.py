@@ -655,6 +655,39 @@ def test_a_killed_and_interrupted_run_goes_on_to_the_same_bytes(
     assert 0 < found["state"]["share"] < 1
 
 
+def test_a_killed_sweep_goes_on(tiny: ModelFolder, text_file: Path, tmp_path: Path) -> None:
+    """By the same command: what is finished stays, what is begun goes on, and all are in the table."""
+    words = ["-m", "recipe=rtn-int3,rtn-int4", f"model={tiny.path}", f"data={text_file}"]
+    words += ["scheme.group_size=32", "eval=none", "context=none", "speed=none"]
+    # Three blocks of the first run, one of the second.
+    assert program(words, tmp_path, 4).returncode == -signal.SIGKILL
+    (first,) = (tmp_path / "outputs" / "model" / "rtn-int3").iterdir()
+    (second,) = (tmp_path / "outputs" / "model" / "rtn-int4").iterdir()
+    assert (second / "quantize.state" / "blocks" / "position-1").is_dir()
+    before = {file: file.stat().st_mtime_ns for file in [*first.glob("*"), *first.glob("*/*")]}
+    done = program(words, tmp_path)
+    assert done.returncode == 0, done.stderr
+    began = first.name.removesuffix("-0")
+    assert f"compress: goes on with the sweep of {began}: 1 of 2 runs are finished" in done.stderr
+    assert f"{first}: taken over from an earlier start" in done.stderr
+    assert "quantize goes on after block 1 of 3" in done.stderr
+    changed = {file for file, time in before.items() if file.stat().st_mtime_ns != time}
+    assert {file.name for file in changed if file.parent != first / ".hydra"} <= {
+        "compress.log",
+        ".hydra",
+    }
+    for run in (first, second):
+        assert list(run.parent.iterdir()) == [run]
+        assert (run / "metrics.json").exists()
+        assert f"{run.parent.name} scheme.group_size=32" in done.stdout
+    # Once more it is a new one: this one is finished. Another version of the program would make it otherwise.
+    (second / "metrics.json").unlink()
+    known = json.loads((first / "run.json").read_text())
+    (first / "run.json").write_text(json.dumps(known | {"code": "0" * 64}))
+    assert program(words, tmp_path, 1).returncode == -signal.SIGKILL
+    assert len(list(first.parent.iterdir())) == 2
+
+
 def test_help_explains_groups_and_shows_examples(tmp_path: Path) -> None:
     done = compress("--help", cwd=tmp_path)
     assert done.returncode == 0

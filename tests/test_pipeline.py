@@ -206,6 +206,29 @@ def test_another_recipe_starts_anew_where_it_differs(
     assert names[0] == names[1]
 
 
+def test_what_decides_a_step(
+    make_model: Callable[..., ModelFolder], text_file: Path, tmp_path: Path
+) -> None:
+    """A manifest names the whole recipe; a checkpoint has the tokenizer's files."""
+    model = make_model()
+
+    def of(*words: str) -> dict[str, Any]:
+        recipe = run_of(model, text_file, "rounding=nearest", "transforms=[]", *words)
+        assert not recipe.needs_data
+        return pipeline._fingerprints(recipe, pipeline._decisive(recipe, model))
+
+    asked, other = of("export=[gptq,gguf]"), of("export=[gptq,gguf]", "data.sequences=3")
+    assert list(asked) == ["quantize", "checkpoint", "checkpoint-gguf"]
+    assert asked["quantize"] == other["quantize"]
+    for name in ("checkpoint", "checkpoint-gguf"):
+        assert changes(asked[name], other[name]) == "data.sequences was 4, is 3"
+    file = model.path / "tokenizer_config.json"
+    file.write_text(file.read_text() + " ")
+    for name, known in asked.items():
+        said = changes(known, of("export=[gptq,gguf]")[name])
+        assert said.startswith("model.files.tokenizer_config.json is another")
+
+
 DISTILLED = ["stages=[quantize,distill]", "distill=kl", "distill.length=32"]
 
 

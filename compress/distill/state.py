@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compress.errors import UserError
 from compress.model.folder import read_json, write_json
-from compress.saved import Cost, changes, size_of, sync, sync_names
+from compress.saved import Cost, changes, check_sums, checksums, size_of, sync, sync_names
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +75,7 @@ class State:
             return Progress()
         newest = found[-1]
         self.accelerator.load_state(str(newest))
-        saved = read_json(newest / PROGRESS)["progress"]
-        progress = Progress(**saved)
+        progress = Progress(**read_json(newest / PROGRESS)["progress"])
         log.info("distill goes on after step %d of %s", progress.step, progress.steps)
         return progress
 
@@ -95,10 +94,10 @@ class State:
         """Why a state cannot be gone on from; empty if it can."""
         try:
             saved = read_json(folder / PROGRESS)
-            if saved["sizes"] != _sizes(folder):
-                return "its state cannot be read: files of it are not as they were written"
+            check_sums(folder, saved["checksums"])
+            Progress(**saved["progress"])
             return changes(saved["fingerprint"], self.fingerprint)
-        except (UserError, KeyError) as error:
+        except (UserError, OSError, KeyError, TypeError, AttributeError) as error:
             return f"its state cannot be read: {error}"
 
     def _states(self) -> list[Path]:
@@ -115,11 +114,12 @@ class State:
         self.accelerator.save_state(str(partial))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            self._note(partial, progress)
+            self._note(partial, progress, checksums(partial))
             sync(partial)
             before = self._states()
             partial.rename(target)
-            sync_names(self.path)
+            for folder in (self.path, self.path.parent):
+                sync_names(folder)
             on_disk = sum(map(size_of, (target, *before)))
             for folder in before:
                 shutil.rmtree(folder)
@@ -130,24 +130,17 @@ class State:
     def note(self, progress: Progress) -> None:
         """Correct what the newest state says of its progress."""
         if self.accelerator.is_main_process:
-            self._note(self._states()[-1], progress)
+            newest = self._states()[-1]
+            self._note(newest, progress, read_json(newest / PROGRESS)["checksums"])
 
-    def _note(self, folder: Path, progress: Progress) -> None:
+    def _note(self, folder: Path, progress: Progress, sums: dict[str, int]) -> None:
+        """sums: of its other files"""
         content = {
             "fingerprint": self.fingerprint,
-            "sizes": _sizes(folder),
+            "checksums": sums,
             "progress": asdict(progress),
         }
         beside = folder / f"{PROGRESS}{PARTIAL}"
         write_json(beside, content)
         sync(beside)
         beside.replace(folder / PROGRESS)
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of each file of a state but the one that says so: a file that was cut off has fewer."""
-    return {
-        file.name: file.stat().st_size
-        for file in sorted(folder.iterdir())
-        if not file.name.startswith(PROGRESS)
-    }

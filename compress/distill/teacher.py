@@ -23,6 +23,7 @@ from compress.model.families import Family, family_of
 from compress.model.folder import ModelFolder, read_json, save_tensors, write_json
 from compress.progress import track
 from compress.runtime.load import load_dense
+from compress.saved import sync
 
 log = logging.getLogger(__name__)
 
@@ -181,6 +182,7 @@ def _write_group(
             found[part].append(getattr(top, part).unflatten(0, tokens.shape).cpu())
     partial = path.with_suffix(f".{os.getpid()}.partial")
     save_tensors(partial, {part: torch.cat(found[part]) for part in PARTS})
+    sync(partial)
     partial.rename(path)
 
 

@@ -124,7 +124,7 @@ def calibrate(
     scales: dict[str, Tensor] = {}
     position = saved.load()
     if position is not None:
-        walk.hidden = walk.states.keep(position.tensors["hidden"])
+        walk.hidden = walk.states.keep(position.tensors.mapped("hidden"))
         scales = position.under("scales")
         log.info("kv_cache goes on after block %d of %d", position.facts["done"], len(walk))
     start = 0 if position is None else position.facts["done"]

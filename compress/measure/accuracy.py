@@ -22,10 +22,10 @@ from calibration.texts import load_texts
 from calibration.tokens import TokenBlocks, evaluation_windows
 from compress.config import EvalConfig
 from compress.errors import UserError
-from compress.measure.kept import cache_file, keep
+from compress.measure.kept import cache_file, keep, kept
 from compress.measure.tasks import score_folder, score_original
 from compress.model.families import family_of
-from compress.model.folder import DTYPES, ModelFolder, read_json, save_tensors
+from compress.model.folder import DTYPES, ModelFolder, save_tensors
 from compress.progress import track
 from compress.report.table import TOKENS
 from compress.run_folder import whole
@@ -228,13 +228,12 @@ class _Noise:
         """What is kept; None also where the texts are read in 16 bits themselves."""
         if self.dtype == DTYPES[self._config.dtype]:
             return None
-        file = self._file(blocks)
-        return read_json(file) if file.exists() else None
+        return kept(self._file(blocks))
 
     def keep(self, blocks: TokenBlocks, found: dict[str, Any]) -> dict[str, Any]:
-        kept = ("kl", "kl_stderr", "kl_p99", "kl_p999", "top1", "top1_stderr", "paired")
+        figures = ("kl", "kl_stderr", "kl_p99", "kl_p999", "top1", "top1_stderr", "paired")
         noise = {"dtype": str(self.dtype).removeprefix("torch.")} | {
-            key: found[key] for key in kept
+            key: found[key] for key in figures
         }
         keep(self._file(blocks), noise)
         return noise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 from typing import Any
 
@@ -37,14 +38,17 @@ def check_context(config: ContextConfig, model: ModelFolder) -> None:
     for key, tokens in asked.items():
         if limit is not None and tokens > limit:
             raise UserError(f"{key} needs {tokens} tokens, {model.path} takes {limit}: choose less")
-    _context_texts(config, open_tokenizer(model))
+    _context_texts(config, _documents(config), open_tokenizer(model))
+
+
+def _documents(config: ContextConfig) -> list[str]:
+    return load_texts(config.text, config.text_field, config.split)
 
 
 def _context_texts(
-    config: ContextConfig, tokenizer: Any
+    config: ContextConfig, texts: list[str], tokenizer: Any
 ) -> tuple[TokenBlocks, TokenBlocks, dict[int, list[Haystack]]]:
     """Long windows, prompts, and haystacks by length."""
-    texts = list(load_texts(config.text, config.text_field, config.split))
     joined = " ".join(texts)
     windows, prompts = (
         evaluation_windows(texts, tokenizer, tokens=window * count, window=window)
@@ -85,7 +89,10 @@ def measure_context(
     and ``heads`` (the errors of a packed cache) of the candidate, and what was read.
     """
     dtype = DTYPES[config.dtype]
-    long, prompts, haystacks = _context_texts(config, tokenizer)
+    texts = _documents(config)
+    long, prompts, haystacks = _context_texts(config, texts, tokenizer)
+    # Of another text no part is known.
+    once = within(once, hashlib.sha256(" ".join(texts).encode()).hexdigest())
     folders = {"base": base, "candidate": candidate}
 
     @functools.cache

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from compress.environment import environment
-from compress.model.folder import write_json
-from compress.saved import code
+from compress.errors import UserError
+from compress.model.folder import read_json, write_json
+from compress.saved import code, sync
 from compress.user_cache import cache_dir
 
 
@@ -23,8 +24,17 @@ def cache_file(kind: str, asked: list[Any], device: torch.device) -> Path:
     return cache_dir() / kind / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
 
 
+def kept(file: Path) -> dict[str, Any] | None:
+    """The figure; None if there is none that can be read."""
+    try:
+        return read_json(file)
+    except UserError:
+        return None
+
+
 def keep(file: Path, found: dict[str, Any]) -> None:
     file.parent.mkdir(exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}.partial")
     write_json(partial, found)
+    sync(partial)
     partial.replace(file)

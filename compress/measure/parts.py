@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -65,7 +65,7 @@ def _apart(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
     return value
 
 
-def _joined(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
+def _joined(value: Any, tensors: Mapping[str, Tensor], name: str) -> Any:
     """What ``_apart`` was given, but for tuples, which come back as lists."""
     if isinstance(value, dict):
         return {k: _joined(v, tensors, f"{name}{BETWEEN}{k}") for k, v in value.items()}

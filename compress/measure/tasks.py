@@ -14,9 +14,9 @@ import torch
 from compress.config import EvalConfig
 from compress.environment import version_of
 from compress.errors import UserError
-from compress.measure.kept import cache_file, keep
+from compress.measure.kept import cache_file, keep, kept
 from compress.measure.speed import check_installed
-from compress.model.folder import ModelFolder, file_sha256, read_json
+from compress.model.folder import ModelFolder, file_sha256
 from compress.model.sources import open_tokenizer
 from compress.runtime.cached import load_running, load_served
 from eval.engines.transformers_decode import load_transformers
@@ -106,10 +106,9 @@ def score_original(
     # Tokenizer, chat template, and what generation asks for.
     asked += [file_sha256(file) for file in folder.companions()]
     file = cache_file("task-scores", asked, device)
-    if file.exists():
+    if (found := kept(file)) is not None:
         log.info("task scores of the original come from the cache: %s", file)
-        kept = read_json(file)
-        return {t: {**s, "cached": True} for t, s in kept["scores"].items()}, kept["samples"]
+        return {t: {**s, "cached": True} for t, s in found["scores"].items()}, found["samples"]
     scores, samples = score_folder(folder, config, tokenizer, device, once)
     keep(file, {"scores": scores, "samples": samples})
     return scores, samples

@@ -205,7 +205,7 @@ class _BothWalks:
 
     def go_on(self, position: Position) -> None:
         self.original, self.pruned = (
-            self.walk.states.keep(position.tensors[name]) for name in ("original", "pruned")
+            self.walk.states.keep(position.tensors.mapped(name)) for name in ("original", "pruned")
         )
         self.walk.hidden = None
         self._generator.set_state(position.tensors["generator"])

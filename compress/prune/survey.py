@@ -160,7 +160,7 @@ class _Seen:
         if position is None:
             return
         self.influence, found = position.facts["influence"], position.tensors
-        walk.hidden = walk.states.keep(found["hidden"])
+        walk.hidden = walk.states.keep(found.mapped("hidden"))
         self.channels = found["channels"].to(walk.device)
         self.heads, self.neurons = (list(found[n].to(walk.device)) for n in ("heads", "neurons"))
         self.states = list(found["states"])

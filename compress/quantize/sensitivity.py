@@ -72,7 +72,7 @@ def sensitivities(
         goal = original.finish(0)
         if position is not None:
             log.info("the search of bits goes on after block %d of %d", len(floors), len(walk))
-            walk.hidden = walk.states.keep(position.tensors["hidden"])
+            walk.hidden = walk.states.keep(position.tensors.mapped("hidden"))
             del position
         for index in track(range(len(floors), len(walk)), "search bits"):
             start = time.perf_counter()

@@ -131,7 +131,7 @@ class _Work:
         self.writer.weight_map |= position.facts["weight_map"]
         for name in ("hidden", "original"):
             if name in position.tensors:
-                setattr(self.walk, name, self.walk.states.keep(position.tensors[name]))
+                setattr(self.walk, name, self.walk.states.keep(position.tensors.mapped(name)))
         if self.outliers is not None:
             self.outliers.go_on(position.facts["outliers"], position.under("outliers"))
         log.info("quantize goes on after block %d of %d", len(self.blocks), len(self.walk))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,14 @@ def test_blocks_and_length(
         inner = [part for part in made if "window" in part]
         assert inner == [part for part in whole.made if "window" in part]
         assert len(inner) >= least - 1
+    # The same question of another text.
+    changed = text_file.with_name("changed.txt")
+    changed.write_text(text_file.read_text() + "More of it.")
+    for known in (False, True):
+        config = replace(config, text=str(changed))
+        once = Fragile(parts(tmp_path / "length"), -1)
+        length(once)
+        assert (once.made == []) == known
 
 
 def test_a_point_of_speed_that_is_known_opens_nothing() -> None:

@@ -12,7 +12,15 @@ import pytest
 
 from compress import run_folder
 from compress.errors import UserError
-from compress.run_folder import check_free, check_unheld, keep_same, opened, step, unfinished
+from compress.run_folder import (
+    check_free,
+    check_unheld,
+    keep_same,
+    opened,
+    step,
+    unfinished,
+    unfinished_sweep,
+)
 from compress.saved import Saved
 
 DECISIVE = {"stages": ["a"], "data": {"seed": 0}}
@@ -159,6 +167,31 @@ def test_a_step_of_before_fingerprints_starts_anew(
     assert "a starts anew: another version of this program made it" in caplog.text
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"report": {}, "seconds": 1, "other": 2}'])
+def test_a_report_that_cannot_be_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    """Its step starts anew; who does not ask for a step of this kind is told of the file."""
+    made(tmp_path, chain(a=4, b=4))
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match=f"{tmp_path}/a.json "):
+        step(tmp_path, "a", lambda *_: {})
+    assert made(tmp_path, chain(a=4, b=4)) == ["a", "b"]
+    assert f"a starts anew: its report cannot be read: {tmp_path}/a.json" in caplog.text
+    (tmp_path / "b.json").write_text(text)
+    # Of no step of these, and nobody knows of which.
+    assert made(tmp_path, chain(a=4)) == []
+    assert (tmp_path / "b").exists()
+
+
+def test_the_state_of_a_stage_that_is_no_more_goes(tmp_path: Path) -> None:
+    made(tmp_path, chain(a=4))
+    for name in ("gone.state", "next.state", "measured.state"):
+        (tmp_path / name).mkdir()
+    keep_same(tmp_path, chain(a=4, next=1))
+    assert {file.name for file in tmp_path.glob("*.state")} == {"next.state", "measured.state"}
+
+
 def test_a_kill_while_discarding_leaves_no_half_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +268,21 @@ def test_what_is_no_unfinished_run_is_refused(tmp_path: Path) -> None:
         check_free(tmp_path)
 
 
+def test_a_run_that_ended_in_the_meantime_is_not_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = run_folder._lock
+
+    def late(file: Any, out: Path) -> None:
+        (out / "metrics.json").touch()
+        lock(file, out)
+
+    monkeypatch.setattr(run_folder, "_lock", late)
+    with pytest.raises(UserError, match="holds a finished run"), opened(tmp_path, DECISIVE):
+        pass
+    assert (tmp_path / "run.json").read_text() == ""
+
+
 def test_a_failure_leaves_nothing_half_written(tmp_path: Path) -> None:
     def fail(target: Path, _: Path) -> dict[str, Any]:
         target.mkdir()
@@ -246,26 +294,55 @@ def test_a_failure_leaves_nothing_half_written(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def left(run: Path, asked: list[str] | None, *files: str) -> Path:
+    """A folder of a run that these words asked for."""
+    (run / ".hydra").mkdir(parents=True)
+    if asked is not None:
+        text = "".join(f"- {word}\n" for word in asked) or "[]\n"
+        (run / ".hydra" / "overrides.yaml").write_text(text)
+    for file in files:
+        (run / file).touch()
+    return run
+
+
 def test_the_newest_unfinished_run_of_the_same_words_is_found(tmp_path: Path) -> None:
     words = ["recipe=awq-int4", "scheme.bits=3"]
     assert unfinished(tmp_path / "none", words) is None
 
-    def run(name: str, asked: list[str] | None, *files: str) -> Path:
-        (tmp_path / name / ".hydra").mkdir(parents=True)
-        if asked is not None:
-            text = "".join(f"- {word}\n" for word in asked) or "[]\n"
-            (tmp_path / name / ".hydra" / "overrides.yaml").write_text(text)
-        for file in files:
-            (tmp_path / name / file).touch()
-        return tmp_path / name
-
-    run("1", words, "run.json")
-    newest = run("2", words, "run.json")
-    run("3", words)
-    run("4", words, "run.json", "metrics.json")
-    run("5", [*reversed(words)], "run.json")
-    run("6", None, "run.json")
+    left(tmp_path / "1", words, "run.json")
+    newest = left(tmp_path / "2", words, "run.json")
+    left(tmp_path / "3", words)
+    left(tmp_path / "4", words, "run.json", "metrics.json")
+    left(tmp_path / "5", [*reversed(words)], "run.json")
+    left(tmp_path / "6", None, "run.json")
+    harmed = left(tmp_path / "7", words, "run.json")
+    for content in (b"[\0", b"\xff", b"- ["):
+        (harmed / ".hydra" / "overrides.yaml").write_bytes(content)
+        assert unfinished(tmp_path, words) == newest
     assert unfinished(tmp_path, words) == newest
     # One that another process works on is left alone.
     with opened(newest, DECISIVE):
         assert unfinished(tmp_path, words) == tmp_path / "1"
+
+
+def test_the_newest_unfinished_sweep_of_the_same_words_is_found(tmp_path: Path) -> None:
+    a, b, words = tmp_path / "a", tmp_path / "b", [["recipe=a"], ["recipe=b"], ["recipe=a", "x=2"]]
+    jobs = list(zip((a, b, a), words, strict=True))
+    assert unfinished_sweep(jobs) is None
+    done = ("run.json", "metrics.json")
+    # Finished; killed in the second run; in the first; of other words.
+    for number, (folder, asked) in enumerate(jobs):
+        left(folder / f"1-{number}", asked, *done)
+    left(a / "2-0", words[0], *done)
+    left(b / "2-1", words[1], "run.json")
+    left(a / "3-0", words[0], "run.json")
+    left(a / "4-0", words[0], *done)
+    left(b / "4-1", ["recipe=b", "x=3"], "run.json")
+    # No sweep at all.
+    left(a / "5", words[0], "run.json")
+    assert unfinished_sweep(jobs) == [a / "3-0", b / "3-1", a / "3-2"]
+    with opened(a / "3-0", DECISIVE):
+        second = unfinished_sweep(jobs)
+        assert second == [a / "2-0", b / "2-1", a / "2-2"]
+        with opened(second[1], DECISIVE):
+            assert unfinished_sweep(jobs) is None

@@ -13,6 +13,7 @@ from compress import saved
 from compress.saved import NOWHERE, Saved, changes, cost_of, here
 
 FINGERPRINT = {"scheme": {"bits": 4}, "data": "a" * 64}
+MAPS = Path("/proc/self/maps")
 TENSORS = {
     "hidden": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).bfloat16(),
     "one": torch.tensor(0.1, dtype=torch.float64),
@@ -39,6 +40,24 @@ def test_a_position_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert [p.name for p in path.iterdir()] == ["position-2"]
     again.save({"block": 3}, {})
     assert {p.name for p in path.iterdir()} == {"position-3", "cost.json"}
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="the system does not tell what is mapped")
+def test_a_tensor_larger_than_memory_may_stay_in_its_file(tmp_path: Path) -> None:
+    """Until it is gone, though the next position comes; what is asked for as a copy is none of the file."""
+    state = Saved(tmp_path / "s", FINGERPRINT)
+    state.save({}, TENSORS)
+    found = Saved(tmp_path / "s", FINGERPRINT).load()
+    assert found is not None
+    mapped, copy = found.tensors.mapped("hidden"), found.tensors["hidden"]
+    del found
+    assert "position-1/tensors.safetensors" in MAPS.read_text()
+    state.save({}, {})
+    assert not (tmp_path / "s" / "position-1").exists()
+    assert torch.equal(mapped, TENSORS["hidden"])
+    del mapped
+    assert "position-1/tensors.safetensors" not in MAPS.read_text()
+    assert torch.equal(copy, TENSORS["hidden"])
 
 
 @pytest.mark.parametrize("moment", ["TensorFile", "sync", "rename", "rmtree"])

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,23 @@ def test_another_training_starts_anew(
     assert same_weights(tmp_path / "t", whole[0])
 
 
-@pytest.mark.parametrize("harm", ["truncated", "missing"])
+def flipped(content: bytes) -> bytes:
+    """With one bit other than it was, in the middle."""
+    half = len(content) // 2
+    return content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("model.safetensors", lambda content: content[:-1]),
+        ("model.safetensors", flipped),
+        ("optimizer.bin", flipped),
+        ("optimizer.bin", None),
+        (PROGRESS, lambda _: b"{}"),
+        (PROGRESS, lambda content: content.replace(b'"curve"', b'"bend"')),
+    ],
+)
 def test_a_harmed_state_starts_anew(
     tiny: ModelFolder,
     student: ModelFolder,
@@ -147,18 +164,19 @@ def test_a_harmed_state_starts_anew(
     whole: tuple[Path, dict[str, Any]],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
-    harm: str,
+    name: str,
+    harm: Callable[[bytes], bytes] | None,
 ) -> None:
     state = tmp_path / "s"
     with pytest.MonkeyPatch.context() as patch:
         kill_in(5, patch)
         with pytest.raises(Killed):
             distill(student, tiny, tmp_path / "t", state, blocks, KNOBS, CPU)
-    file = max((state / "step-4").iterdir(), key=lambda file: file.stat().st_size)
-    if harm == "missing":
+    file = state / "step-4" / name
+    if harm is None:
         file.unlink()
     else:
-        file.write_bytes(file.read_bytes()[:-1])
+        file.write_bytes(harm(file.read_bytes()))
     distill(student, tiny, tmp_path / "t", state, blocks, KNOBS, CPU)
     assert "distill starts anew: its state cannot be read" in caplog.text
     assert same_weights(tmp_path / "t", whole[0])
