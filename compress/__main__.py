@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import logging
 import re
 import signal
@@ -15,27 +16,37 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra import version
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra._internal.utils import get_args_parser
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.types import TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from compress import processes
+from compress.cluster import Ended, check_launcher, named
 from compress.commands import VERBS
 from compress.compose import (
+    LAUNCHER,
     RECIPES,
+    SERIAL,
     check_flags,
     compose_settings,
     expand_shorthand,
+    is_hydra,
+    launcher_of,
     one_sentence,
     options,
     register,
 )
 from compress.config import Run, parse, settings_of
 from compress.disk import DiskError, check_free_bytes, writing
-from compress.errors import UserError, one_line
+from compress.errors import USER_ERROR, UserError, one_line
+from compress.model.folder import read_json
 from compress.report.table import METRICS
 from compress.run_folder import check_free, unfinished, unfinished_sweep
 
@@ -43,9 +54,10 @@ log = logging.getLogger(__name__)
 
 # Where recipes/config.yaml files runs and sweeps.
 OUTPUTS = Path("outputs")
-USER_ERROR = 2
 # A candidate costs more than the gate allows.
 GATE_ERROR = 1
+# A run of a sweep ended with an error that is no mistake of a person.
+FAILED = 1
 # Overrides that say where, how well and how fast, not what: they stay out of a run's name.
 UNNAMED = re.compile(
     r"[+~]*((recipe|model|eval|context|speed|gate|serve|device|hydra)\b|data=text|data\.source)"
@@ -104,17 +116,20 @@ def _stop(number: int, _: object) -> None:
 
 
 def run_recipes(words: list[str]) -> int:
-    """Run one recipe, or a sweep with -m; every combination is checked before the first one runs. Returns the
-    exit code: 1 if a candidate costs more than the gate allows."""
+    """Run one recipe, or a sweep with -m; every combination is checked before the first one runs, and what
+    happens to one does not end the others. Returns the exit code: 1 if a candidate costs more than the gate
+    allows, or a run of a sweep failed; 2 if one did by a mistake."""
     words = expand_shorthand(words)
     asked = get_args_parser().parse_args(words)
     jobs = _checked(asked)
     words += jobs.more
     register()
     finished: list[dict[str, Any]] = []
-    limits: dict[str, float] = {}
+    begun = itertools.count(1)
+    # A process that fails is ended with all others of its launcher.
+    alone = not asked.multirun or processes.count() > 1
 
-    def task(config: DictConfig) -> None:
+    def task(config: DictConfig) -> Ended:
         from compress.pipeline import run_recipe
 
         choice = HydraConfig.get()
@@ -125,39 +140,85 @@ def run_recipes(words: list[str]) -> int:
         goes_on = f"the same command with hydra.run.dir={out} goes on from there"
         if asked.multirun:
             goes_on = f"the same command goes on in {out}"
+        last = next(begun) == len(jobs.outs)
         try:
-            last = len(finished) + 1 == len(jobs.outs)
-            run = parse(settings_of(config))
-            limits.update(run.settings.gate.limits)
             if (known := jobs.finished.get(out.resolve())) is not None:
                 log.info("%s: taken over from an earlier start", out)
                 finished.append(known)
-                return
+                return Ended(words, out)
+            run = parse(settings_of(config))
             with writing(out):
                 finished.append(run_recipe(run, name, out, last=last))
         except UserError as error:
-            # Hydra would print a traceback; SystemExit passes through it.
             then = f"; {goes_on}" if isinstance(error, DiskError) else ""
-            print(f"compress: {one_line(error)}{then}", file=sys.stderr)
+            reason = f"{one_line(error)}{then}"
+            if not alone:
+                return Ended(words, out, reason, USER_ERROR)
+            # Hydra would print a traceback; SystemExit passes through it.
+            print(f"compress: {reason}", file=sys.stderr)
             sys.exit(USER_ERROR)
         except KeyboardInterrupt as stop:
             stop.add_note(goes_on)
             raise
+        except Exception as error:
+            if alone:
+                raise
+            log.exception("the run ends here")
+            return Ended(words, out, named(error), FAILED)
+        return Ended(words, out)
 
+    if jobs.outs and not alone:
+        return _told(_swept([*asked.overrides, *jobs.more], task))
     sys.argv = [sys.argv[0], *words]
     hydra.main(version_base="1.3", config_path=str(RECIPES), config_name="config")(task)()
-    code = 0
-    if finished:
-        from compress.report.terminal import comparison, terminal_width
-        from compress.report.verdict import passed
+    return _compared(finished)
 
-        print(comparison(finished, limits or None, terminal_width(sys.stdout.isatty())), end="")
-        for run in finished:
-            judged = run["candidate"].get("verdict")
-            if not passed(judged):
-                code = GATE_ERROR
-                failed = "; ".join(judged["gate"]["failed"])
-                print(f"compress: {run['name']} is outside the gate: {failed}", file=sys.stderr)
+
+def _swept(overrides: list[str], task: TaskFunction) -> list[Ended]:
+    """What came of each job of a sweep, from whatever launcher; hydra.main would not hand it out."""
+    version.setbase("1.3")
+    sweep = Hydra.create_main_hydra2("compress", create_config_search_path(str(RECIPES)))
+    try:
+        batches = sweep.multirun("config", task, [*overrides, "hydra.mode=MULTIRUN"])
+    except KeyboardInterrupt as stop:
+        if not hasattr(stop, "__notes__"):
+            stop.add_note("the same command goes on from there")
+        raise
+    finally:
+        GlobalHydra.instance().clear()
+    return [job.return_value for batch in batches for job in batch]
+
+
+def _told(jobs: list[Ended]) -> int:
+    """Print the table of a sweep, from what its runs left, and a line for each that failed. Returns the exit
+    code."""
+    code = _compared([read_json(job.folder / METRICS) for job in jobs if job.reason is None])
+    for job in jobs:
+        if job.reason is not None:
+            code = max(code, job.code)
+            words = " ".join(job.words)
+            print(f"compress: {words} failed: {job.reason} ({job.folder})", file=sys.stderr)
+    return code
+
+
+def _compared(finished: list[dict[str, Any]]) -> int:
+    """Print the table, and a line for each run that is outside the gate. Returns the exit code."""
+    if not finished:
+        return 0
+    from compress.report.terminal import comparison, terminal_width
+    from compress.report.verdict import passed
+
+    code, limits = 0, dict[str, float]()
+    for run in finished:
+        gate = run["recipe"]["gate"].items()
+        limits |= {key: limit for key, limit in gate if limit is not None}
+    print(comparison(finished, limits or None, terminal_width(sys.stdout.isatty())), end="")
+    for run in finished:
+        judged = run["candidate"].get("verdict")
+        if not passed(judged):
+            code = GATE_ERROR
+            failed = "; ".join(judged["gate"]["failed"])
+            print(f"compress: {run['name']} is outside the gate: {failed}", file=sys.stderr)
     return code
 
 
@@ -189,6 +250,7 @@ def _checked(asked: Namespace) -> _Jobs:
     from compress.pipeline import check
 
     _check_words(asked.overrides)
+    _check_launcher(launcher_of(asked.overrides), asked.multirun)
     chosen = _check_output(asked.overrides)
     jobs = [_job(words) for words in _combinations(asked.overrides, asked.multirun)]
     found = _sweep(jobs, chosen) if asked.multirun else _single(jobs[0], chosen)
@@ -217,7 +279,7 @@ def _job(words: list[str]) -> _Job:
     recipes = [word.removeprefix("recipe=") for word in words if word.startswith("recipe=")]
     if not recipes:
         raise UserError(f"recipe= is missing: choose one of {', '.join(options('recipe'))}")
-    own = [word for word in words if not word.startswith("hydra.")]
+    own = [word for word in words if not is_hydra(word)]
     return _Job(parse(compose_settings(words)), recipes[-1], own)
 
 
@@ -261,6 +323,17 @@ def _filed(began: str) -> list[str]:
     """Where Hydra files the runs of a sweep, all with one time: by ``now`` each would have its own."""
     folder = "${model.name}/${hydra:runtime.choices.recipe}"
     return [f"hydra.sweep.subdir='{folder}/{began}-${{hydra:job.num}}'"]
+
+
+def _check_launcher(launcher: str, multirun: bool) -> None:
+    """Raises UserError if jobs cannot be started by a launcher."""
+    if launcher == SERIAL:
+        return
+    if not multirun:
+        raise UserError(f"{LAUNCHER}={launcher} runs sweeps: add -m")
+    if processes.count() > 1:
+        raise UserError(f"{LAUNCHER}={launcher} is started by one process, not {processes.count()}")
+    check_launcher(launcher)
 
 
 def _check_words(overrides: list[str]) -> None:

@@ -8,9 +8,12 @@ happens to one job (a mistake, an error, a killed process, a time limit) is told
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
+import logging
 import os
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -20,7 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
-from compress.errors import UserError, printable
+from compress.errors import USER_ERROR, UserError, printable
 
 # Where the classes are that Hydra makes of the words below.
 PLUGINS = "hydra_plugins.compress_launchers"
@@ -145,11 +148,11 @@ class Ended:
 
 
 def ended(job: Job, code: int, reason: str) -> Ended:
-    """code, reason: of a job that did not leave what a finished run leaves."""
+    """What came of a job. reason: why its exit code is not 0"""
     from compress.report.table import METRICS
 
-    if (job.folder / METRICS).exists():
-        # Also with an exit code: of a gate, or of a process that died on its way out.
+    if code != USER_ERROR and (job.folder / METRICS).exists():
+        # Also if it is the code of a gate, or the process died on its way out.
         return Ended(job.words, job.folder)
     if code == 0:
         reason = (
@@ -188,12 +191,11 @@ def work(words: list[str], folder: Path, place: Path, environ: dict[str, str]) -
     os.environ.update(environ)
     os.environ["HYDRA_FULL_ERROR"] = "1"
     os.chdir(place)
-    from compress.__main__ import _code
-
+    command = importlib.import_module("compress.__main__")
     heard = _Heard(sys.stderr)
     try:
         with contextlib.redirect_stderr(heard):
-            code = _code([*words, f"hydra.run.dir='{folder}'"])
+            code = command._code([*words, f"hydra.run.dir='{folder}'"])
     except Exception as error:
         with contextlib.suppress(OSError), (folder / LOG).open("a", encoding="utf-8") as log:
             log.write(traceback.format_exc())
@@ -230,7 +232,17 @@ def on_ray(jobs: Sequence[Job], words: RayWords) -> Iterator[Ended]:
     if words.init.address == "local":
         # What passes through its store are words.
         init |= {"object_store_memory": 100_000_000, "include_dashboard": False}
-    ray.init(**{k: v for k, v in init.items() if v is not None}, log_to_driver=False)
+    init |= {"log_to_driver": False, "logging_level": logging.ERROR}
+    on_term = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(**{k: v for k, v in init.items() if v is not None})
+        # It puts a handler of its own there.
+        signal.signal(signal.SIGTERM, on_term)
+    except Exception as error:
+        # Of no common class.
+        raise UserError(
+            f"no Ray at hydra.launcher.ray.init.address={words.init.address}: {named(error)}"
+        ) from error
     running: dict[Any, Job] = {}
     try:
         if words.init.address == "local":
@@ -295,7 +307,7 @@ def on_submitit(jobs: Sequence[Job], words: Local, logs: Path) -> Iterator[Ended
                 lists = zip(
                     *((j.words, j.folder, Path.cwd(), environ) for j in starting), strict=True
                 )
-                running += zip(executor.map_array(work, *lists), starting, strict=True)
+                running += zip(_submitted(executor, lists), starting, strict=True)
                 waiting = waiting[len(starting) :]
             gone = [(handle, job) for handle, job in running if handle.done()]
             running = [pair for pair in running if pair not in gone]
@@ -311,6 +323,17 @@ def on_submitit(jobs: Sequence[Job], words: Local, logs: Path) -> Iterator[Ended
             if time.monotonic() > until:
                 break
             time.sleep(0.1)
+
+
+def _submitted(executor: Any, lists: Any) -> list[Any]:
+    """Raises UserError if SLURM takes no such jobs."""
+    from submitit.core.utils import FailedJobError
+
+    try:
+        return executor.map_array(work, *lists)
+    except FailedJobError as error:
+        last = str(error).strip().rpartition("\n")[2]
+        raise UserError(f"SLURM takes no such jobs: {printable(last)}") from error
 
 
 def _outcome(handle: Any) -> tuple[int, str]:

@@ -38,6 +38,8 @@ class _Launcher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
+        from compress.report.table import METRICS
+
         setup_globals()
         hydra = self.config.hydra
         configure_log(hydra.hydra_logging, hydra.verbose)
@@ -45,12 +47,20 @@ class _Launcher(Launcher):
             self._job(list(overrides), number)
             for number, overrides in enumerate(job_overrides, initial_job_idx)
         ]
-        found: dict[Path, Ended] = {}
+        # Of a sweep that goes on, which the command has compared with what it would make.
+        found = {
+            job.folder: Ended(job.words, job.folder)
+            for job in jobs
+            if (job.folder / METRICS).exists()
+        }
         for job in jobs:
-            log.info("%s: %s", job.folder, " ".join(job.words))
-        for done in self.run(jobs, OmegaConf.to_object(hydra.launcher)):
+            said = "finished before" if job.folder in found else " ".join(job.words)
+            log.info("%s: %s", job.folder, said)
+        left = [job for job in jobs if job.folder not in found]
+        for done in self.run(left, OmegaConf.to_object(hydra.launcher)) if left else ():
             found[done.folder] = done
-            log.info("%d of %d ended: %s", len(found), len(jobs), done.folder)
+            how = "finished" if done.reason is None else f"failed: {done.reason}"
+            log.info("%d of %d, %s: %s", len(found), len(jobs), done.folder, how)
         return [
             JobReturn(job.words, status=JobStatus.COMPLETED, _return_value=found[job.folder])
             for job in jobs
