@@ -196,7 +196,9 @@ def _told(jobs: list[Ended]) -> int:
     for job in jobs:
         if job.reason is not None:
             code = max(code, job.code)
-            words = " ".join(job.words)
+            # What tells it from the others.
+            own = [word for word in job.words if any(word not in other.words for other in jobs)]
+            words = " ".join(own or job.words)
             print(f"compress: {words} failed: {job.reason} ({job.folder})", file=sys.stderr)
     return code
 

@@ -31,8 +31,9 @@ RAY = ["hydra/launcher=ray", "hydra.launcher.ray.init.num_cpus=2"]
 
 @dataclass
 class Sweep:
-    """outputs: its folder; code, out, err: what the command ended with and said"""
+    """models, outputs: folders; code, out, err: what the command ended with and said"""
 
+    models: Path
     outputs: Path
     code: int
     out: str
@@ -61,6 +62,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
 
 def sweep(folder: Path, models: tuple[Path, Path, Path], *words: str) -> Sweep:
     """The command, in this process; its cache is its own."""
+    import matplotlib as mpl
     import torch
 
     from compress.__main__ import _code
@@ -68,6 +70,8 @@ def sweep(folder: Path, models: tuple[Path, Path, Path], *words: str) -> Sweep:
     good, bad, text = models
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
+        # Its list of fonts takes seconds to make.
+        patch.setenv("MPLCONFIGDIR", mpl.get_cachedir())
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         patch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
         patch.chdir(folder)
@@ -75,7 +79,7 @@ def sweep(folder: Path, models: tuple[Path, Path, Path], *words: str) -> Sweep:
             code = _code(
                 ["-m", f"model={good},{bad}", f"data={text}", f"eval.texts=[{text}]", *TINY, *words]
             )
-    return Sweep(folder / "outputs", code, out.getvalue(), err.getvalue())
+    return Sweep(good.parent, folder / "outputs", code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +99,12 @@ def check_failures(done: Sweep, recipes: tuple[str, ...]) -> None:
     assert len(told) == len(recipes), done.err
     for recipe, line in zip(recipes, told, strict=True):
         out = done.run("bad", recipe)
-        assert line.startswith(f"compress: recipe={recipe} model=folder model.source=")
-        assert " failed: " in line
-        assert "not finite" in line or "NaN" in line
-        assert line.endswith(f"({out})")
+        source = f"model.source={done.models / 'bad'}"
+        own = source if len(recipes) == 1 else f"recipe={recipe} {source}"
+        assert line.startswith(
+            f"compress: {own} failed: {done.models / 'bad'}: tensor model.layers.2."
+        )
+        assert line.endswith(f"holds NaN or Inf ({out})")
         assert not (out / "metrics.json").exists()
         assert (done.run("good", recipe) / "metrics.json").exists()
         assert f"\n{recipe} " in done.out
