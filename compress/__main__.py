@@ -153,6 +153,7 @@ def run_recipes(words: list[str]) -> int:
             then = f"; {goes_on}" if isinstance(error, DiskError) else ""
             reason = f"{one_line(error)}{then}"
             if not alone:
+                log.error("%s", reason)
                 return Ended(words, out, reason, USER_ERROR)
             # Hydra would print a traceback; SystemExit passes through it.
             print(f"compress: {reason}", file=sys.stderr)
@@ -163,7 +164,7 @@ def run_recipes(words: list[str]) -> int:
         except Exception as error:
             if alone:
                 raise
-            log.exception("the run ends here")
+            log.exception("the run failed")
             return Ended(words, out, named(error), FAILED)
         return Ended(words, out)
 

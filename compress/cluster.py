@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -129,6 +129,15 @@ def check_launcher(launcher: str) -> None:
         )
 
 
+def check_amounts(section: Any, of: str = "hydra.launcher") -> None:
+    """Raises UserError for an amount that no job can take."""
+    for key, value in vars(section).items():
+        if hasattr(value, "__dataclass_fields__"):
+            check_amounts(value, f"{of}.{key}")
+        elif isinstance(value, int | float) and value <= 0 and not (value == 0 and "gpus" in key):
+            raise UserError(f"{of}.{key}={value:g} is not allowed: choose more than 0")
+
+
 @dataclass(frozen=True)
 class Job:
     """words: its overrides; folder: of its run, absolute"""
@@ -185,23 +194,33 @@ def work(words: list[str], folder: Path, place: Path, environ: dict[str, str]) -
     """A job, in the process that the cluster started for it. Returns its exit code, and why it is not 0.
 
     place: the folder that relative paths of the words begin in; environ: variables that decide results
-    An error that is no UserError is written to the log of the run.
+    Why is in the log of the run too, of an error that is no UserError with its traceback.
     """
     # Before torch is imported, which reads the number of threads once.
     os.environ.update(environ)
+    # So that errors come out here.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    os.chdir(place)
-    command = importlib.import_module("compress.__main__")
     heard = _Heard(sys.stderr)
     try:
+        os.chdir(place)
+        # By name: it is above this module.
+        command = importlib.import_module("compress.__main__")
         with contextlib.redirect_stderr(heard):
             code = command._code([*words, f"hydra.run.dir='{folder}'"])
     except Exception as error:
-        with contextlib.suppress(OSError), (folder / LOG).open("a", encoding="utf-8") as log:
-            log.write(traceback.format_exc())
+        _note(folder, traceback.format_exc())
         return 1, named(error)
     told = [line for line in heard.text.getvalue().splitlines() if line.startswith("compress: ")]
-    return code, told[-1].removeprefix("compress: ") if told else f"it ended with code {code}"
+    reason = told[-1].removeprefix("compress: ") if told else f"it ended with code {code}"
+    if code != 0:
+        _note(folder, f"{reason}\n")
+    return code, reason
+
+
+def _note(folder: Path, text: str) -> None:
+    """To the log of a run, if there is one."""
+    with contextlib.suppress(OSError), (folder / LOG).open("a", encoding="utf-8") as log:
+        log.write(text)
 
 
 def environ_of(threads: int | None) -> dict[str, str]:
@@ -218,37 +237,20 @@ def environ_of(threads: int | None) -> dict[str, str]:
     return ({} if threads is None else {"OMP_NUM_THREADS": str(threads)}) | passed
 
 
-def on_ray(jobs: Sequence[Job], words: RayWords) -> Iterator[Ended]:
+def on_ray(jobs: Sequence[Job], words: RayWords) -> Generator[Ended]:
     """Run jobs as tasks of Ray, each in a new process; they come as they end.
 
-    Raises UserError if a local Ray has not what a job asks for.
+    Raises UserError if there is no such Ray, or a local one has not what a job asks for.
     """
-    # Ray would tell its makers of each start.
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", str(START))
+    if not jobs:
+        return
+    _connect(words)
     import ray
 
-    init, remote = asdict(words.init), asdict(words.remote)
-    if words.init.address == "local":
-        # What passes through its store are words.
-        init |= {"object_store_memory": 100_000_000, "include_dashboard": False}
-    init |= {"log_to_driver": False, "logging_level": logging.ERROR}
-    on_term = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(**{k: v for k, v in init.items() if v is not None})
-        # It puts a handler of its own there.
-        signal.signal(signal.SIGTERM, on_term)
-    except Exception as error:
-        # Of no common class.
-        raise UserError(
-            f"no Ray at hydra.launcher.ray.init.address={words.init.address}: {named(error)}"
-        ) from error
     running: dict[Any, Job] = {}
     try:
-        if words.init.address == "local":
-            _check_resources(remote, ray.cluster_resources())
         # A process that dies is told, not tried again: the same command goes on from what it left.
-        task = ray.remote(max_retries=0, max_calls=1, **remote)(work)
+        task = ray.remote(max_retries=0, max_calls=1, **asdict(words.remote))(work)
         environ = environ_of(words.remote.num_cpus)
         for job in jobs:
             running[task.remote(job.words, job.folder, Path.cwd(), environ)] = job
@@ -257,6 +259,8 @@ def on_ray(jobs: Sequence[Job], words: RayWords) -> Iterator[Ended]:
             job = running.pop(first)
             try:
                 code, reason = ray.get(first)
+            except ray.exceptions.RayTaskError as error:
+                code, reason = 1, f"its process did not begin: {named(error.cause)}"
             except ray.exceptions.RayError as error:
                 code, reason = 1, f"its process is gone: {named(error)}"
             yield ended(job, code, reason)
@@ -269,18 +273,41 @@ def on_ray(jobs: Sequence[Job], words: RayWords) -> Iterator[Ended]:
         ray.shutdown()
 
 
-def _check_resources(remote: dict[str, Any], there: dict[str, float]) -> None:
-    """Raises UserError if a job would wait forever."""
-    asked = {"CPU": remote["num_cpus"], "GPU": remote["num_gpus"], **remote["resources"]}
+def _connect(words: RayWords) -> None:
+    """Join a Ray, or start one of this machine. Raises UserError if that cannot be, or jobs would wait
+    there forever."""
+    # Ray would tell its makers of each start.
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", str(START))
+    import ray
+
+    local, on_term = words.init.address == "local", signal.getsignal(signal.SIGTERM)
+    init = {key: value for key, value in asdict(words.init).items() if value is not None}
+    if local:
+        # What passes through its store are words.
+        init |= {"object_store_memory": 100_000_000, "include_dashboard": False}
+    try:
+        ray.init(**init, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:
+        # Of no common class.
+        raise UserError(
+            f"no Ray at hydra.launcher.ray.init.address={words.init.address}: {named(error)}"
+        ) from error
+    # It puts a handler of its own there.
+    signal.signal(signal.SIGTERM, on_term)
+    there = ray.cluster_resources()
+    remote = words.remote
+    asked = {"CPU": remote.num_cpus, "GPU": remote.num_gpus, **remote.resources}
     for name, amount in asked.items():
-        if amount > there.get(name, 0):
+        if local and amount > there.get(name, 0):
+            ray.shutdown()
             raise UserError(
                 f"a job asks for {amount:g} {name} of hydra.launcher.ray.remote, and this Ray has "
                 f"{there.get(name, 0):g}"
             )
 
 
-def on_submitit(jobs: Sequence[Job], words: Local, logs: Path) -> Iterator[Ended]:
+def on_submitit(jobs: Sequence[Job], words: Local, logs: Path) -> Generator[Ended]:
     """Run jobs by submitit, on SLURM as one array; they come as they end.
 
     logs: the folder for what submitit writes, on the shared file system
@@ -342,7 +369,5 @@ def _outcome(handle: Any) -> tuple[int, str]:
     if error is None:
         code, reason = handle.result()
         return int(code), str(reason)
-    return (
-        1,
-        f"its process is gone ({handle.state.lower()}); what it said is in {handle.paths.stderr}",
-    )
+    reason = f"its process is gone ({handle.state.lower()}): {handle.paths.stderr} has what it said"
+    return 1, reason

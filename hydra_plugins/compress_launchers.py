@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from compress.cluster import Ended, Job, on_ray, on_submitit
+from compress.cluster import Ended, Job, check_amounts, on_ray, on_submitit
 
 log = logging.getLogger("compress.cluster")
 
@@ -32,7 +33,7 @@ class _Launcher(Launcher):
         self.context, self.config = hydra_context, config
 
     @abstractmethod
-    def run(self, jobs: Sequence[Job], words: Any) -> Iterator[Ended]:
+    def run(self, jobs: Sequence[Job], words: Any) -> Generator[Ended]:
         """words: the section hydra.launcher"""
 
     def launch(
@@ -43,6 +44,8 @@ class _Launcher(Launcher):
         setup_globals()
         hydra = self.config.hydra
         configure_log(hydra.hydra_logging, hydra.verbose)
+        words = OmegaConf.to_object(hydra.launcher)
+        check_amounts(words)
         jobs = [
             self._job(list(overrides), number)
             for number, overrides in enumerate(job_overrides, initial_job_idx)
@@ -57,10 +60,12 @@ class _Launcher(Launcher):
             said = "finished before" if job.folder in found else " ".join(job.words)
             log.info("%s: %s", job.folder, said)
         left = [job for job in jobs if job.folder not in found]
-        for done in self.run(left, OmegaConf.to_object(hydra.launcher)) if left else ():
-            found[done.folder] = done
-            how = "finished" if done.reason is None else f"failed: {done.reason}"
-            log.info("%d of %d, %s: %s", len(found), len(jobs), done.folder, how)
+        # However this ends, jobs that still run are ended.
+        with closing(self.run(left, words)) as ends:
+            for done in ends:
+                found[done.folder] = done
+                how = "finished" if done.reason is None else f"failed: {done.reason}"
+                log.info("%d of %d, %s: %s", len(found), len(jobs), done.folder, how)
         return [
             JobReturn(job.words, status=JobStatus.COMPLETED, _return_value=found[job.folder])
             for job in jobs
@@ -78,12 +83,12 @@ class _Launcher(Launcher):
 
 
 class RayLauncher(_Launcher):
-    def run(self, jobs: Sequence[Job], words: Any) -> Iterator[Ended]:
+    def run(self, jobs: Sequence[Job], words: Any) -> Generator[Ended]:
         return on_ray(jobs, words.ray)
 
 
 class LocalLauncher(_Launcher):
-    def run(self, jobs: Sequence[Job], words: Any) -> Iterator[Ended]:
+    def run(self, jobs: Sequence[Job], words: Any) -> Generator[Ended]:
         return on_submitit(jobs, words, Path(self.config.hydra.sweep.dir, ".submitit").absolute())
 
 

@@ -105,6 +105,7 @@ def check_failures(done: Sweep, recipes: tuple[str, ...]) -> None:
             f"compress: {own} failed: {done.models / 'bad'}: tensor model.layers.2."
         )
         assert line.endswith(f"holds NaN or Inf ({out})")
+        assert "holds NaN or Inf" in (out / "compress.log").read_text()
         assert not (out / "metrics.json").exists()
         assert (done.run("good", recipe) / "metrics.json").exists()
         assert f"\n{recipe} " in done.out

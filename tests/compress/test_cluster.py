@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from compress import cluster
 from compress.cluster import (
     LAUNCHERS,
     Job,
+    Ray,
     RayInit,
     RayRemote,
     RayWords,
     Slurm,
+    check_amounts,
     check_launcher,
     environ_of,
     keys_of,
@@ -54,6 +57,10 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_slurm_gets_one_array_and_tells_of_each_job(slurm: Path) -> None:
     check_launcher("submitit_slurm")
     words = Slurm(partition="gpu", gpus_per_node=1, cpus_per_task=3, mem_gb=20, array_parallelism=2)
+    # All other keys are options that submitit knows.
+    for key in ("qos", "account", "constraint", "exclude", "gres", "comment"):
+        setattr(words, key, "x y")
+    words.cpus_per_gpu, words.gpus_per_task, words.mem_per_gpu, words.mem_per_cpu = 1, 1, "1", "1"
     jobs = [Job([word], slurm / word) for word in ("a", "b")]
     # Its process was lost after the run had finished.
     jobs[0].folder.mkdir()
@@ -70,6 +77,8 @@ def test_slurm_gets_one_array_and_tells_of_each_job(slurm: Path) -> None:
         "--mem=20GB",
         "--time=60",
         "--job-name=compress",
+        "--account='x y'",
+        "--gpus-per-task=1",
     ):
         assert f"#SBATCH {option}" in options
     assert sys.executable in (slurm / "batch.sh").read_text()
@@ -96,6 +105,25 @@ def test_a_job_that_would_wait_forever_is_refused(tmp_path: Path) -> None:
     words = RayWords(RayInit(num_cpus=1, num_gpus=0), RayRemote(num_gpus=0.5))
     with pytest.raises(UserError, match=r"a job asks for 0.5 GPU .* and this Ray has 0"):
         list(on_ray([Job(["a"], tmp_path / "a")], words))
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            Ray(ray=RayWords(remote=RayRemote(num_cpus=0))),
+            "hydra.launcher.ray.remote.num_cpus=0 is not",
+        ),
+        (
+            Ray(ray=RayWords(remote=RayRemote(num_gpus=-1))),
+            "hydra.launcher.ray.remote.num_gpus=-1 is",
+        ),
+        (Slurm(array_parallelism=0), "hydra.launcher.array_parallelism=0 is not allowed: choose"),
+    ],
+)
+def test_amounts_that_no_job_can_take_are_refused(words: object, sentence: str) -> None:
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        check_amounts(words)
 
 
 def test_jobs_get_the_threads_of_the_sweep_and_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
