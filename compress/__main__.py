@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import logging
+import os
 import re
 import signal
 import sys
 import tempfile
+import traceback
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import hydra
 from hydra import version
@@ -26,6 +30,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import TaskFunction
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from compress import processes
 from compress.cluster import Ended, check_launcher, named
@@ -51,6 +56,7 @@ from compress.report.table import METRICS
 from compress.run_folder import check_free, unfinished, unfinished_sweep
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # Where recipes/config.yaml files runs and sweeps.
 OUTPUTS = Path("outputs")
@@ -62,6 +68,10 @@ FAILED = 1
 UNNAMED = re.compile(
     r"[+~]*((recipe|model|eval|context|speed|gate|serve|device|hydra)\b|data=text|data\.source)"
 )
+
+
+class JobError(Exception):
+    """A job broke, by its cause: no mistake of a person, and nothing of Hydra's own."""
 
 
 def main() -> None:
@@ -137,9 +147,8 @@ def run_recipes(words: list[str]) -> int:
         # As they were said: of a key that is set twice the first may name what is not there.
         words: Any = OmegaConf.to_container(choice.overrides.task, resolve=False)
         name = run_name(choice.runtime.choices["recipe"], words)
-        goes_on = f"the same command with hydra.run.dir={out} goes on from there"
-        if asked.multirun:
-            goes_on = f"the same command goes on in {out}"
+        alike = f"the same command with hydra.run.dir={out} goes on from there"
+        goes_on = f"the same command goes on in {out}" if asked.multirun else alike
         last = next(begun) == len(jobs.outs)
         try:
             if (known := jobs.finished.get(out.resolve())) is not None:
@@ -155,7 +164,7 @@ def run_recipes(words: list[str]) -> int:
             if not alone:
                 log.error("%s", reason)
                 return Ended(words, out, reason, USER_ERROR)
-            # Hydra would print a traceback; SystemExit passes through it.
+            # SystemExit passes through Hydra.
             print(f"compress: {reason}", file=sys.stderr)
             sys.exit(USER_ERROR)
         except KeyboardInterrupt as stop:
@@ -163,16 +172,28 @@ def run_recipes(words: list[str]) -> int:
             raise
         except Exception as error:
             if alone:
-                raise
+                raise JobError from error
             log.exception("the run failed")
             return Ended(words, out, named(error), FAILED)
         return Ended(words, out)
 
-    if jobs.outs and not alone:
-        return _told(_swept([*asked.overrides, *jobs.more], task))
     sys.argv = [sys.argv[0], *words]
-    hydra.main(version_base="1.3", config_path=str(RECIPES), config_name="config")(task)()
-    return _compared(finished)
+    run = hydra.main(version_base="1.3", config_path=str(RECIPES), config_name="config")(task)
+    if jobs.outs and not alone:
+        run = functools.partial(_swept, [*asked.overrides, *jobs.more], task)
+    try:
+        ends = _through_hydra(run, _place(words, asked.multirun))
+    except JobError as broken:
+        traceback.print_exception(broken.__cause__)
+        return FAILED
+    return _compared(finished) if ends is None else _told(ends)
+
+
+def _place(words: list[str], multirun: bool) -> Path:
+    """The folder that Hydra writes its own files in, or in folders of it."""
+    chosen = dict(word.split("=", 1) for word in words if word.startswith("hydra.") and "=" in word)
+    place = chosen.get("hydra.sweep.dir" if multirun else "hydra.run.dir", str(OUTPUTS))
+    return Path(place.strip("'"))
 
 
 def _swept(overrides: list[str], task: TaskFunction) -> list[Ended]:
@@ -223,6 +244,27 @@ def _compared(finished: list[dict[str, Any]]) -> int:
             failed = "; ".join(judged["gate"]["failed"])
             print(f"compress: {run['name']} is outside the gate: {failed}", file=sys.stderr)
     return code
+
+
+def _through_hydra(run: Callable[[], T], place: Path) -> T:
+    """Call what has Hydra call the task, which raises JobError or nothing, for each job. Raises UserError
+    where Hydra cannot write its own files, the settings of a job and its log, in a folder of ``place``."""
+    # It would print its errors itself.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        with writing(place):
+            try:
+                return run()
+            except ValueError as error:
+                # As logging tells of a file that cannot be opened.
+                if isinstance(error.__cause__, OSError):
+                    raise error.__cause__ from None
+                raise
+    except OSError as error:
+        file = place if error.filename is None else error.filename
+        raise UserError(f"{file} cannot be written: {error.strerror}") from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(one_sentence(error, sys.argv[1:])) from error
 
 
 @dataclass(frozen=True)

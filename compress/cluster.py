@@ -198,8 +198,6 @@ def work(words: list[str], folder: Path, place: Path, environ: dict[str, str]) -
     """
     # Before torch is imported, which reads the number of threads once.
     os.environ.update(environ)
-    # So that errors come out here.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
     heard = _Heard(sys.stderr)
     try:
         os.chdir(place)
@@ -210,10 +208,15 @@ def work(words: list[str], folder: Path, place: Path, environ: dict[str, str]) -
     except Exception as error:
         _note(folder, traceback.format_exc())
         return 1, named(error)
-    told = [line for line in heard.text.getvalue().splitlines() if line.startswith("compress: ")]
+    text = heard.text.getvalue()
+    told = [line for line in text.splitlines() if line.startswith("compress: ")]
     reason = told[-1].removeprefix("compress: ") if told else f"it ended with code {code}"
+    _, broken, trace = text.rpartition("Traceback (most recent call last)")
+    if code == 1 and broken:
+        # Of an error that is no mistake of a person; its last line says what it was.
+        reason = printable(trace.strip().rpartition("\n")[2])
     if code != 0:
-        _note(folder, f"{reason}\n")
+        _note(folder, f"{broken}{trace}" if code == 1 and broken else f"{reason}\n")
     return code, reason
 
 

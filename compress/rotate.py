@@ -25,6 +25,7 @@ from compress.export.shards import ShardWriter
 from compress.hadamard import core_order, hadamard
 from compress.model.families import Family, family_of
 from compress.model.folder import ModelFolder, Shapes, write_json
+from compress.model.skeleton import finite
 from compress.model.walk import Walk
 from compress.progress import track
 from compress.quantize.record import KEY
@@ -158,15 +159,19 @@ def _write_rest(
     embedding, norm, head = (
         f"{name}.weight" for name in (family.embedding, family.final_norm, family.head)
     )
-    gain = source.tensor(norm).to(source.dtype)
-    shards.add(embedding, _turn_rows(source.tensor(embedding).to(source.dtype), R1))
+
+    def read(name: str) -> Tensor:
+        return finite(source, name, source.tensor(name).to(source.dtype))
+
+    gain = read(norm)
+    shards.add(embedding, _turn_rows(read(embedding), R1))
     shards.add(norm, torch.ones_like(gain))
-    original = source.tensor(embedding if source.tied_head else head).to(source.dtype)
+    original = read(embedding if source.tied_head else head)
     shards.add(head, _turn_rows(original, gain.double().unsqueeze(1) * R1))
     prefixes = tuple(f"{family.blocks}.{index}." for index in range(blocks))
     for name in source.names:
         if not name.startswith(prefixes) and name not in (embedding, norm, head):
-            shards.add(name, source.tensor(name).to(source.dtype))
+            shards.add(name, read(name))
 
 
 def _turn_rows(E: Tensor, R: Tensor) -> Tensor:

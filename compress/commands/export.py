@@ -14,8 +14,9 @@ from compress.errors import UserError
 from compress.export.audit import CHECKPOINT
 from compress.export.formats import FORMATS, check_fits
 from compress.kv_cache.folder import scheme_of
-from compress.model.folder import ModelFolder, Shapes, read_json, write_json
+from compress.model.folder import ModelFolder, Shapes, read_json, reading, write_json
 from compress.model.shapes import ShapeFolder
+from compress.order import check_order
 from compress.pipeline import beside, export
 from compress.plan.loadable import warnings
 from compress.plan.rows import loadable_formats
@@ -43,12 +44,15 @@ def main(words: list[str]) -> int:
         raise UserError(f"{asked.run} holds no finished run: there is no {METRICS}")
     with held(asked.run):
         metrics = read_json(asked.run / METRICS)
-        source = ModelFolder(asked.run / metrics["recipe"]["stages"][-1])
+        with reading(asked.run / METRICS):
+            stages, origin = metrics["recipe"]["stages"], metrics["compression"]["origin"]
+            # They are names of folders of the run.
+            check_order(stages)
+        source = ModelFolder(asked.run / stages[-1])
         check(source, names)
         for name in names:
             _check_free(asked.run, name, metrics)
         for name in names:
-            origin = metrics["compression"]["origin"]
             _, made = export(name, source, asked.run, beside(name), origin)
             metrics["exports"] = {**metrics.get("exports", {}), name: made}
             with whole(asked.run / METRICS) as partial:

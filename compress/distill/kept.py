@@ -45,6 +45,9 @@ def kept_of(source: ModelFolder, original: ModelFolder, device: torch.device) ->
         )
     found = read_json(note)
     layers, hidden = found.get("layers") or [], found.get("hidden")
+    for part, numbers in (("layers", layers), ("hidden", hidden or [])):
+        if not isinstance(numbers, list) or any(type(number) is not int for number in numbers):
+            raise UserError(f"{note}: {part} is no list of whole numbers")
     sizes = (len(layers), theirs[1] if hidden is None else len(hidden))
     if sizes != ours:
         raise UserError(

@@ -23,7 +23,7 @@ from compress.model.families import Family, family_of
 from compress.model.folder import ModelFolder, read_json, save_tensors, write_json
 from compress.progress import track
 from compress.runtime.load import load_dense
-from compress.saved import sync
+from compress.saved import here, sync
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +132,7 @@ def fill_cache(
         "held": sha256(rows.held),
         "top_k": knobs.top_k,
         "temperature": knobs.temperature,
+        **here(device),
     }
     if accelerator.is_main_process:
         _prepare(folder, fingerprint)

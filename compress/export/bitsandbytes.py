@@ -110,7 +110,9 @@ def read_linear(folder: ModelFolder, name: str) -> QTensor:
         inputs = InputScheme(outliers="dynamic", threshold=threshold)
     stored, scb = folder.tensor(f"{name}.weight"), folder.tensor(f"{name}{SCB}")
     if stored.dtype != torch.int8 or scb.shape != stored.shape[:1]:
-        raise UserError(f"{folder.path}: {name} is not stored as int8 rows, which is read here")
+        raise UserError(
+            f"{folder.place_of(name)}: {name} is not stored as int8 rows, which is read here"
+        )
     layout = f"{name}.weight_format"
     if layout in folder and int(folder.tensor(layout)) != 0:
         raise UserError(f"{folder.path}: {layout} is not 0, the only one read here")

@@ -70,5 +70,5 @@ def expect(folder: ModelFolder, name: str, tensor: Tensor, shape: tuple[int, ...
     """Raises UserError for a tensor of another shape than the config of its folder asks for."""
     if tuple(tensor.shape) != shape:
         raise UserError(
-            f"{folder.path}: {name} has shape {tuple(tensor.shape)}, its config asks for {shape}"
+            f"{folder.place_of(name)}: {name} has shape {tuple(tensor.shape)}, its config asks for {shape}"
         )

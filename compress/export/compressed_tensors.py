@@ -332,7 +332,9 @@ def _scale(
     tied = f"{family.head}{SCALE}"
     shared = folder.tied_head and name == family.embedding and tied in folder
     if shared and not torch.equal(folder.tensor(tied), stored):
-        raise UserError(f"{folder.path}: {tied} differs from the scales of {name}, which it shares")
+        raise UserError(
+            f"{folder.place_of(tied)}: {tied} differs from the scales of {name}, which it shares"
+        )
     return stored
 
 
@@ -348,7 +350,9 @@ def _zero(folder: ModelFolder, name: str, scheme: Scheme, shape: torch.Size) -> 
 def _one(folder: ModelFolder, key: str) -> Tensor:
     stored = folder.tensor(key)
     if stored.numel() != 1:
-        raise UserError(f"{folder.path}: {key} has {stored.numel()} elements, one is asked for")
+        raise UserError(
+            f"{folder.place_of(key)}: {key} has {stored.numel()} elements, one is asked for"
+        )
     return stored.reshape(()).float()
 
 
@@ -384,7 +388,7 @@ def described(folder: ModelFolder, name: str) -> tuple[Scheme, str]:
             inputs=_read_inputs(folder, group.get("input_activations")),
         )
     except UserError as error:
-        raise UserError(f"{folder.path}: {name} is not read here: {error}") from error
+        raise UserError(f"{folder.place_of(name)}: {name} is not read here: {error}") from error
     if layout not in (layout_of(scheme), layout_of(scheme, apart=scheme.bits == 8)):
         raise UserError(f"{folder.path}: {scheme.name} as {layout} is not read here")
     return scheme, layout
@@ -413,8 +417,11 @@ def _expect(
     folder: ModelFolder, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
     if tensor.dtype != dtype:
-        raise UserError(f"{folder.path}: {name} is {tensor.dtype}, its config asks for {dtype}")
+        raise UserError(
+            f"{folder.place_of(name)}: {name} is {tensor.dtype}, its config asks for {dtype}"
+        )
     if tuple(tensor.shape) != tuple(shape):
         raise UserError(
-            f"{folder.path}: {name} has shape {tuple(tensor.shape)}, its config asks for {tuple(shape)}"
+            f"{folder.place_of(name)}: {name} has shape {tuple(tensor.shape)}, its config asks for "
+            f"{tuple(shape)}"
         )

@@ -13,7 +13,9 @@ from compress.export import awq, bitsandbytes, by_columns, compressed_tensors, d
 from compress.kv_cache.folder import is_scale
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder, Shapes, reading
+from compress.model.skeleton import finite
 from compress.quantize import record
+from compress.quantize.numbers import decode_scale
 from compress.quantize.qtensor import QTensor
 from compress.quantize.scheme import Scheme, Schemes
 
@@ -196,8 +198,11 @@ class Weights:
         return [*plain, *biases, *(f"{name}.weight" for name in self.linears)]
 
     def get(self, name: str) -> Tensor | QTensor:
+        """Raises UserError for one that cannot be read, or holds NaN or Inf."""
         base, _, part = name.rpartition(".")
         if part == "weight" and base in self.linears:
             with reading(f"{self.folder.path}: {base}"):
-                return self._read_linear(self.folder, base)
-        return self.folder.tensor(name)
+                q = self._read_linear(self.folder, base)
+            finite(self.folder, name, decode_scale(q.scale))
+            return q
+        return finite(self.folder, name, self.folder.tensor(name))

@@ -356,7 +356,9 @@ def _kind(folder: ModelFolder, name: str) -> str:
     found = [n.rpartition(".")[2] for n in folder.names if n.rpartition(".")[0] == name]
     (kind,) = [part for part in found if part not in ("weight", "bias")]
     if kind not in BLOCKS:
-        raise UserError(f"{folder.path}: {name} is in {kind}, read here are {', '.join(BLOCKS)}")
+        raise UserError(
+            f"{folder.place_of(name)}: {name} is in {kind}, read here are {', '.join(BLOCKS)}"
+        )
     return kind
 
 
@@ -368,13 +370,15 @@ def read_linear(folder: ModelFolder, name: str) -> QTensor:
     codes, d, low = block.unpack(rows.unflatten(1, (-1, block.nbytes)))
     codes = codes.flatten(1)
     if type_of(scheme, codes.shape[1]) != kind:
-        raise UserError(f"{folder.path}: {name} is in {kind}, which contradicts its {scheme.name}")
+        raise UserError(
+            f"{folder.place_of(name)}: {name} is in {kind}, which contradicts its {scheme.name}"
+        )
     if kind == "MXFP4":
         return QTensor(codes, d, None, scheme.bits, "float")
     if block.columns == LONG and low is None:
         raise UserError(
-            f"{folder.path}: {name} is in {kind} with a scale for every part of a block, read here are "
-            "those with one for the block, as export=gguf writes them"
+            f"{folder.place_of(name)}: {name} is in {kind} with a scale for every part of a block, read here "
+            "are those with one for the block, as export=gguf writes them"
         )
     if kind in MINIMUM:
         assert low is not None
@@ -387,7 +391,9 @@ def read_linear(folder: ModelFolder, name: str) -> QTensor:
     if scheme.symmetric and zero is not None:
         beyond |= bool((zero != 2 ** (scheme.bits - 1 if block.zero else block.bits - 1)).any())
     if scale is None or beyond or (low is not None and zero is None):
-        raise UserError(f"{folder.path}: the numbers of {name} are not those of its {scheme.name}")
+        raise UserError(
+            f"{folder.place_of(name)}: the numbers of {name} are not those of its {scheme.name}"
+        )
     rounded = scale.to(folder.dtype)
     exact = torch.equal(rounded.half(), scale)
     zero = None if scheme.symmetric else zero
@@ -400,8 +406,8 @@ def _zero(folder: ModelFolder, name: str, d: Tensor, minimum: Tensor, largest: i
     same = (-zero * d.float()).half() == minimum
     if not same.all() or zero.min() < 0 or zero.max() > largest:
         raise UserError(
-            f"{folder.path}: the minima of {name} are not whole numbers of its scales, and only those are "
-            "read here, as export=gguf writes them"
+            f"{folder.place_of(name)}: the minima of {name} are not whole numbers of its scales, and only "
+            "those are read here, as export=gguf writes them"
         )
     return zero.to(torch.uint8)
 

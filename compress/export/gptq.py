@@ -132,7 +132,7 @@ def scheme_of(folder: ModelFolder, name: str) -> Scheme:
     bits, size = numbers["bits"], numbers["group_size"]
     if bits not in BITS or not isinstance(size, int):
         raise UserError(
-            f"{folder.path}: {name} of {bits} bits, group_size {size}, is not read here, only "
+            f"{folder.place_of(name)}: {name} of {bits} bits, group_size {size}, is not read here, only "
             f"{', '.join(map(str, BITS))} bits with a number of columns"
         )
     return Scheme(bits, "channel" if size == WHOLE_ROW else size, bool(numbers["sym"]))
@@ -166,8 +166,8 @@ def _zeros(folder: ModelFolder, name: str, stored: Tensor, bits: int) -> Tensor:
         return stored
     if bool((stored == 2**bits - 1).any()):
         raise UserError(
-            f"{folder.path}: zero points of {name} are stored as {2**bits - 1}, which some readers of {V1} "
-            f"take for 0 and some for {2**bits}"
+            f"{folder.place_of(name)}: zero points of {name} are stored as {2**bits - 1}, which some readers "
+            f"of {V1} take for 0 and some for {2**bits}"
         )
     return stored + 1
 
@@ -179,6 +179,6 @@ def _check_order(folder: ModelFolder, name: str, size: int) -> None:
     found = folder.tensor(key)
     if not torch.equal(found, torch.arange(len(found), dtype=found.dtype) // size):
         raise UserError(
-            f"{folder.path}: columns of {name} are in an order of their own (desc_act), which is not read "
-            "here"
+            f"{folder.place_of(name)}: columns of {name} are in an order of their own (desc_act), which is "
+            "not read here"
         )

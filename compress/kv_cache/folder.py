@@ -80,9 +80,10 @@ def scales_of(
     """The fixed scales of every layer; None if the scheme has none. Raises UserError if one is missing."""
     if not scheme.static:
         return None
-    family = family_of(folder.config)
+    with reading(folder.path):
+        family, layers = family_of(folder.config), range(folder.config["num_hidden_layers"])
     found = []
-    for index in range(folder.config["num_hidden_layers"]):
+    for index in layers:
         pair = [
             folder.tensor(f"{family.blocks}.{index}.{family.attention}.{name}").float().to(device)
             for name in SCALES

@@ -22,9 +22,11 @@ from compress.kv_cache.scheme import CacheScheme, StateScheme
 from compress.kv_cache.states import static_scale
 from compress.model.families import family_of
 from compress.model.folder import INDEX, KV_CACHE, ModelFolder, Shapes, save_tensors, write_json
+from compress.model.skeleton import finite_rows
 from compress.model.walk import Walk
 from compress.progress import track
 from compress.quantize.qtensor import QTensor
+from compress.quantize.record import KEY
 from compress.saved import NOWHERE, Saved, link, named
 
 log = logging.getLogger(__name__)
@@ -48,13 +50,19 @@ def quantize_cache(
     spill: a folder that hidden states are kept in, if not in memory
 
     Returns what metrics.json keeps: the scheme, and the scales of every layer. Raises UserError for an
-    unknown family, a head size that the scheme does not fit, a cache that is quantized already.
+    unknown family, a head size that the scheme does not fit, a cache that is quantized already, weights that
+    are not finite.
     """
     check(source, scheme)
     scales = None
     if scheme.static:
         assert tokens is not None, "scales need tokens"
         scales = calibrate(source, scheme, tokens, device, saved, spill)
+    if KEY not in source.config:
+        # Nobody else looks at weights that pass as they are; those of a record were looked at.
+        for name in source.names:
+            for _ in finite_rows(source, name):
+                pass
     target.mkdir(parents=True)
     source.copy_companions(target)
     weight_map = {name: source.file_of(name).name for name in source.names}
@@ -78,6 +86,8 @@ def check(source: Shapes, scheme: CacheScheme) -> None:
         raise UserError(f"{source.path} has a quantized cache already: choose its original")
     if "quantization_config" in source.config:
         raise UserError(f"{source.path} is quantized already: choose its original, and both stages")
+    if isinstance(source, ModelFolder) and source.path / SCALE_FILE in source.weight_files:
+        raise UserError(f"{source.path / SCALE_FILE} holds weights: give that file another name")
     # In a record the linear is stored in parts; their first axis is the same.
     name = f"{family.blocks}.0.{family.values}"
     part = "weight" if f"{name}.weight" in source else "codes"

@@ -6,11 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-
 from compress.export.formats import FORMATS, Weights
 from compress.model.families import Family, family_of
-from compress.model.folder import ModelFolder
+from compress.model.folder import ModelFolder, open_tensors, reading
 from compress.model.skeleton import empty_model
 
 
@@ -21,7 +19,8 @@ def measure_size(folder: ModelFolder) -> dict[str, Any]:
     points, shapes) over their weights; bits_file: all weight files over all parameters, a tied head
     counted once.
     """
-    family = family_of(folder.config)
+    with reading(folder.path):
+        family = family_of(folder.config)
     model = empty_model(folder, folder.dtype)
     suffixes = tuple(f".{name}" for name in family.linears)
     linears = {
@@ -38,7 +37,7 @@ def measure_size(folder: ModelFolder) -> dict[str, Any]:
     # config.
     model.tie_weights()
     parameters = sum(p.numel() for p in model.parameters())
-    stored += sum(t.nbytes for file in _beside(folder) for t in load_file(file).values())
+    stored += sum(map(_tensor_bytes, _beside(folder)))
     nbytes = file_bytes(folder)
     return {
         "bytes": nbytes,
@@ -53,6 +52,11 @@ def _beside(folder: ModelFolder) -> list[Path]:
     """Files with weights that only our reader looks at."""
     beside = [folder.path / f.sidecar for f in FORMATS.values() if f.sidecar is not None]
     return [file for file in beside if file.exists()]
+
+
+def _tensor_bytes(file: Path) -> int:
+    with open_tensors(file) as opened:
+        return sum(opened.get_tensor(name).nbytes for name in opened.keys())  # noqa: SIM118  # no dict
 
 
 def file_bytes(folder: ModelFolder) -> int:

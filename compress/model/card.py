@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 
 CARD = "README.md"
+# Characters of a card, or a licence, that are read: what is looked for is at the top.
+MOST = 1_000_000
 LICENCE_KEYS = ("license", "license_name", "license_link")
 # How the texts of licences begin that the hub has a name for.
 KNOWN = {"Apache License": "apache-2.0", "MIT License": "mit", "The MIT License": "mit"}
@@ -16,13 +18,16 @@ KNOWN = {"Apache License": "apache-2.0", "MIT License": "mit", "The MIT License"
 def front_matter(folder: Path) -> dict[str, Any]:
     """The YAML between the --- lines at the top of README.md; empty if there is none, or it is no YAML."""
     file = folder / CARD
-    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    if not file.is_file():
+        return {}
+    with file.open(encoding="utf-8", errors="replace") as opened:
+        text = opened.read(MOST)
     if not text.startswith("---\n"):
         return {}
     try:
         found = yaml.safe_load(text.removeprefix("---\n").partition("\n---")[0])
-    except (yaml.YAMLError, ValueError, AttributeError):
-        # The latter two of values that are no date or number, as 2024-02-30.
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError):
+        # The second and third of values that are no date or number, as 2024-02-30.
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -35,9 +40,8 @@ def licence_of(folder: Path) -> dict[str, str]:
     if "license" in found:
         return found
     for file in sorted(filter(Path.is_file, folder.glob("LICENSE*"))):
-        first = next(
-            filter(None, map(str.strip, file.read_text(errors="replace").splitlines())), ""
-        )
+        with file.open(encoding="utf-8", errors="replace") as opened:
+            first = next(filter(None, map(str.strip, opened.read(MOST).splitlines())), "")
         if first in KNOWN:
             return {"license": KNOWN[first]}
         return {"license": "other", "license_name": file.stem.lower(), "license_link": file.name}

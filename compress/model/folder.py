@@ -37,6 +37,8 @@ READABLE = 0o644
 MOST_JSON = 100_000_000
 # Levels of lists and objects in one: those of models have five.
 DEEPEST_JSON = 64
+# How the names of files of weights end: a companion has another ending, an index names no other.
+WEIGHTS = (".safetensors", SUFFIX)
 # Tables that follow from config.json; early Llama checkpoints stored them.
 DERIVED = ("rotary_emb.inv_freq",)
 # What a served folder needs beside the weights. config.json is written by whoever writes weights.
@@ -127,6 +129,8 @@ class ModelFolder:
     def _inside(self, index: Path, file: Any) -> Path:
         if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
             raise UserError(f"{index} points outside the folder: {file!r}")
+        if not file.endswith(WEIGHTS):
+            raise UserError(f"{index} names {file!r}, which is no file of weights by its name")
         return self.path / file
 
     def _check_index(self, index: Path, files: dict[str, Path]) -> None:
@@ -197,10 +201,17 @@ class ModelFolder:
             raise UserError(f"{self.path} holds no tensor {name}")
         return self._file_of[name]
 
+    def place_of(self, name: str) -> Path:
+        """For a sentence about a tensor, or a linear: its file, or that of a part of it; the folder if it has
+        none."""
+        modules = (name, name.rpartition(".")[0])
+        parts = (file for held, file in self._file_of.items() if held.rpartition(".")[0] in modules)
+        return self._file_of.get(name) or next(parts, self.path)
+
     def _open(self, file: Path) -> Any:
         if file.suffix != SUFFIX:
             return open_tensors(file)
-        return GGUFFile(file, DTYPES.get(self._stated_dtype or ""))
+        return GGUFFile(file, DTYPES.get(self._stated_dtype or ""), self.config)
 
     def _checked(self, name: str, read: Any) -> Any:
         try:
@@ -235,6 +246,8 @@ class ModelFolder:
         a link to something else than such a file."""
         for pattern in COMPANIONS:
             for file in sorted(p for p in self.path.glob(pattern) if p.is_file()):
+                if file.suffix in WEIGHTS:
+                    continue
                 self._check_link(file)
                 yield file
 
@@ -352,11 +365,18 @@ STUMBLES = (
 @contextlib.contextmanager
 def reading(place: Path | str) -> Iterator[None]:
     """For code that takes in what a file says: whatever it stumbles over is the file's fault, so it becomes a
-    UserError that names the file."""
+    UserError that names the file, and one that does not name it is given its name.
+
+    place: the path, and what in it after a colon
+    """
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):
+    except torch.OutOfMemoryError:
         raise
+    except UserError as error:
+        if str(place).partition(": ")[0] in str(error):
+            raise
+        raise UserError(f"{place}: {error}") from error
     except STUMBLES as error:
         reason = str(error).partition("\n")[0]
         raise UserError(

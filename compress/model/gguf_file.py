@@ -118,14 +118,28 @@ class GGUFFile:
     """Read access to a file, with the methods of safetensors that ``ModelFolder`` calls.
 
     dtype: of the model. Norms and biases, which the file holds in 32 bits, are given in it if it holds them
-    exactly. Raises UserError for a file that is no GGUF of an architecture known here.
+    exactly. config: the config.json beside it. Raises UserError for a file that is no GGUF of an architecture
+    known here, or of another model than the config: its heads say in which order rows are stored.
     """
 
-    def __init__(self, path: Path, dtype: torch.dtype | None):
+    def __init__(self, path: Path, dtype: torch.dtype | None, config: Mapping[str, Any]):
         self.path, self._dtype = path, dtype
         if not path.is_file():
             raise UserError(f"{path} is missing, or no file")
-        self._entries = _header(path, path.stat().st_mtime_ns)
+        self._entries, stated = _header(path, path.stat().st_mtime_ns)
+        heads = config.get("num_attention_heads")
+        asked = {
+            "general.architecture": ARCHITECTURES.get(str(config.get("model_type"))),
+            TURNED["attn_q"]: heads,
+            TURNED["attn_k"]: config.get("num_key_value_heads") or heads,
+        }
+        for key, value in asked.items():
+            # What a config.json lacks, or has and should not, is told where that is looked at.
+            if value is not None and stated[key] != value:
+                raise UserError(
+                    f"{path} has {key} {stated[key]}, its config.json asks for {value}: they belong to "
+                    "different models"
+                )
 
     def __enter__(self) -> GGUFFile:
         return self
@@ -160,8 +174,8 @@ class GGUFFile:
 
 
 @functools.lru_cache(maxsize=8)
-def _header(path: Path, changed: int) -> dict[str, Entry]:
-    """The tensors of a file by our names.
+def _header(path: Path, changed: int) -> tuple[dict[str, Entry], dict[str, Any]]:
+    """The tensors of a file by our names, and what ``heads_of`` asks for.
 
     changed: when the file was, so that another one of the same name is read anew
     """
@@ -175,13 +189,13 @@ def _header(path: Path, changed: int) -> dict[str, Entry]:
             config, tensors, start = _parsed(stored)
         architecture = str(config["general.architecture"])
         count = config[f"{architecture}.{TURNED['attn_q']}"]
-    except (ValueError, KeyError, struct.error, OverflowError) as error:
+    except (ValueError, LookupError, TypeError, ArithmeticError, struct.error) as error:
         raise UserError(f"{path} is not a readable GGUF file: {error}") from error
     if architecture not in ARCHITECTURES.values():
         known = ", ".join(sorted(set(ARCHITECTURES.values())))
         raise UserError(f"{path} is of architecture {architecture!r}, read here are {known}")
     shared = config.get(f"{architecture}.{TURNED['attn_k']}", count)
-    if not (isinstance(count, int) and isinstance(shared, int)):
+    if not all(type(heads) is int for heads in (count, shared)):
         raise UserError(f"{path} has a number of heads for each layer, read here is one for all")
     numbers = {
         "general.architecture": architecture,
@@ -207,7 +221,7 @@ def _header(path: Path, changed: int) -> dict[str, Entry]:
         if start + offset + length > size or length == 0:
             raise UserError(f"{path} ends before its tensor {theirs} does")
         entries[name] = Entry(kind.name, shape, start + offset, length, heads_of(theirs, numbers))
-    return entries
+    return entries, numbers
 
 
 # struct's letters for the types of values, by their numbers in the file; strings and lists are apart.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compress.errors import UserError
-from compress.model.folder import CODE, ModelFolder
+from compress.model.folder import CODE, ModelFolder, Shapes
+from compress.model.tensor_file import chunks, rows_of
 
 # The elementwise functions that torch gives to MKL's vector library on x86 (aten/src/ATen/cpu/vml.h).
 VECTOR_MATH = "acos asin atan cos erf erfc erfinv exp log log10 log2 sin sqrt tan tanh trunc"
@@ -114,26 +115,45 @@ def _short(value: Any) -> str:
     return text if len(text := repr(value)) <= 40 else f"{text[:40]}..."
 
 
-def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a tensor in place of the parameter ``name``.
+def assign(
+    module: nn.Module, name: str, tensor: Tensor, folder: ModelFolder, prefix: str = ""
+) -> None:
+    """Put a tensor of a folder in place of the parameter ``name``. prefix: the module's own name, with a dot
 
-    Raises UserError if the model has no such parameter or the shapes differ: the file and its
-    config.json do not belong together.
+    Raises UserError if there is no such parameter or the shapes differ: the folder and its config.json do not
+    belong together.
     """
-    try:
-        expected = model.get_parameter(name).shape
-    except AttributeError:
-        raise UserError(f"the model of this config.json has no tensor {name}") from None
-    if tensor.shape != expected:
-        raise UserError(
-            f"tensor {name} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected)}"
-        )
+    check_tensor(module, name, tuple(tensor.shape), folder, prefix)
     owner, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    setattr(module.get_submodule(owner), attribute, parameter)
+
+
+def check_tensor(
+    module: nn.Module, name: str, shape: tuple[int, ...], folder: Shapes, prefix: str = ""
+) -> None:
+    """Raises UserError, as ``assign`` does, for a tensor of this shape."""
+    full = prefix + name
+    place = folder.place_of(full) if isinstance(folder, ModelFolder) else folder.path
+    try:
+        asked = tuple(module.get_parameter(name).shape)
+    except AttributeError:
+        raise UserError(
+            f"{place} holds a tensor {full}, which its config.json has no place for"
+        ) from None
+    if shape != asked:
+        raise UserError(f"{place}: {full} has shape {shape}, config.json asks for {asked}")
 
 
 def finite(folder: ModelFolder, name: str, tensor: Tensor) -> Tensor:
     """Raises UserError for a weight of a folder with NaN or Inf."""
-    if not torch.isfinite(tensor).all():
-        raise UserError(f"{folder.path}: tensor {name} holds NaN or Inf")
+    # In parts: the answers to a large embedding would take half its memory.
+    if not all(torch.isfinite(rows).all() for rows in chunks(tensor)):
+        raise UserError(f"{folder.place_of(name)}: tensor {name} holds NaN or Inf")
     return tensor
+
+
+def finite_rows(folder: ModelFolder, name: str) -> Iterator[Tensor]:
+    """A tensor in the model's dtype, some rows at a time. Raises UserError if it holds NaN or Inf."""
+    for rows in folder.rows(name, rows_of(folder.shape(name), folder.dtype.itemsize)):
+        yield finite(folder, name, rows.to(folder.dtype))

@@ -215,6 +215,12 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
             raise UserError(
                 f"{file} holds {str(name)[:60]}, which is no tensor: weights alone are read"
             )
+        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+            raise UserError(f"{file} holds {name[:60]} in another form than all its numbers")
+    # Those that share memory get their own: a head and its embedding do, a number may be said to be billions.
+    nbytes, most = sum(value.nbytes for value in found.values()), 2 * file.stat().st_size
+    if nbytes > most:
+        raise UserError(f"{file} says that it holds {nbytes} bytes of weights, it has {most // 2}")
     return {name: value.detach().clone().contiguous() for name, value in found.items()}
 
 

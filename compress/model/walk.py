@@ -119,7 +119,8 @@ class Walk:
         family, model = self.family, self.model
         # Not looked at as a whole, which would have all of it in memory: tokens name few of its rows.
         table = self.source.tensor(f"{family.embedding}.weight")
-        assign(model, f"{family.embedding}.weight", table.to(self.device, self.folder.dtype))
+        table = table.to(self.device, self.folder.dtype)
+        assign(model, f"{family.embedding}.weight", table, self.folder)
         del table
         decoder = model.get_submodule(family.blocks.rpartition(".")[0])
         _buffers_to(decoder, self.device)
@@ -158,7 +159,7 @@ class Walk:
         layer = self.layers[index]
         prefix = f"{self.prefix(index)}."
         for name, tensor in self._tensors(index):
-            assign(layer, name.removeprefix(prefix), tensor)
+            assign(layer, name.removeprefix(prefix), tensor, self.folder, prefix)
         missing = [name for name, p in layer.named_parameters() if p.is_meta]
         if missing:
             raise UserError(f"{self.folder.path} holds no tensor {prefix}{missing[0]}")

@@ -36,13 +36,14 @@ KEPT = 2 * 2**25
 # Tokens that run at once, as ``model.walk.Walk`` has it.
 AT_ONCE = 4096
 HALF, SINGLE, DOUBLE = 2, 4, 8
-# float64 squares of K that factoring and inverting one holds at a time.
-SQUARES = 6
+# float64 squares of K that factoring and inverting one holds at a time: two, and where inputs are dead a copy
+# of H in float32. With the original's inputs three, and copies of their moments.
+SQUARES, SQUARES_WITH_ORIGINAL = 2.5, 4
 # Bytes a second that the export is taken to read, and to write: a disk's, not measured.
 DISK = 1e9
-# Of a matrix outside the blocks in 16 bits that is quantized: itself, its absolute values, and three masks of
-# a byte each. One that is copied passes some rows at a time.
-FINITE = 3.5
+# Of a matrix outside the blocks in 16 bits that is quantized: itself, and its codes in parts and as a whole.
+# One that is copied passes some rows at a time.
+WITH_CODES = 2
 # Of a linear that is packed, for each code: itself, as an integer of 32 bits in two orders, and its words.
 PACKING = 10
 # Numbers of a matrix that a search works on at a time: 2048 rows of 14,336 columns and less.
@@ -141,9 +142,9 @@ def _quantize(run: Run, shapes: Shapes, s: _Sizes, hardware: Hardware) -> Stage:
     name, peak = max(moments.items(), key=lambda item: item[1])
     if run.schemes.head is not None:
         # The walk still holds what left the last block.
-        others = _code(s) + HALF * s.T * s.h + FINITE * max(_rest(shapes).values())
+        others = _code(s) + HALF * s.T * s.h + WITH_CODES * max(_rest(shapes).values())
         if others > peak:
-            name, peak = "embedding or head, checked and rounded", others
+            name, peak = "embedding or head and its codes", others
     return Stage("quantize", peak, name, _seconds(run, s, hardware))
 
 
@@ -182,7 +183,8 @@ def _moments(run: Run, s: _Sizes) -> Iterator[tuple[str, float]]:
             learned = 5 * SINGLE * s.P + method.batch * s.length * SINGLE * (6 * s.m + 8 * s.h)
             yield "learning how to round", code + states + block + seconds + learned
     if any(isinstance(method, Gptq | Gptaq) for method in run.roundings):
-        factor = SQUARES * DOUBLE * s.largest + 6 * SINGLE * s.stacked
+        squares = SQUARES if twins == 1 else SQUARES_WITH_ORIGINAL
+        factor = squares * DOUBLE * s.largest + 6 * SINGLE * s.stacked
         if are_few(s.T, math.isqrt(s.largest)):
             # The square that is made of the tokens.
             factor += SINGLE * s.largest

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from compress.export.shards import ShardWriter
 from compress.model.folder import PRUNED, ModelFolder, write_json
-from compress.model.skeleton import assign, model_of
+from compress.model.skeleton import assign, finite, model_of
 from compress.model.walk import Activations, Walk
 from compress.progress import track
 from compress.prune.block import BlockCut, Goal
@@ -256,8 +256,9 @@ class _BothWalks:
             return
         own = self._narrow[index]
         kept = {"hidden": self.channels}
+        source, prefix = self.walk.folder, f"{self.walk.prefix(index)}."
         for name, parameter in module.named_parameters():
-            assign(own, name, self.plan.found.cut(name, parameter.data, kept))
+            assign(own, name, self.plan.found.cut(name, parameter.data, kept), source, prefix)
         try:
             yield own
         finally:
@@ -282,7 +283,8 @@ def _write_rest(source: ModelFolder, plan: Plan, shards: ShardWriter, norm_ratio
     """Embedding, final norm and head, with the channels that stay."""
     kept = {"hidden": plan.channels.cpu()}
     for name in plan.found.rest:
-        tensor = plan.found.cut(name, source.tensor(name).to(source.dtype), kept)
+        whole = finite(source, name, source.tensor(name).to(source.dtype))
+        tensor = plan.found.cut(name, whole, kept)
         if name == f"{plan.found.family.final_norm}.weight":
             tensor = (tensor.float() * norm_ratio).to(source.dtype)
         shards.add(name, tensor)

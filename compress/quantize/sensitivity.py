@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from calibration.moments import exact_products
 from compress.model.families import Input, family_of
 from compress.model.folder import ModelFolder
-from compress.model.skeleton import assign
+from compress.model.skeleton import assign, finite
 from compress.model.walk import Walk
 from compress.progress import track
 from compress.quantize.block import Block, output_error
@@ -188,9 +188,11 @@ def _whole(walk: Walk) -> Iterator[_Original]:
     nats) is as large as what is measured. The linears compute in the model's dtype.
     """
     family, folder, model = walk.family, walk.folder, walk.model
-    head = folder.tensor(f"{family.embedding if folder.tied_head else family.head}.weight")
+    last = f"{family.embedding if folder.tied_head else family.head}.weight"
+    head = finite(folder, last, folder.tensor(last))
     name = f"{family.final_norm}.weight"
-    assign(model, name, folder.tensor(name).to(device=walk.device, dtype=folder.dtype))
+    norm = finite(folder, name, folder.tensor(name))
+    assign(model, name, norm.to(device=walk.device, dtype=folder.dtype), folder)
     assert walk.hidden is not None
     walk.hidden = walk.enter(0).copy(walk.hidden, torch.float32)
     with ExitStack() as stack:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from compress.errors import UserError
 from compress.model.families import Family, family_of
 from compress.model.folder import ModelFolder, Shapes
-from compress.model.skeleton import finite
-from compress.model.tensor_file import rows_of
+from compress.model.skeleton import finite, finite_rows
 from compress.model.walk import Activations, Walk
 from compress.progress import track
 from compress.quantize.block import (
@@ -331,7 +330,7 @@ def _copy_rest(
     if schemes.head is not None:
         for name in _head_shapes(source, family):
             W = finite(source, f"{name}.weight", source.tensor(f"{name}.weight").to(source.dtype))
-            q, report[name] = quantize_rows(name, W, schemes.head, device)
+            q, report[name] = quantize_rows(W, schemes.head, device)
             log.info("%s: relative error %.2e", name, report[name]["relative_error"])
             writer.add(f"{name}.safetensors", {f"{name}.weight": q})
         # Some files of tied models hold the shared matrix twice: here it is one.
@@ -340,15 +339,9 @@ def _copy_rest(
     shapes = {name: source.shape(name) for name in rest}
     writer.add_rows(
         "rest.safetensors",
-        {name: (shapes[name], source.dtype, _finite_rows(source, name)) for name in rest},
+        {name: (shapes[name], source.dtype, finite_rows(source, name)) for name in rest},
     )
     return report
-
-
-def _finite_rows(source: ModelFolder, name: str) -> Iterator[Tensor]:
-    """A tensor in the model's dtype, some rows at a time. Raises UserError if it holds NaN or Inf."""
-    for rows in source.rows(name, rows_of(source.shape(name), source.dtype.itemsize)):
-        yield finite(source, name, rows.to(source.dtype))
 
 
 def _error_text(report: Mapping[str, Any]) -> str:

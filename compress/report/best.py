@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor
 
+from compress.model.folder import open_tensors, reading
 from compress.report.gate import described, failures
 from compress.report.measures import Value, common_points, speed_ratio
 from compress.report.table import TOKENS, Row
@@ -107,19 +107,24 @@ def _equal(first: Row, second: Row) -> bool:
     files = [Path(row.run["folder"]) / TOKENS for row in (first, second)]
     if _losses(first).keys() != _losses(second).keys() or not all(f.is_file() for f in files):
         return False
-    ours, theirs = (_kept(file) for file in files)
     texts = [text for text, *_ in _losses(first)]
-    return all(difference(_figures(ours, text), _figures(theirs, text)).equal for text in texts)
+    pairs = [[_figures(file, text) for file in files] for text in texts]
+    with reading(files[1]):
+        return all(difference(*pair).equal for pair in pairs)
 
 
 # The second of a pair is the first of the next.
 @functools.lru_cache(maxsize=2)
 def _kept(file: Path) -> dict[str, Tensor]:
-    return load_file(file)
+    """Raises UserError for a file that others damaged."""
+    with open_tensors(file) as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no dict
 
 
-def _figures(kept: Mapping[str, Tensor], text: str) -> dict[str, Sequence[Tensor]]:
-    return {key: list(kept[f"{text}.{key}"]) for key in ("nll", "kl")}
+def _figures(file: Path, text: str) -> dict[str, Sequence[Tensor]]:
+    kept = _kept(file)
+    with reading(file):
+        return {key: list(kept[f"{text}.{key}"]) for key in ("nll", "kl")}
 
 
 def _bytes(row: Row) -> int:

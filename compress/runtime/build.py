@@ -15,8 +15,8 @@ from compress.errors import UserError
 from compress.kernels.fusion import Fusion
 from compress.kv_cache.cache import sliding_windows
 from compress.model.families import Family, family_of
-from compress.model.folder import Shapes
-from compress.model.skeleton import model_of
+from compress.model.folder import Shapes, reading
+from compress.model.skeleton import check_tensor, model_of
 from compress.quantize.qtensor import QTensor, stack
 from compress.runtime.embedding import packed_embedding
 from compress.runtime.network import Block, Heads, Linear, Network
@@ -38,19 +38,27 @@ class Source(Protocol):
 class Builder:
     """Reads weights and arranges them; counts the linears by the kernel that runs them."""
 
-    def __init__(self, source: Source, device: torch.device):
-        self.source, self.device, self.dtype = source, device, source.folder.dtype
+    def __init__(self, source: Source, model: Any, device: torch.device):
+        """model: the empty one of transformers, for its shapes"""
+        self.source, self.model, self.device = source, model, device
+        self.dtype = source.folder.dtype
         self.kernels: Counter[str] = Counter()
+
+    def get(self, name: str) -> Tensor | QTensor:
+        """A weight as it is stored. Raises UserError if its shape is not that of the model."""
+        value = self.source.get(name)
+        check_tensor(self.model, name, tuple(value.shape), self.source.folder)
+        return value
 
     def tensor(self, name: str) -> Tensor:
         """A vector of the model, on the device."""
-        value = self.source.get(name)
+        value = self.get(name)
         assert isinstance(value, Tensor), name
         return value.to(self.device, self.dtype, copy=True)
 
     def weight(self, names: Sequence[str]) -> PackedWeight:
         """The weights of linears that read the same inputs, as one if a kernel can run them so."""
-        found = [self.source.get(f"{name}.weight") for name in names]
+        found = [self.get(f"{name}.weight") for name in names]
         merged = _merged(found)
         if merged is not None:
             return self.arrange(merged, len(names))
@@ -80,7 +88,8 @@ class Builder:
         missing = [name for name in names if name not in self.source.folder]
         if missing:
             raise UserError(
-                f"{missing[0]} is missing: biases of linears that are read together go together"
+                f"{self.source.folder.path} holds no tensor {missing[0]}: biases of linears that are read "
+                "together go together"
             )
         return torch.cat([self.tensor(name) for name in names])
 
@@ -107,7 +116,8 @@ def build(source: Source, device: torch.device) -> tuple[Network, dict[str, int]
 
     Raises UserError for a model whose blocks are not of this form.
     """
-    family = family_of(source.folder.config)
+    with reading(source.folder.path):
+        family = family_of(source.folder.config)
     try:
         model = model_of(source.folder.config, source.folder.dtype)
     except ValueError as error:
@@ -116,13 +126,15 @@ def build(source: Source, device: torch.device) -> tuple[Network, dict[str, int]
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in GROWING:
         raise UserError(
-            f"rope_type={rope!r} is not run by the decode engine: its angles depend on the text's length"
+            f"{source.folder.path}: rope_type={rope!r} is not run by the decode engine: its angles depend on "
+            "the text's length"
         )
     if config.hidden_act != ACTIVATION:
         raise UserError(
-            f"hidden_act={config.hidden_act!r} is not run by the decode engine: it knows {ACTIVATION}"
+            f"{source.folder.path}: hidden_act={config.hidden_act!r} is not run by the decode engine: it "
+            f"knows {ACTIVATION}"
         )
-    builder = Builder(source, device)
+    builder = Builder(source, model, device)
     eps = config.rms_norm_eps
     blocks = [
         _block(builder, family, f"{family.blocks}.{index}", eps)
@@ -171,7 +183,7 @@ def _block(builder: Builder, family: Family, block: str, eps: float) -> Block:
 def _ends(builder: Builder, family: Family) -> tuple[Any, PackedWeight]:
     """The embedding, tokens -> rows, and the head's weight."""
     source = builder.source
-    value = source.get(f"{family.embedding}.weight")
+    value = builder.get(f"{family.embedding}.weight")
     if isinstance(value, QTensor):
         tied = builder.arrange(value, 1) if source.folder.tied_head else None
         embed = packed_embedding(value, tied, builder.device, builder.dtype)

@@ -21,7 +21,7 @@ from compress.kernels import dense
 from compress.kernels.fusion import Fusion
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder, reading
-from compress.model.skeleton import assign, empty_model
+from compress.model.skeleton import assign, check_tensor, empty_model, finite
 from compress.quantize.qtensor import QTensor
 from compress.runtime.embedding import packed_embedding
 from compress.runtime.weights import PackedWeight, pack
@@ -56,7 +56,9 @@ def load_dense(folder: ModelFolder, device: torch.device, dtype: torch.dtype) ->
             with reading(f"{folder.path}: {name}"):
                 _attach_inputs(model, name, value, device)
                 value = value.dequantize(folder.dtype if value.inputs is None else dtype)
-        assign(model, name, value.to(device=device, dtype=dtype, copy=True))
+            # Codes of floats have some that are no number.
+            finite(folder, name, value)
+        assign(model, name, value.to(device=device, dtype=dtype, copy=True), folder)
     return _ready(model, folder, device)
 
 
@@ -83,6 +85,7 @@ def load_packed(folder: ModelFolder, device: torch.device) -> tuple[Any, dict[st
         value = weights.get(name)
         if isinstance(value, QTensor):
             base = name.removesuffix(".weight")
+            check_tensor(model, name, tuple(value.shape), folder)
             packed = pack(value, device, folder.dtype)
             if packed is not None:
                 kernel, weight = packed
@@ -90,12 +93,12 @@ def load_packed(folder: ModelFolder, device: torch.device) -> tuple[Any, dict[st
                 if base == embedding:
                     _replace_embedding(model, folder, base, value, weight, device)
                 else:
-                    _replace_linear(model, base, value, weight)
+                    _replace_linear(model, folder, base, weight)
                 continue
             kernels[dense.name_of(value)] += 1
             _attach_inputs(model, name, value, device)
             value = value.dequantize(folder.dtype)
-        assign(model, name, value.to(device=device, dtype=folder.dtype, copy=True))
+        assign(model, name, value.to(device=device, dtype=folder.dtype, copy=True), folder)
     if kernels[dense.UPCAST]:
         log.info(
             "%d linears in 8-bit floats: for want of a kernel the same numbers are computed in %s",
@@ -105,13 +108,13 @@ def load_packed(folder: ModelFolder, device: torch.device) -> tuple[Any, dict[st
     return _ready(model, folder, device), dict(+kernels)
 
 
-def _replace_linear(model: Any, base: str, q: QTensor, weight: PackedWeight) -> None:
+def _replace_linear(model: Any, folder: ModelFolder, base: str, weight: PackedWeight) -> None:
     linear = model.get_submodule(base)
-    if linear.weight.shape != q.shape:
-        raise UserError(f"{base}.weight has shape {tuple(q.shape)}, which config.json contradicts")
     # Biases are listed before the quantized weights, so a bias is in its place by now.
     if linear.bias is not None and linear.bias.is_meta:
-        raise UserError(f"{base}.bias is missing, which config.json asks for")
+        raise UserError(
+            f"{folder.path} holds no tensor {base}.bias, which its config.json asks for"
+        )
     model.set_submodule(base, PackedLinear(weight, linear.bias))
 
 
@@ -124,10 +127,8 @@ def _replace_embedding(
     device: torch.device,
 ) -> None:
     """Rows are looked up in codes; a tied head runs the same integers through the kernel."""
-    if model.get_submodule(base).weight.shape != q.shape:
-        raise UserError(f"{base}.weight has shape {tuple(q.shape)}, which config.json contradicts")
     if folder.tied_head:
-        _replace_linear(model, family_of(folder.config).head, q, weight)
+        _replace_linear(model, folder, family_of(folder.config).head, weight)
         # They share a weight that is no parameter: nobody is to tie them anew, as lm-eval would.
         model.config.tie_word_embeddings = False
     tied = weight if folder.tied_head else None

@@ -10,7 +10,6 @@ Engines read the quantization from config.json, so no command names it. Flags we
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 import shlex
 import shutil
@@ -25,7 +24,7 @@ from compress.engines import ENGINES, LLAMA_CPP, SGLANG, TENSORRT, TRANSFORMERS,
 from compress.errors import UserError
 from compress.kv_cache.folder import engines as cache_arguments
 from compress.kv_cache.folder import scheme_of
-from compress.model.folder import ModelFolder
+from compress.model.folder import ModelFolder, read_json, reading
 from compress.plan.rows import schemes_on_disk
 from compress.report.table import KEYS, METRICS
 from compress.serve.loads import gguf_of
@@ -261,13 +260,14 @@ def served_name(folder: Path) -> str:
     folder's name."""
     folder = folder.absolute()
     try:
-        metrics = json.loads((folder.parent / METRICS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        metrics = None
-    # There may be a file of that name that others wrote.
-    if not isinstance(metrics, dict) or not metrics.keys() >= KEYS:
-        return plain_name(folder.name)
-    return name_of_run(metrics)
+        metrics = read_json(folder.parent / METRICS)
+        # There may be a file of that name that others wrote.
+        if metrics.keys() >= KEYS:
+            with reading(folder.parent / METRICS):
+                return name_of_run(metrics)
+    except UserError:
+        pass
+    return plain_name(folder.name)
 
 
 def name_of_run(metrics: Mapping[str, Any]) -> str:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import resource
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import SafetensorError
 
 from compress import pipeline
+from compress.__main__ import USER_ERROR, _code
 from compress.compose import compose_settings
 from compress.config import Run, parse
 from compress.disk import DiskError, check_free_bytes, writing
@@ -173,3 +176,75 @@ def test_writers_name_their_file(tmp_path: Path) -> None:
             save_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(1)})
     finally:
         os.chmod(tmp_path, 0o755)
+
+
+@pytest.fixture
+def as_started(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Logging as ``main`` has it; what Hydra does to it is undone."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def words_of(tiny: ModelFolder, out: Path) -> list[str]:
+    words = ["recipe=rtn-int4", f"model.source={tiny.path}", "model.name=x", "eval=none"]
+    return [*words, "speed=none", "device=cpu", "scheme.group_size=32", f"hydra.run.dir={out}"]
+
+
+@pytest.mark.usefixtures("as_started")
+def test_a_limit_on_the_first_files_of_a_run(
+    tiny: ModelFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Hydra writes the settings before anything of ours runs."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        code = _code(words_of(tiny, tmp_path / "out"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err.splitlines()
+    assert code == USER_ERROR
+    assert f"{tmp_path / 'out'} cannot be written: file too large" in said[-1]
+    assert not any("Traceback" in line for line in said)
+
+
+@pytest.mark.usefixtures("as_started")
+@pytest.mark.parametrize("name", ["compress.log", ".hydra"])
+def test_a_run_whose_first_files_cannot_be_written(
+    tiny: ModelFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """What an earlier start leaves lies in the way: a folder for the log, a file for the settings."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).mkdir() if name == "compress.log" else (out / name).touch()
+    assert _code(words_of(tiny, out)) == USER_ERROR
+    said = capsys.readouterr().err.splitlines()
+    assert f"{out / name} cannot be written: " in said[-1]
+    assert not any("Traceback" in line for line in said)
+
+
+@pytest.mark.usefixtures("as_started")
+def test_a_broken_job_keeps_its_traceback_and_lets_the_others_run(
+    tiny: ModelFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Even one that looks like a file that could not be written: that is said where it is written."""
+    ran = []
+
+    def run_recipe(run: Run, name: str, out: Path, *, last: bool) -> dict[str, Any]:
+        ran.append(name)
+        raise FileExistsError(errno.EEXIST, "broken")
+
+    monkeypatch.setattr(pipeline, "run_recipe", run_recipe)
+    words = [w for w in words_of(tiny, tmp_path) if not w.startswith(("hydra", "scheme"))]
+    sweep = ["scheme.group_size=32,64", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    assert _code(["-m", *words, *sweep]) == 1
+    assert len(ran) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert "FileExistsError: [Errno 17] broken" in said

@@ -23,9 +23,12 @@ from compress.commands import evaluate
 from compress.compose import compose_settings
 from compress.config import parse
 from compress.errors import UserError, one_line
+from compress.model.card import CARD, licence_of
 from compress.model.folder import DEEPEST_JSON, INDEX, SINGLE, ModelFolder, read_json
 from compress.model.sources import open_tokenizer, resolve_model
+from compress.report.table import KEYS
 from compress.runtime.load import load_dense
+from compress.serve.command import served_name
 from eval.memory import rss
 from tests.conftest import write_model
 
@@ -156,6 +159,30 @@ def test_an_allowed_pickle_of_something_else_is_refused(copy: Path, content: Any
         check(pickled(copy, content), "model.allow_pickle=true")
 
 
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("billions", r"says that it holds \d+ bytes of weights, it has \d+$"),
+        ("shared", r"says that it holds \d+ bytes of weights, it has \d+$"),
+        ("sparse", "holds model.norm.weight in another form"),
+        ("meta", "holds model.norm.weight in another form"),
+    ],
+)
+def test_an_allowed_pickle_is_no_larger_than_its_file(copy: Path, kind: str, said: str) -> None:
+    """One number may be said to be billions, and one storage the memory of any number of tensors."""
+    tensors = load_file(copy / SINGLE)
+    if kind == "billions":
+        tensors["model.norm.weight"] = torch.zeros(1).expand(10**12)
+    elif kind == "shared":
+        tensors |= {f"x.{i}": tensors["model.embed_tokens.weight"] for i in range(100)}
+    elif kind == "sparse":
+        tensors["model.norm.weight"] = torch.eye(4).to_sparse()
+    else:
+        tensors["model.norm.weight"] = torch.zeros(32, device="meta")
+    with pytest.raises(UserError, match=said):
+        check(pickled(copy, tensors), "model.allow_pickle=true")
+
+
 # Code of a model's own
 
 
@@ -237,7 +264,7 @@ def test_unknown_models_are_refused_though_they_bring_code(copy: Path) -> None:
 def test_an_index_leads_nowhere_else(copy: Path, file: Any) -> None:
     names = ModelFolder(copy).names
     (copy / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, file)}))
-    with pytest.raises(UserError, match=r"points outside the folder|which is missing"):
+    with pytest.raises(UserError, match=r"points outside the folder|is missing|no file of weights"):
         check(copy)
 
 
@@ -350,6 +377,73 @@ def test_absurd_sizes_are_refused_before_anything_is_made_of_them(
     with pytest.raises(UserError, match=next(iter(change))) as told:
         check(copy)
     assert len(one_line(told.value)) < 500
+
+
+@pytest.mark.parametrize("text", ["---\na: " + "[" * 100_000, "---\n" + "a: {" * 50_000])
+def test_a_nested_card_is_none(copy: Path, text: str) -> None:
+    """Its licence is looked for in YAML."""
+    (copy / CARD).write_text(f"{text}\n---\n")
+    assert licence_of(copy) == {}
+    with (copy / CARD).open("r+b") as file:
+        file.truncate(2**32)
+    before = rss()
+    assert licence_of(copy) == {}
+    assert rss() - before < 50e6
+
+
+@pytest.mark.parametrize(
+    "metrics", ['{"a": ' * 5000 + "1" + "}" * 5000, "[]", dict.fromkeys(sorted(KEYS), 5)]
+)
+def test_metrics_beside_a_checkpoint_name_it_or_nothing(copy: Path, metrics: Any) -> None:
+    """Whoever hands on a checkpoint may have put any file beside it."""
+    text = metrics if isinstance(metrics, str) else json.dumps(metrics)
+    (copy.parent / "metrics.json").write_text(text)
+    assert served_name(copy) == "model"
+
+
+# GGUF
+
+
+def gguf_header(**values: tuple[str, int]) -> bytes:
+    """A file with these keys, (struct letter, number) each, and no tensors."""
+    kinds = {"I": 4, "Q": 10}
+
+    def text(said: str) -> bytes:
+        return struct.pack("<Q", len(said)) + said.encode()
+
+    stored = text("general.architecture") + struct.pack("<I", 8) + text("llama")
+    for name, (letter, value) in values.items():
+        key = name.replace("__", ".")
+        stored += text(key) + struct.pack(f"<I{letter}", kinds[letter], value)
+    return b"GGUF" + struct.pack("<IQQ", 3, 0, 1 + len(values)) + stored
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"llama__attention__head_count": ("I", 4)}, "head_count 4, its config.json asks for 2"),
+        ({"llama__attention__head_count": ("I", 0)}, "head_count 0, its config.json asks for 2"),
+        (
+            {
+                "llama__attention__head_count": ("I", 2),
+                "llama__attention__head_count_kv": ("Q", 2),
+            },
+            "head_count_kv 2, its config.json asks for 1",
+        ),
+        (
+            {"llama__attention__head_count": ("I", 2), "general__alignment": ("I", 0)},
+            "is not a readable GGUF file",
+        ),
+    ],
+)
+def test_a_gguf_of_another_model_is_refused(
+    copy: Path, keys: dict[str, tuple[str, int]], said: str
+) -> None:
+    """By the heads rows are put in another order: wrong ones would give another model without a word."""
+    (copy / SINGLE).unlink()
+    (copy / "model.gguf").write_bytes(gguf_header(**keys))
+    with pytest.raises(UserError, match=rf"model.gguf .*{said}"):
+        check(copy)
 
 
 # Texts

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from compress.commands import compare
+from compress.commands import compare, export
 from compress.errors import UserError
 from compress.model.folder import write_json
 from compress.report.card import Base, Serving, model_card
@@ -179,3 +179,15 @@ def test_a_run_that_is_none_is_named(change: dict[str, Any], tmp_path: Path) -> 
     with pytest.raises(UserError, match=re.escape(str(tmp_path / "1" / "metrics.json"))):
         compare.main([str(tmp_path), "--out", str(tmp_path / "report")])
     assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    "recipe", [5, {}, {"stages": []}, {"stages": ["../../model"]}, {"stages": "quantize"}]
+)
+def test_metrics_of_others_lead_an_export_nowhere(tmp_path: Path, recipe: Any) -> None:
+    """The last stage is the folder that is read."""
+    write_json(tmp_path / "run.json", {})
+    metrics = run_of("awq-int4") | {"recipe": recipe, "compression": {"origin": {}}}
+    write_json(tmp_path / "metrics.json", metrics)
+    with pytest.raises(UserError, match=rf"{tmp_path / 'metrics.json'}"):
+        export.main([str(tmp_path), "export=dense"])

@@ -103,7 +103,9 @@ def round_in_order(block: Block, damping: float, correction: float = 0.0) -> dic
         H, dead = isolate_dead(moments.second)
         if dead:
             block.notes[f"dead_columns.{label}"] = dead
-        inverse, used = damped_inverse(H, damping)
+        order = H.diagonal().argsort(descending=True, stable=True)
+        U, used = factor(H, damping, order)
+        del H
         if used > damping:
             block.notes[f"damping_raised.{label}"] = used
             log.warning("%s: damping had to be raised to %g to factor H", label, used)
@@ -111,8 +113,7 @@ def round_in_order(block: Block, damping: float, correction: float = 0.0) -> dic
         W = torch.cat([block.weights[name] for name in shared.linears])
         cross = None if moments.cross is None else correction * moments.cross
         grids = [block.grid(name) for name in shared.linears]
-        order = H.diagonal().argsort(descending=True, stable=True)
-        codes = solve(W, inverse, _stack(grids), block.scheme(shared).bits, order, cross)
+        codes = solve(W, U, _stack(grids), block.scheme(shared).bits, order, cross)
         parts = zip(shared.linears, codes.split(_sizes(block, shared)), grids, strict=True)
         for name, rows, grid in parts:
             q = QTensor(rows.contiguous(), grid.scale, grid.zero, block.schemes[name].bits)
@@ -134,9 +135,11 @@ def isolate_dead(H: Tensor) -> tuple[Tensor, int]:
     """H with its dead columns (inputs that were always 0) made independent of the others.
 
     They are then rounded to nearest: calibration says nothing of them, but other text may use them.
-    Returns a copy and how many there are.
+    Returns a copy, or H itself if there are none, and how many there are.
     """
     dead = H.diagonal() == 0
+    if not dead.any():
+        return H, 0
     H = H.clone()
     H.diagonal()[dead] = H.diagonal().mean() if not dead.all() else 1.0
     return H, int(dead.sum())
@@ -149,38 +152,50 @@ def damped_inverse(H: Tensor, damping: float) -> tuple[Tensor, float]:
     the mean of the diagonal itself is not enough.
     """
     assert damping > 0, "nothing raised tenfold stays nothing"
-    H = H.double()
-    mean = H.diagonal().mean()
+    mean = H.diagonal().double().mean()
     while True:
-        damped = H.clone()
+        damped = H.to(torch.float64, copy=True)
         damped.diagonal().add_(damping * mean)
         L, failed = torch.linalg.cholesky_ex(damped)
-        if not failed and torch.isfinite(L).all():
+        # With 14,336 inputs each is 1.6 GB, as is what isfinite makes of it.
+        del damped
+        if not failed and torch.isfinite(L.sum()):
             return torch.cholesky_inverse(L), damping
         if damping >= 1:
             raise RuntimeError("the second moments of a linear cannot be factored")
         damping = min(10 * damping, 1.0)
 
 
+def factor(H: Tensor, damping: float, order: Tensor) -> tuple[Tensor, float]:
+    """U, float64 and upper, with U^T U the inverse of the damped H, columns in this order; and the damping
+    that was needed. Two squares of float64 beside H at a time."""
+    inverse, used = damped_inverse(H, damping)
+    inverse = inverse[order]
+    inverse = inverse[:, order]
+    return torch.linalg.cholesky(inverse, upper=True), used
+
+
 def solve(
     W: Tensor,
-    inverse: Tensor,
+    U: Tensor,
     grid: Grid,
     bits: int,
     order: Tensor,
     cross: Tensor | None = None,
 ) -> Tensor:
-    """Codes uint8 (out, in) of W, columns taken in this order. inverse: of the damped H, float64.
+    """Codes uint8 (out, in) of W, columns taken in this order. U: as ``factor`` gives it.
 
     The last column's error cannot be made up for; the first one's is spread over all others.
     cross: C (in, in) of inputs that the free columns are to make up for too (GPTAQ).
     """
     out_features, in_features = W.shape
-    U = torch.linalg.cholesky(inverse[order][:, order], upper=True)
     P = None
     if cross is not None:
         # Row j of P is C[j, free] H[free, free]^-1, free = the columns after j (GPTAQ, eq. 15).
-        P = ((cross[order][:, order].double() @ U.T).triu(1) @ U).float()
+        C = cross[order][:, order].double()
+        P = (C @ U.T).triu_(1)
+        del C
+        P = (P @ U).float()
     U = U.float()
     group = order // (in_features // grid.scale.shape[1])
     Wt = W.T[order].contiguous()

@@ -119,6 +119,9 @@ def test_a_note_that_does_not_fit(
     ("note", "message"),
     [
         ({"layers": [1, 3], "hidden": None}, "keeps block 3 of an original that has 3"),
+        ({"layers": 2, "hidden": None}, "layers is no list of whole numbers"),
+        ({"layers": ["0", 2], "hidden": None}, "layers is no list of whole numbers"),
+        ({"layers": [0, 2], "hidden": [True] * 128}, "hidden is no list of whole numbers"),
         ({"layers": [-1, 2], "hidden": None}, "keeps block -1 of an original that has 3"),
         (
             {"layers": [0, 1], "hidden": [*range(95), 128]},

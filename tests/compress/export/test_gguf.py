@@ -672,7 +672,7 @@ def test_the_demo_model_says_what_its_own_gguf_says(tmp_path: Path) -> None:
     assert spec.origin is not None
     (file,) = Path(spec.origin).parent.glob("*.gguf")
     reader = gguf.GGUFReader(file)
-    header = GGUFFile(file, None)
+    header = GGUFFile(file, None, {})
     entries = {name.rpartition(".")[0]: header.get_slice(name) for name in header.keys()}  # noqa: SIM118
     for tensor in reader.tensors:
         name = our_name(tensor.name)

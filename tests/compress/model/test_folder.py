@@ -11,7 +11,7 @@ import torch
 
 from compress.errors import UserError
 from compress.model.families import family_of
-from compress.model.folder import INDEX, ModelFolder, save_tensors
+from compress.model.folder import INDEX, ModelFolder, reading, save_tensors
 
 
 @pytest.fixture
@@ -76,6 +76,27 @@ def test_unknown_family_is_refused_with_the_known() -> None:
         UserError, match="'mamba' is not known here: known are llama, mistral, qwen2"
     ):
         family_of({"model_type": "mamba"})
+
+
+def test_what_is_read_names_where_it_stands() -> None:
+    """A file may say what a recipe may not: the sentence of the recipe alone would not tell which file."""
+    with (
+        pytest.raises(
+            UserError, match=r"^a/config.json: its record: scheme.bits=99 is not allowed$"
+        ),
+        reading("a/config.json: its record"),
+    ):
+        raise UserError("scheme.bits=99 is not allowed")
+    with (
+        pytest.raises(UserError, match=r"^a/config.json has no bits$"),
+        reading("a/config.json: its record"),
+    ):
+        raise UserError("a/config.json has no bits")
+    with (
+        pytest.raises(UserError, match=r"^a does not fit together: KeyError: 'bits'$"),
+        reading(Path("a")),
+    ):
+        _ = {}["bits"]
 
 
 def test_rows_come_a_few_at_a_time(tmp_path: Path, tiny: ModelFolder) -> None:

@@ -79,9 +79,9 @@ def test_the_originals_states_do_not_see_what_was_changed(
 def test_wrong_shapes_are_named(tiny: ModelFolder) -> None:
     model = empty_model(tiny, torch.bfloat16)
     with pytest.raises(UserError, match=r"model.norm.weight has shape \(3,\).*asks for \(128,\)"):
-        assign(model, "model.norm.weight", torch.zeros(3))
-    with pytest.raises(UserError, match=r"no tensor model.nothing"):
-        assign(model, "model.nothing", torch.zeros(3))
+        assign(model, "model.norm.weight", torch.zeros(3), tiny)
+    with pytest.raises(UserError, match=r"a tensor model.nothing, which its config.json"):
+        assign(model, "model.nothing", torch.zeros(3), tiny)
 
 
 def test_vector_functions_are_called_once_before_the_first_model(tiny: ModelFolder) -> None:

@@ -30,8 +30,8 @@ def test_a_large_vocabulary_passes_in_rows_unless_it_is_quantized() -> None:
     assert export.bytes == code + table
     assert export.what == "its largest matrix"
     rounded, _ = planned("smollm2-135m", "recipe=rtn-int4", "scheme.symmetric=true", "head=int8")
-    assert rounded.bytes == code + 3.5 * table
-    assert rounded.what == "embedding or head, checked and rounded"
+    assert rounded.bytes == code + 2 * table
+    assert rounded.what == "embedding or head and its codes"
 
 
 def test_an_export_holds_a_tensor_and_not_a_file() -> None:
@@ -58,7 +58,7 @@ def test_factoring_in_float64_grows_with_the_widest_input() -> None:
     gptq, _ = planned("llama-2-13b", "recipe=gptq-int4")
     awq, _ = planned("llama-2-13b", "recipe=awq-int4")
     assert gptq.what == "factoring second moments"
-    assert gptq.bytes > 6 * 8 * 13824**2
+    assert gptq.bytes > 2.5 * 8 * 13824**2
     assert awq.bytes < gptq.bytes
     # More text is more states between two blocks, and more work, but no more of anything else.
     more, _ = planned("llama-2-13b", "recipe=gptq-int4", "data.sequences=128")
@@ -69,8 +69,9 @@ def test_factoring_in_float64_grows_with_the_widest_input() -> None:
 def test_states_of_the_original_beside_them() -> None:
     once, _ = planned("llama-3.2-1b", "recipe=gptq-int4")
     twice, _ = planned("llama-3.2-1b", "recipe=gptaq-int4")
-    # Its states, and cross moments beside the second ones, of 64 x 512 tokens.
-    assert twice.bytes - once.bytes == 64 * 512 * 2 * 2048 + 4 * (3 * 2048**2 + 8192**2)
+    # Its states, and cross moments beside the second ones, of 64 x 512 tokens; these in float64, and copied.
+    states, moments = 64 * 512 * 2 * 2048, 4 * (3 * 2048**2 + 8192**2)
+    assert twice.bytes - once.bytes == states + moments + 1.5 * 8 * 8192**2
 
 
 def test_few_tokens_are_kept_in_16_bits_instead_of_squares() -> None:

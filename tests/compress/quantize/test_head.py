@@ -59,7 +59,7 @@ def test_searched_grid_is_never_worse(scheme: Scheme) -> None:
     W[3] = 0
     W = W.bfloat16().float()
     plain = fake_quantize(W, make_grid(W, scheme, torch.bfloat16), scheme)
-    q, _ = quantize_rows("w", W.bfloat16(), scheme, CPU)
+    q, _ = quantize_rows(W.bfloat16(), scheme, CPU)
     found = q.dequantize(torch.float32)
     groups = (-1, scheme.columns_per_group(128))
     before = (plain - W).unflatten(1, groups).square().sum(-1)
@@ -70,17 +70,12 @@ def test_searched_grid_is_never_worse(scheme: Scheme) -> None:
 
 def test_rows_in_parts_are_the_same_as_at_once() -> None:
     W = torch.randn(ROWS + 5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    whole, _ = quantize_rows("w", W, Scheme(4, 32), CPU)
-    tail, _ = quantize_rows("w", W[ROWS:], Scheme(4, 32), CPU)
+    whole, _ = quantize_rows(W, Scheme(4, 32), CPU)
+    tail, _ = quantize_rows(W[ROWS:], Scheme(4, 32), CPU)
     assert torch.equal(whole.codes[ROWS:], tail.codes)
     assert whole.zero is not None
     assert tail.zero is not None
     assert torch.equal(whole.zero[ROWS:], tail.zero)
-
-
-def test_rows_that_are_not_finite_are_refused() -> None:
-    with pytest.raises(UserError, match=r"tensor lm_head\.weight holds NaN or Inf"):
-        quantize_rows("lm_head", torch.full((4, 64), torch.nan).bfloat16(), INT8, CPU)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from compress.errors import UserError
+from compress.report import best
 from compress.report.best import alike, answers, dominated
 from compress.report.measures import common_points, speed_ratio
 from compress.report.table import TOKENS, rows_of
@@ -149,3 +151,12 @@ def test_candidates_that_no_text_tells_apart(tmp_path: Path) -> None:
         runs.append(found | {"folder": str(folder)})
     rows = [row for row in rows_of(runs) if row.base is not None]
     assert alike(rows) == ["Not told apart by any text, each from the next: r0, r1."]
+    # What others put in its place.
+    best._kept.cache_clear()
+    (tmp_path / "r1" / TOKENS).write_bytes(b"x" * 100)
+    with pytest.raises(UserError, match=f"r1/{TOKENS} is not a readable safetensors file"):
+        alike(rows)
+    best._kept.cache_clear()
+    save_file({"other": torch.ones(2)}, tmp_path / "r0" / TOKENS)
+    with pytest.raises(UserError, match=f"r0/{TOKENS} does not fit together: KeyError"):
+        alike(rows)

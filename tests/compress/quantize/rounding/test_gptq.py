@@ -30,8 +30,10 @@ IN, GROUP = 192, 32
 
 
 def hand(W: list[float], H: list[list[float]], order: list[int], grid: Grid) -> list[int]:
-    inverse = torch.tensor(H, dtype=torch.float64).inverse()
-    return solve(torch.tensor([W]), inverse, grid, 2, torch.tensor(order)).tolist()[0]
+    taken = torch.tensor(order)
+    inverse = torch.tensor(H, dtype=torch.float64).inverse()[taken][:, taken]
+    U = torch.linalg.cholesky(inverse, upper=True)
+    return solve(torch.tensor([W]), U, grid, 2, taken).tolist()[0]
 
 
 def test_feedback_worked_by_hand() -> None:
