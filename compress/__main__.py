@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import itertools
 import logging
 import os
 import re
@@ -15,41 +17,53 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import hydra
+from hydra import version
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra._internal.utils import get_args_parser
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.types import TaskFunction
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from compress import processes
+from compress.cluster import Ended, check_launcher, named
 from compress.commands import VERBS
 from compress.compose import (
+    LAUNCHER,
     RECIPES,
+    SERIAL,
     check_flags,
     compose_settings,
     expand_shorthand,
+    is_hydra,
+    launcher_of,
     one_sentence,
     options,
     register,
 )
 from compress.config import Run, parse, settings_of
 from compress.disk import DiskError, check_free_bytes, writing
-from compress.errors import UserError, one_line
+from compress.errors import USER_ERROR, UserError, one_line
+from compress.model.folder import read_json
 from compress.report.table import METRICS
 from compress.run_folder import check_free, unfinished, unfinished_sweep
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # Where recipes/config.yaml files runs and sweeps.
 OUTPUTS = Path("outputs")
-USER_ERROR = 2
 # A candidate costs more than the gate allows.
 GATE_ERROR = 1
+# A run of a sweep ended with an error that is no mistake of a person.
+FAILED = 1
 # Overrides that say where, how well and how fast, not what: they stay out of a run's name.
 UNNAMED = re.compile(
     r"[+~]*((recipe|model|eval|context|speed|gate|serve|device|hydra)\b|data=text|data\.source)"
@@ -112,17 +126,20 @@ def _stop(number: int, _: object) -> None:
 
 
 def run_recipes(words: list[str]) -> int:
-    """Run one recipe, or a sweep with -m; every combination is checked before the first one runs. Returns the
-    exit code: 1 if a candidate costs more than the gate allows."""
+    """Run one recipe, or a sweep with -m; every combination is checked before the first one runs, and what
+    happens to one does not end the others. Returns the exit code: 1 if a candidate costs more than the gate
+    allows, or a run of a sweep failed; 2 if one did by a mistake."""
     words = expand_shorthand(words)
     asked = get_args_parser().parse_args(words)
     jobs = _checked(asked)
     words += jobs.more
     register()
     finished: list[dict[str, Any]] = []
-    limits: dict[str, float] = {}
+    begun = itertools.count(1)
+    # A process that fails is ended with all others of its launcher.
+    alone = not asked.multirun or processes.count() > 1
 
-    def task(config: DictConfig) -> None:
+    def task(config: DictConfig) -> Ended:
         from compress.pipeline import run_recipe
 
         choice = HydraConfig.get()
@@ -130,49 +147,96 @@ def run_recipes(words: list[str]) -> int:
         # As they were said: of a key that is set twice the first may name what is not there.
         words: Any = OmegaConf.to_container(choice.overrides.task, resolve=False)
         name = run_name(choice.runtime.choices["recipe"], words)
-        goes_on = f"the same command with hydra.run.dir={out} goes on from there"
-        if asked.multirun:
-            goes_on = f"the same command goes on in {out}"
+        alike = f"the same command with hydra.run.dir={out} goes on from there"
+        goes_on = f"the same command goes on in {out}" if asked.multirun else alike
+        last = next(begun) == len(jobs.outs)
         try:
-            last = len(finished) + 1 == len(jobs.outs)
-            run = parse(settings_of(config))
-            limits.update(run.settings.gate.limits)
             if (known := jobs.finished.get(out.resolve())) is not None:
                 log.info("%s: taken over from an earlier start", out)
                 finished.append(known)
-                return
+                return Ended(words, out)
+            run = parse(settings_of(config))
             with writing(out):
                 finished.append(run_recipe(run, name, out, last=last))
         except UserError as error:
-            # SystemExit passes through Hydra.
             then = f"; {goes_on}" if isinstance(error, DiskError) else ""
-            print(f"compress: {one_line(error)}{then}", file=sys.stderr)
+            reason = f"{one_line(error)}{then}"
+            if not alone:
+                log.error("%s", reason)
+                return Ended(words, out, reason, USER_ERROR)
+            # SystemExit passes through Hydra.
+            print(f"compress: {reason}", file=sys.stderr)
             sys.exit(USER_ERROR)
-        except Exception as error:
-            # In a sweep the others have their turn first.
-            raise JobError from error
         except KeyboardInterrupt as stop:
             stop.add_note(goes_on)
             raise
+        except Exception as error:
+            if alone:
+                raise JobError from error
+            log.exception("the run failed")
+            return Ended(words, out, named(error), FAILED)
+        return Ended(words, out)
 
     sys.argv = [sys.argv[0], *words]
-    named = dict(word.split("=", 1) for word in words if word.startswith("hydra.") and "=" in word)
-    place = named.get("hydra.sweep.dir" if asked.multirun else "hydra.run.dir", "outputs")
+    run = hydra.main(version_base="1.3", config_path=str(RECIPES), config_name="config")(task)
+    if jobs.outs and not alone:
+        run = functools.partial(_swept, [*asked.overrides, *jobs.more], task)
     try:
-        _through_hydra(task, Path(place.strip("'")))
+        ends = _through_hydra(run, _place(words, asked.multirun))
     except JobError as broken:
         traceback.print_exception(broken.__cause__)
-        return 1
-    return _told(finished, limits) if finished else 0
+        return FAILED
+    return _compared(finished) if ends is None else _told(ends)
 
 
-def _told(finished: list[dict[str, Any]], limits: dict[str, float]) -> int:
-    """Print the table of these runs. Returns the exit code."""
+def _place(words: list[str], multirun: bool) -> Path:
+    """The folder that Hydra writes its own files in, or in folders of it."""
+    chosen = dict(word.split("=", 1) for word in words if word.startswith("hydra.") and "=" in word)
+    place = chosen.get("hydra.sweep.dir" if multirun else "hydra.run.dir", str(OUTPUTS))
+    return Path(place.strip("'"))
+
+
+def _swept(overrides: list[str], task: TaskFunction) -> list[Ended]:
+    """What came of each job of a sweep, from whatever launcher; hydra.main would not hand it out."""
+    version.setbase("1.3")
+    sweep = Hydra.create_main_hydra2("compress", create_config_search_path(str(RECIPES)))
+    try:
+        batches = sweep.multirun("config", task, [*overrides, "hydra.mode=MULTIRUN"])
+    except KeyboardInterrupt as stop:
+        if not hasattr(stop, "__notes__"):
+            stop.add_note("the same command goes on from there")
+        raise
+    finally:
+        GlobalHydra.instance().clear()
+    return [job.return_value for batch in batches for job in batch]
+
+
+def _told(jobs: list[Ended]) -> int:
+    """Print the table of a sweep, from what its runs left, and a line for each that failed. Returns the exit
+    code."""
+    code = _compared([read_json(job.folder / METRICS) for job in jobs if job.reason is None])
+    for job in jobs:
+        if job.reason is not None:
+            code = max(code, job.code)
+            # What tells it from the others.
+            own = [word for word in job.words if any(word not in other.words for other in jobs)]
+            words = " ".join(own or job.words)
+            print(f"compress: {words} failed: {job.reason} ({job.folder})", file=sys.stderr)
+    return code
+
+
+def _compared(finished: list[dict[str, Any]]) -> int:
+    """Print the table, and a line for each run that is outside the gate. Returns the exit code."""
+    if not finished:
+        return 0
     from compress.report.terminal import comparison, terminal_width
     from compress.report.verdict import passed
 
+    code, limits = 0, dict[str, float]()
+    for run in finished:
+        gate = run["recipe"]["gate"].items()
+        limits |= {key: limit for key, limit in gate if limit is not None}
     print(comparison(finished, limits or None, terminal_width(sys.stdout.isatty())), end="")
-    code = 0
     for run in finished:
         judged = run["candidate"].get("verdict")
         if not passed(judged):
@@ -182,16 +246,15 @@ def _told(finished: list[dict[str, Any]], limits: dict[str, float]) -> int:
     return code
 
 
-def _through_hydra(task: Callable[[DictConfig], None], place: Path) -> None:
-    """Have Hydra call the task, which raises JobError or nothing, for each job. Raises UserError where Hydra
-    cannot write its own files, the settings of a job and its log, in a folder of ``place``."""
+def _through_hydra(run: Callable[[], T], place: Path) -> T:
+    """Call what has Hydra call the task, which raises JobError or nothing, for each job. Raises UserError
+    where Hydra cannot write its own files, the settings of a job and its log, in a folder of ``place``."""
     # It would print its errors itself.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    run = hydra.main(version_base="1.3", config_path=str(RECIPES), config_name="config")(task)
     try:
         with writing(place):
             try:
-                run()
+                return run()
             except ValueError as error:
                 # As logging tells of a file that cannot be opened.
                 if isinstance(error.__cause__, OSError):
@@ -232,6 +295,7 @@ def _checked(asked: Namespace) -> _Jobs:
     from compress.pipeline import check
 
     _check_words(asked.overrides)
+    _check_launcher(launcher_of(asked.overrides), asked.multirun)
     chosen = _check_output(asked.overrides)
     jobs = [_job(words) for words in _combinations(asked.overrides, asked.multirun)]
     found = _sweep(jobs, chosen) if asked.multirun else _single(jobs[0], chosen)
@@ -260,7 +324,7 @@ def _job(words: list[str]) -> _Job:
     recipes = [word.removeprefix("recipe=") for word in words if word.startswith("recipe=")]
     if not recipes:
         raise UserError(f"recipe= is missing: choose one of {', '.join(options('recipe'))}")
-    own = [word for word in words if not word.startswith("hydra.")]
+    own = [word for word in words if not is_hydra(word)]
     return _Job(parse(compose_settings(words)), recipes[-1], own)
 
 
@@ -304,6 +368,17 @@ def _filed(began: str) -> list[str]:
     """Where Hydra files the runs of a sweep, all with one time: by ``now`` each would have its own."""
     folder = "${model.name}/${hydra:runtime.choices.recipe}"
     return [f"hydra.sweep.subdir='{folder}/{began}-${{hydra:job.num}}'"]
+
+
+def _check_launcher(launcher: str, multirun: bool) -> None:
+    """Raises UserError if jobs cannot be started by a launcher."""
+    if launcher == SERIAL:
+        return
+    if not multirun:
+        raise UserError(f"{LAUNCHER}={launcher} runs sweeps: add -m")
+    if processes.count() > 1:
+        raise UserError(f"{LAUNCHER}={launcher} is started by one process, not {processes.count()}")
+    check_launcher(launcher)
 
 
 def _check_words(overrides: list[str]) -> None:

@@ -15,10 +15,12 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
+from compress.cluster import LAUNCHERS, keys_of
 from compress.config import RecipeConfig, settings_of
 from compress.errors import UserError
 from compress.model.folder import STUMBLES
@@ -31,8 +33,10 @@ SHORTHAND = {"model": ("folder", "model.source"), "data": ("text", "data.source"
 
 
 # What a command line may set of Hydra's own, and what beside that stays as recipes/config.yaml has it:
-# most of it names code to run, or files to write.
+# most of it names code to run, or files to write. Launchers have words of their own (_check_launcher).
 FREE = ("run.dir", "sweep.dir", "sweep.subdir", "verbose")
+# Hydra's own, which runs one job after another in this process.
+LAUNCHER, SERIAL = "hydra/launcher", "basic"
 FIXED = (
     "callbacks",
     "launcher",
@@ -55,7 +59,12 @@ FLAGS = ("config_path", "config_name", "config_dir", "package", "experimental_re
 
 def register() -> None:
     """Make the schema and the resolver known to Hydra. Calling it again changes nothing."""
-    ConfigStore.instance().store(name="schema", node=RecipeConfig)
+    # Which looks for launchers of others: those of the same names are ours.
+    Plugins.instance()
+    store = ConfigStore.instance()
+    for name, words in LAUNCHERS.items():
+        store.store(group=LAUNCHER, name=name, node=words, provider="compress")
+    store.store(name="schema", node=RecipeConfig)
     OmegaConf.register_new_resolver("basename", _basename, replace=True)
     # Settings end up in files that are handed on; the environment holds what nobody else should see.
     OmegaConf.clear_resolver("oc.env")
@@ -71,26 +80,63 @@ def check_flags(asked: Namespace) -> None:
             )
 
 
-def _check_words(overrides: Sequence[str]) -> list[str]:
-    """The keys that are set. Raises UserError for one that changes what Hydra itself does."""
+def _check_words(overrides: Sequence[str]) -> None:
+    """Raises UserError for a word that changes what Hydra itself does."""
     for word in overrides:
-        if word.startswith("hydra.") and FOREIGN.search(word):
+        if word.startswith("hydra.") and (FOREIGN.search(word) or not word.isprintable()):
             raise UserError(
-                f"{word} is not allowed: in it ${{now:...}} and ${{model.name}} may stand"
+                f"{word} is not allowed: in it ${{now:...}} and ${{model.name}} may stand, and no line breaks"
             )
     words = [word.partition("=")[0].lstrip("+~") for word in overrides]
+    launcher = launcher_of(overrides)
     for word in words:
         section, _, key = word.replace("/", ".").partition(".")
-        if section == "hydra" and key not in FREE:
-            known = ", ".join(f"hydra.{name}" for name in FREE)
-            raise UserError(f"{word} is not allowed: of Hydra's own settings {known} may be set")
-    return words
+        if section != "hydra" or key in FREE or word == LAUNCHER:
+            continue
+        if word.startswith("hydra.launcher."):
+            _check_launcher(word, launcher)
+            continue
+        known = ", ".join(f"hydra.{name}" for name in FREE)
+        raise UserError(
+            f"{word} is not allowed: of Hydra's own settings {known} may be set, and {LAUNCHER} with its keys"
+        )
 
 
-def _check_hydra(hydra: DictConfig, words: Sequence[str]) -> None:
-    """Raises UserError if a recipe changes what Hydra itself does. words: the keys that are set beside it"""
+def is_hydra(word: str) -> bool:
+    """Whether a word sets something of Hydra's own."""
+    return re.match(r"[+~]*hydra[./]", word) is not None
+
+
+def launcher_of(overrides: Sequence[str]) -> str:
+    """The launcher that is asked for. Raises UserError if none of the known ones is."""
+    asked = [word for word in overrides if word.partition("=")[0].lstrip("+~") == LAUNCHER]
+    names = [word.partition("=")[2] if word[0] not in "+~" else "" for word in asked]
+    for word, name in zip(asked, names, strict=True):
+        if name not in (SERIAL, *LAUNCHERS):
+            known = ", ".join((SERIAL, *LAUNCHERS))
+            raise UserError(f"{word} is not known: known are {LAUNCHER}={known}")
+    return names[-1] if names else SERIAL
+
+
+def _check_launcher(word: str, launcher: str) -> None:
+    """Raises UserError for a key that a launcher does not have. What sbatch takes beside these, commands to
+    run among it, is for the environment that the sweep is started in."""
+    if launcher == SERIAL:
+        others = ", ".join(f"{LAUNCHER}={name}" for name in LAUNCHERS)
+        raise UserError(f"{word} is a key of other launchers: choose one of {others}")
+    key = word.removeprefix("hydra.launcher.")
+    known = keys_of(launcher)
+    if key not in known and not key.startswith("ray.remote.resources."):
+        raise UserError(
+            f"{word} is not a key of {LAUNCHER}={launcher}: known are {', '.join(known)}"
+        )
+
+
+def _check_hydra(hydra: DictConfig, overrides: Sequence[str]) -> None:
+    """Raises UserError if a recipe changes what Hydra itself does. overrides: all that is set"""
+    own = tuple(word for word in overrides if is_hydra(word))
     for key in FIXED:
-        if f"hydra.{key}" not in words and _plain(hydra, key) != _plain(_hydra_of_config(), key):
+        if _plain(hydra, key) != _plain(_hydra_of_config(own), key):
             raise UserError(f"a recipe changes hydra.{key}, which only recipes/config.yaml may say")
 
 
@@ -102,9 +148,9 @@ def _plain(hydra: DictConfig, key: str) -> Any:
 
 
 @functools.cache
-def _hydra_of_config() -> DictConfig:
-    """What recipes/config.yaml says of Hydra; called within its initialization."""
-    return compose("config", return_hydra_config=True).hydra
+def _hydra_of_config(words: tuple[str, ...]) -> DictConfig:
+    """What recipes/config.yaml says of Hydra with these words; called within its initialization."""
+    return compose("config", overrides=list(words), return_hydra_config=True).hydra
 
 
 def _basename(path: str) -> str:
@@ -156,12 +202,12 @@ def _like_path(value: str) -> bool:
 def compose_settings(overrides: list[str]) -> RecipeConfig:
     """The settings that these overrides give. Raises UserError, one sentence, if they do not fit."""
     register()
-    words = _check_words(overrides)
+    _check_words(overrides)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(RECIPES), version_base="1.3"):
             config = _composed(overrides)
-            _check_hydra(config.hydra, words)
+            _check_hydra(config.hydra, overrides)
             with open_dict(config):
                 del config["hydra"]
             return settings_of(config)

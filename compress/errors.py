@@ -1,5 +1,7 @@
 """The one exception that is for people: a mistake the user can mend."""
 
+# What a command that a person got wrong ends with.
+USER_ERROR = 2
 # Characters of a sentence that are shown: a name in a file may be as long as the file.
 SHOWN = 1000
 

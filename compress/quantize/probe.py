@@ -87,7 +87,7 @@ def probe(folder: ModelFolder) -> Family:
 
 
 def _settings(stated: dict[str, Any], config: Any) -> dict[str, str]:
-    """The names that a config has for sizes, where those are not Llama's; "" for one that it does not have."""
+    """The names that a config has for sizes, where those are not Llama's; "" for one it lacks."""
     named = {key: config.attribute_map.get(key, key) for key in REQUIRED | OPTIONAL}
     found = {key: own if isinstance(stated.get(own), int) else "" for key, own in named.items()}
     return {key: own for key, own in found.items() if own != key}

@@ -60,10 +60,8 @@ def test_a_word_names_no_code(word: str, tmp_path: Path, monkeypatch: pytest.Mon
     "word",
     [
         "+hydra.callbacks.x._target_=os.mkdir",
-        "hydra.launcher._target_=os.mkdir",
         "hydra.sweeper._target_=os.mkdir",
         "+hydra.job_logging.handlers.x={class: subprocess.Popen, args: [touch, ran]}",
-        "hydra/launcher=joblib",
         "hydra/job_logging=none",
         "hydra.searchpath=[file:///tmp]",
         "hydra.job.name=../../x",
@@ -75,6 +73,44 @@ def test_a_word_names_no_code(word: str, tmp_path: Path, monkeypatch: pytest.Mon
 def test_what_hydra_runs_is_not_to_be_set(word: str) -> None:
     with pytest.raises(UserError, match=r"of Hydra's own settings hydra.run.dir"):
         compose_settings(["recipe=rtn-int4", word])
+
+
+RAY, SLURM = "hydra/launcher=ray", "hydra/launcher=submitit_slurm"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["hydra/launcher=joblib"], "known are hydra/launcher=basic, ray, submitit_local, subm"),
+        (["+hydra/launcher=ray"], "known are hydra/launcher=basic"),
+        (["~hydra/launcher"], "known are hydra/launcher=basic"),
+        (["hydra/launcher={_target_: os.mkdir}"], "known are hydra/launcher=basic"),
+        (["hydra.launcher={_target_: os.mkdir}"], "of Hydra's own settings hydra.run.dir"),
+        (["hydra.launcher._target_=os.mkdir"], "is a key of other launchers"),
+        ([RAY, "hydra.launcher._target_=os.mkdir"], "is not a key of hydra/launcher=ray"),
+        ([RAY, "hydra.launcher.ray={_target_: os.mkdir}"], "is not a key of hydra/launcher=ray"),
+        ([RAY, "+hydra.launcher.ray.init.runtime_env={}"], "is not a key of hydra/launcher=ray"),
+        ([RAY, "+hydra.launcher.ray.remote.resources._target_=x"], "'x' of type 'str'"),
+        ([RAY, "hydra.launcher.ray.init.address=${oc.env:A_SECRET}"], "is not allowed: in it"),
+        ([RAY, "hydra.launcher.partition=x"], "is not a key of hydra/launcher=ray"),
+        ([SLURM, "hydra.launcher.setup=[reboot]"], "is not a key of hydra/launcher=submitit_slurm"),
+        # Of a batch file the next line would be a command.
+        ([SLURM, "hydra.launcher.comment='a\nreboot'"], "and no line breaks"),
+    ],
+)
+def test_a_launcher_is_one_of_ours_with_its_own_keys(words: list[str], sentence: str) -> None:
+    with pytest.raises(UserError) as told:
+        compose_settings(["recipe=rtn-int4", *words])
+    assert sentence in str(told.value)
+
+
+def test_launchers_compose() -> None:
+    for words in (
+        ["hydra/launcher=basic"],
+        [RAY, "hydra.launcher.ray.remote.num_gpus=0.5", "+hydra.launcher.ray.remote.resources.a=1"],
+        [SLURM, "hydra.launcher.partition=gpu", "hydra.launcher.timeout_min=600"],
+    ):
+        parse(compose_settings(["recipe=rtn-int4", *words]))
 
 
 @pytest.mark.parametrize(
