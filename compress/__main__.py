@@ -124,7 +124,8 @@ def run_recipes(words: list[str]) -> int:
             limits.update(run.settings.gate.limits)
         except UserError as error:
             # Hydra would print a traceback; SystemExit passes through it.
-            then = f"; {goes_on}" if isinstance(error, DiskError) else ""
+            mended = isinstance(error, DiskError | processes.Lost)
+            then = f"; {goes_on}" if mended else ""
             print(f"compress: {one_line(error)}{then}", file=sys.stderr)
             sys.exit(USER_ERROR)
         except KeyboardInterrupt as stop:

@@ -20,6 +20,7 @@ from compress.model.families import Family
 from compress.model.folder import ModelFolder
 from compress.model.skeleton import assign, empty_model, finite
 from compress.model.states import States
+from compress.processes import ALONE, Team
 
 
 @dataclass
@@ -70,6 +71,7 @@ class Walk:
     read: where weights come from, if not from the folder as they are stored
     spill: a folder that hidden states are kept in, if not in memory
     ahead: whether the next block is read while one runs, so that two are in memory
+    team: the processes that share the sequences: hidden states are those of this one's
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Walk:
         *,
         spill: Path | None = None,
         ahead: bool | None = None,
+        team: Team = ALONE,
     ):
         self.folder = folder
         self.source: Readable = folder if read is None else read
@@ -90,7 +93,7 @@ class Walk:
         self.tokens_per_batch = tokens_per_batch
         self.model = empty_model(folder, folder.dtype)
         self.layers: nn.ModuleList = self.model.get_submodule(family.blocks)
-        self.states = States(device, spill)
+        self.states = States(device, spill, team)
         self.hidden: Tensor | None = None
         self.original: Tensor | None = None
         self._ahead: Ahead | None = None
@@ -128,7 +131,7 @@ class Walk:
         model.set_submodule(family.blocks, nn.ModuleList(notes))
         model.set_submodule(family.final_norm, nn.Identity())
         self._rows = max(1, self.tokens_per_batch // tokens.shape[1])
-        tokens = tokens.to(self.device)
+        tokens = tokens[self.states.team.share(len(tokens), self._rows)].to(self.device)
         width = model.get_submodule(family.embedding).weight.shape[1]
         self.states.settle(tokens.numel() * width * self.folder.dtype.itemsize)
         try:

@@ -100,6 +100,7 @@ class Block:
         """
         assert self.activations is not None, "the methods asked for no data"
         data, names = self.activations, [shared.linears for shared in inputs]
+        team = data.states.team
         firsts = [linears[0] for linears in names]
         twin: Any = self.original
         collector = Collector(
@@ -107,7 +108,8 @@ class Block:
             names,
             None if twin is None else {name: twin.get_submodule(name) for name in firsts},
             self.threshold,
-            data.inputs.shape[:-1].numel(),
+            sum(team.exchange(data.inputs.shape[:-1].numel())),
+            team,
         )
         with self.attention_once(), collector.hooks():
             originals = None if twin is None else data.batches(_given(data.original))
