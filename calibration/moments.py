@@ -154,9 +154,16 @@ class Moments:
         if team.count == 1:
             return
         if isinstance(self.H, Tokens):
-            self.H.batches = _gathered(self.H.batches, team)
-        else:
-            team.sum(self.H)
+            batches, self.tokens = _gathered(self.H.batches, team), 0
+            self.H.batches = []
+            for sums in (self.magnitude, self.above):
+                if sums is not None:
+                    sums.zero_()
+            # As one process does, in the same order: the same bits.
+            for X, original in batches:
+                self.add(X, original)
+            return
+        team.sum(self.H)
         for sums in (self.cross, self.magnitude, self.above):
             if sums is not None:
                 team.sum(sums)

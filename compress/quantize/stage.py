@@ -64,7 +64,8 @@ def quantize(  # noqa: PLR0913
     Writes the record to ``target``, the main process alone, and returns what metrics.json keeps: per block
     its seconds and, if a method looks at the original, the drift from it; per linear its relative output
     error; how often damping was raised; which linears saw fewer tokens than they have inputs; outliers among
-    the inputs, if these are rounded; for embedding and head, if they are quantized, the relative error of their weights.
+    the inputs, if these are rounded; for embedding and head, if they are quantized, the relative error of
+    their weights.
 
     Raises UserError for an unknown family, a source that is quantized already or holds tensors its
     config does not account for, a group size that does not fit, weights that are not finite.
