@@ -126,6 +126,10 @@ class Saved:
             return self
         return Saved(self.path / name, self.fingerprint, self.whole, self.team)
 
+    def alone(self) -> Saved:
+        """Of what the main process does by itself within work that is shared."""
+        return Saved(self.path, self.fingerprint, self.whole)
+
     @property
     def _own(self) -> Path:
         """The folder of this process."""

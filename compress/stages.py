@@ -65,11 +65,6 @@ class Work:
         return Saved(self.state, known, team=self.team)
 
     @property
-    def saved_alone(self) -> Saved:
-        """Of what the main process does alone within a stage that is shared."""
-        return replace(self, shared=False).saved
-
-    @property
     def spill(self) -> Path | None:
         """The folder for hidden states, if the recipe keeps them on disk: beside the result, not in a /tmp
         that may be memory."""
@@ -79,7 +74,7 @@ class Work:
 # Stages that train with all processes of a run, and those that share their calibration sequences among them;
 # the others are the main one's alone.
 DISTRIBUTED = frozenset({"distill"})
-SHARED = frozenset({"quantize", "kv_cache"})
+SHARED = frozenset({"prune", "quantize", "repair", "kv_cache"})
 
 
 def run_stage(name: str, work: Work) -> dict[str, Any]:
@@ -160,6 +155,7 @@ def _prune(work: Work) -> dict[str, Any]:
         device=work.run.device,
         saved=work.saved,
         spill=work.spill,
+        team=work.team,
     )
 
 
@@ -202,7 +198,7 @@ def _searched(work: Work) -> tuple[Schemes, dict[str, Any]]:
     run = work.run
     assert run.search is not None
     assert work.tokens is not None
-    saved = work.saved_alone.part("search")
+    saved = work.saved.alone().part("search")
     return choose(work.source, run.search, run.schemes, work.tokens, run.device, saved, work.spill)
 
 
@@ -217,6 +213,7 @@ def _repair(work: Work) -> dict[str, Any]:
         work.run.device,
         work.saved,
         work.spill,
+        work.team,
     )
     return {"repair": repaired}
 

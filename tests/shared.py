@@ -19,8 +19,11 @@ from compress import processes
 from compress.kv_cache.scheme import CacheScheme, StateScheme
 from compress.kv_cache.stage import quantize_cache
 from compress.model.folder import ModelFolder
-from compress.processes import Team
+from compress.processes import ALONE, Team
+from compress.prune.knobs import Prune
+from compress.prune.stage import prune
 from compress.quantize.inputs import InputScheme
+from compress.quantize.repair import Kl
 from compress.quantize.rounding import Gptaq, Gptq, Learned, Nearest
 from compress.quantize.scheme import Scheme, Schemes
 from compress.quantize.stage import quantize
@@ -55,6 +58,22 @@ def caching(source: ModelFolder, target: Path, tokens: Tensor, team: Team) -> di
     )
 
 
+def pruning(knobs: Prune) -> Stage:
+    def run(source: ModelFolder, target: Path, tokens: Tensor, team: Team) -> dict[str, Any]:
+        return prune(source, target, knobs, tokens=tokens, device=CPU, team=team)
+
+    return run
+
+
+def repairing(source: ModelFolder, target: Path, tokens: Tensor, team: Team) -> dict[str, Any]:
+    """Of a record that the main process makes beside the target."""
+    record = target.with_name(f"{target.name}-record")
+    made = quantizing([], [Nearest()], Scheme(3, 32))
+    team.from_main(lambda: made(source, record, tokens[:2], ALONE))
+    knobs = Kl(epochs=2, batch=3, rate=1e-2)
+    return knobs(ModelFolder(record), source, target, tokens[:11, :32], CPU, team=team)
+
+
 CASES: dict[str, Stage] = {
     "awq": quantizing([AwqScale(), AwqClip()], [Nearest()]),
     "gptq": quantizing([Opt()], [Gptq()]),
@@ -64,6 +83,25 @@ CASES: dict[str, Stage] = {
     "cache": caching,
     # Of so few tokens that they are kept.
     "few": quantizing([AwqScale(), Opt()], [Gptq()]),
+}
+
+
+# What is fitted or trained, in floats.
+FLOATS: dict[str, Stage] = {
+    "cut": pruning(
+        Prune(
+            layers=2,
+            mlp=192,
+            kv_heads=1,
+            hidden=96,
+            kv="principal",
+            depth="perplexity",
+            refit="all",
+        )
+    ),
+    "tried": pruning(Prune(share=0.2, axes=["layers", "mlp"], candidates=2, trial_sequences=8)),
+    "activation": pruning(Prune(mlp=160, importance="activation")),
+    "repair": repairing,
 }
 
 

@@ -5,6 +5,7 @@ tokens (sequences, length); X hidden states (sequences, length, hidden)
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from compress.model.families import Family
 from compress.model.folder import ModelFolder
 from compress.model.skeleton import assign, empty_model, finite
 from compress.model.states import States
-from compress.processes import ALONE, Team
+from compress.processes import ALONE, Team, as_bytes
 
 
 @dataclass
@@ -211,6 +212,20 @@ class Walk:
         """Make the outputs of the block, as it is now, what enters the next one."""
         self.hidden = activations.forward(self.layers[index], activations.inputs)
         self.original = activations.targets
+
+    def check_same(self, index: int, module: nn.Module) -> None:
+        """Raises RuntimeError if the processes of the team have made this block another."""
+        team = self.states.team
+        if team.count > 1:
+            team.check_same(f"the weights of {self.prefix(index)}", _checksum(module))
+
+
+def _checksum(module: nn.Module) -> int:
+    """CRC-32 of the weights, quantized ones as what they stand for."""
+    found = 0
+    for parameter in module.parameters():
+        found = zlib.crc32(as_bytes(parameter.detach().cpu().contiguous()).numpy().data, found)
+    return found
 
 
 def _buffers_to(module: nn.Module, device: torch.device) -> None:

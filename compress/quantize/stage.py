@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from compress.model.folder import ModelFolder, Shapes
 from compress.model.skeleton import finite
 from compress.model.tensor_file import rows_of
 from compress.model.walk import Activations, Walk
-from compress.processes import ALONE, Team, as_bytes
+from compress.processes import ALONE, Team
 from compress.progress import track
 from compress.quantize.block import (
     Block,
@@ -174,19 +173,10 @@ def _block(
             report |= _drift(walk, block.activations)
         if work.writer is not None:
             work.writer.add(f"block-{index:05d}.safetensors", _tensors(block, prefix, quantized))
-        if walk.states.team.count > 1:
-            walk.states.team.check_same(f"the weights of {prefix}", _checksum(module))
+        walk.check_same(index, module)
     report["seconds"] = time.perf_counter() - start
     log.info("%s: %.1f s%s", prefix, report["seconds"], _error_text(report))
     return report
-
-
-def _checksum(module: nn.Module) -> int:
-    """CRC-32 of a block's weights, quantized ones as what they stand for."""
-    found = 0
-    for parameter in module.parameters():
-        found = zlib.crc32(as_bytes(parameter.detach().cpu().contiguous()).numpy().data, found)
-    return found
 
 
 def needs_data(
