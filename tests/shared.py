@@ -99,7 +99,7 @@ FLOATS: dict[str, Stage] = {
             refit="all",
         )
     ),
-    "tried": pruning(Prune(share=0.2, axes=["layers", "mlp"], candidates=2, trial_sequences=8)),
+    "tried": pruning(Prune(share=0.3, axes=["layers", "mlp"], candidates=2, trial_sequences=8)),
     "activation": pruning(Prune(mlp=160, importance="activation")),
     "repair": repairing,
 }
