@@ -59,6 +59,9 @@ def main() -> None:
             # The first to end with an error makes the launcher end the rest, which are ending by themselves.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         processes.release(code)
+    except processes.Lost as lost:
+        print(f"compress: {lost}", file=sys.stderr)
+        code = USER_ERROR
     except KeyboardInterrupt as stop:
         if processes.is_main():
             # How to go on, where there is a folder to go on in.

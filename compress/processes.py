@@ -52,7 +52,7 @@ def device_type() -> str:
 def wait() -> None:
     """Return when every process is here."""
     if count() > 1:
-        with _while_main_lives():
+        with _while_all_live():
             torch.distributed.barrier(group=_group())
 
 
@@ -61,7 +61,7 @@ def from_main(value: T) -> T:
     if count() == 1:
         return value
     box = [value]
-    with _while_main_lives():
+    with _while_all_live():
         torch.distributed.broadcast_object_list(box, src=0, group=_group())
     return box[0]
 
@@ -90,17 +90,6 @@ def _group() -> Any:
 
     PartialState(cpu=device_type() == "cpu", timeout=TIMEOUT)
     return torch.distributed.new_group(backend="gloo", timeout=TIMEOUT)
-
-
-@contextmanager
-def _while_main_lives() -> Iterator[None]:
-    """The others end without a word when the main process is gone: it has said why."""
-    try:
-        yield
-    except RuntimeError:
-        if is_main():
-            raise
-        raise SystemExit(1) from None
 
 
 @dataclass(frozen=True)

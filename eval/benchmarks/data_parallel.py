@@ -25,6 +25,7 @@ import torch
 from compress.environment import environment
 from compress.export.audit import CHECKPOINT
 from compress.model.folder import ModelFolder, read_json, write_json
+from compress.model.sources import resolve_model
 from compress.quantize.record import linears, read_linear
 from compress.report.table import METRICS
 from eval.faults.two_runs import divergence
@@ -100,8 +101,6 @@ def compared(recipe: str, words: list[str], folder: Path) -> dict[str, Any]:
 
 
 def _original(metrics: dict[str, Any]) -> ModelFolder:
-    from compress.model.sources import resolve_model
-
     model = metrics["recipe"]["model"]
     return ModelFolder(resolve_model(model["source"], model["revision"]))
 
