@@ -11,7 +11,7 @@ LLAMA_CPP := .node-llama-cpp
 LLAMA_CPP_SERVER := .venv-llama-cpp
 GPTQMODEL := .venv-gptqmodel
 
-.PHONY: help setup demo sweep test check test-gpu golden serve-check unpack-check bench-peers bench-int8 bench-cpu-kernels bench-kv bench-kv-speed bench-kernels bench-pruning bench-distill bench-cpu-decode bench-plan bench-gpu memory-by-size kills audit fuzz clean
+.PHONY: help setup demo sweep test check test-gpu golden serve-check unpack-check bench-peers bench-int8 bench-cpu-kernels bench-kv bench-kv-speed bench-kernels bench-pruning bench-data-parallel bench-distill bench-cpu-decode bench-plan bench-gpu memory-by-size kills audit fuzz clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -105,6 +105,9 @@ memory-by-size: setup  ## peak memory of a compression by the size and the depth
 
 bench-pruning: setup  ## who chooses best, depth or width, repair at an equal budget: an hour and more on 2 cores
 	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.benchmarks.pruning
+
+bench-data-parallel: setup  ## two processes that share the calibration text beside one: codes that differ, seconds
+	$(BIN)/python -m eval.benchmarks.data_parallel
 
 bench-distill: setup  ## speed of the distillation step on a 1B shape: needs a GPU
 	$(BIN)/python -m eval.benchmarks.distill_speed

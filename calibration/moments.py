@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import UserError
+from compress.processes import ALONE, Team
 
 # Rows of a second moment that are added to at a time.
 ROWS = 512
@@ -148,6 +149,27 @@ class Moments:
                 assert original is not None
                 self.cross.addmm_(original.float().T, Xf)
 
+    def together(self, team: Team) -> None:
+        """Make these the sums over the tokens of all processes, or their tokens in order."""
+        if team.count == 1:
+            return
+        if isinstance(self.H, Tokens):
+            batches, self.tokens = _gathered(self.H.batches, team), 0
+            self.H.batches = []
+            for sums in (self.magnitude, self.above):
+                if sums is not None:
+                    sums.zero_()
+            # As one process does, in the same order: the same bits.
+            for X, original in batches:
+                self.add(X, original)
+            return
+        team.sum(self.H)
+        for sums in (self.cross, self.magnitude, self.above):
+            if sums is not None:
+                team.sum(sums)
+        team.largest(self.largest)
+        self.tokens = sum(team.exchange(self.tokens))
+
     def mean(self) -> Moments:
         """The means over all tokens, in the memory of the sums, which are used up: with 14,336 inputs a
         square is 0.8 GB. Of no tokens they are 0. Raises UserError if a sum is not finite."""
@@ -189,6 +211,19 @@ class Moments:
         self.above = None
 
 
+def _gathered(
+    batches: list[tuple[Tensor, Tensor | None]], team: Team
+) -> list[tuple[Tensor, Tensor | None]]:
+    """The batches of all processes: those that one process alone would have."""
+    lengths = [n for own in team.exchange([len(X) for X, _ in batches]) for n in own]
+    X = torch.cat(team.gather(torch.cat([X for X, _ in batches]))).split(lengths)
+    originals = [original for _, original in batches if original is not None]
+    if not originals:
+        return [(x, None) for x in X]
+    theirs = torch.cat(team.gather(torch.cat(originals))).split(lengths)
+    return list(zip(X, theirs, strict=True))
+
+
 def _check_finite(sums: Iterable[Tensor]) -> None:
     if not all(torch.isfinite(rows).all() for rows in sums):
         raise UserError(
@@ -228,7 +263,8 @@ class Collector:
     once, at the first of them, in the order in which they run. originals: the same linears in a copy
     of the block that keeps its original weights; with it the cross moments are collected too, and
     ``run`` is called with the copy first, for every batch. threshold: counts the larger inputs. tokens: how
-    many will come, if that is known. routed: linears that are sent some of the tokens, or none.
+    many will come, if that is known, in all processes of the team, which share them. routed: linears that are
+    sent some of the tokens, or none.
     """
 
     def __init__(
@@ -239,8 +275,9 @@ class Collector:
         threshold: float | None = None,
         tokens: int | None = None,
         routed: Collection[str] = (),
+        team: Team = ALONE,
     ):
-        self._shared = list(shared)
+        self._shared, self._team = list(shared), team
         self._routed = set(routed)
         self._linears, self._originals = linears, originals
         self._sums = {
@@ -292,5 +329,6 @@ class Collector:
         """name -> Moments; names that share an input share the object."""
         found: dict[str, Moments] = {}
         for names, sums in self._sums.items():
+            sums.together(self._team)
             found |= dict.fromkeys(names, sums.mean())
         return found

@@ -88,6 +88,9 @@ def main() -> None:
             # The first to end with an error makes the launcher end the rest, which are ending by themselves.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         processes.release(code)
+    except processes.Lost as lost:
+        print(f"compress: {lost}", file=sys.stderr)
+        code = USER_ERROR
     except KeyboardInterrupt as stop:
         if processes.is_main():
             # How to go on, where there is a folder to go on in.
@@ -159,7 +162,8 @@ def run_recipes(words: list[str]) -> int:
             with writing(out):
                 finished.append(run_recipe(run, name, out, last=last))
         except UserError as error:
-            then = f"; {goes_on}" if isinstance(error, DiskError) else ""
+            mended = isinstance(error, DiskError | processes.Lost)
+            then = f"; {goes_on}" if mended else ""
             reason = f"{one_line(error)}{then}"
             if not alone:
                 log.error("%s", reason)

@@ -202,6 +202,11 @@ def _check_processes(run: Run) -> None:
             f"device={run.settings.device} is not where {processes.count()} processes were started: choose "
             f"device={wanted}"
         )
+    if run.needs_data and run.settings.data.sequences < processes.count():
+        raise UserError(
+            f"data.sequences={run.settings.data.sequences} cannot be shared by {processes.count()} "
+            "processes: choose as many or more, or start fewer"
+        )
     if processes.count() > 1 and run.distill is not None:
         check_launch(open_accelerator(run.device), run.distill)
 
@@ -673,6 +678,7 @@ def _decisive(run: Run, model: ModelFolder) -> dict[str, Any]:
         "scheme": run.settings.scheme,
         "device": run.device.type,
         "threads": torch.get_num_threads(),
+        "processes": processes.count(),
         "versions": {name: version_of(name) for name in DECISIVE_VERSIONS},
         "code": code(),
     }

@@ -12,6 +12,9 @@ work since the last position: TIMES a save, or one part, whichever is longer.
 A state is gone on from only by work with the same fingerprint: what it works on and how, the sources that
 compute, versions, device and threads. Any other, and one that cannot be read, is removed with a warning that
 says what differs.
+
+Processes that share a stage save together, when the main one finds it cheap, each in a folder of its own; the
+positions before go when all have theirs. They go on from the newest that all have.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from compress.environment import PACKAGES, device_name, version_of
 from compress.errors import UserError
 from compress.model.folder import file_sha256, read_json, write_json
 from compress.model.tensor_file import CHUNK, TensorFile
+from compress.processes import ALONE, Team
 
 log = logging.getLogger(__name__)
 now = time.perf_counter
@@ -125,13 +129,15 @@ class Saved:
         path: Path | None,
         fingerprint: dict[str, Any] | None = None,
         whole: Path | None = None,
+        team: Team = ALONE,
     ):
         """path: a folder of this alone, made when it is needed; None keeps nothing
 
         fingerprint: what must be the same for a position to be gone on from, nested, JSON
         whole: the state that this is a part of: all of it is removed where the fingerprint is another
+        team: the processes that share the work; what is not the main one's is in a folder within ``path``
         """
-        self.path, self.whole = path, path if whole is None else whole
+        self.path, self.whole, self.team = path, path if whole is None else whole, team
         self.fingerprint: dict[str, Any] = json.loads(json.dumps(fingerprint or {}))
         # Since when there is work that no position holds.
         self._since = now()
@@ -144,48 +150,69 @@ class Saved:
         """The state of a part of the work, with the same fingerprint."""
         if self.path is None:
             return self
-        return Saved(self.path / name, self.fingerprint, self.whole)
+        return Saved(self.path / name, self.fingerprint, self.whole, self.team)
+
+    def alone(self) -> Saved:
+        """Of what the main process does by itself within work that is shared."""
+        return Saved(self.path, self.fingerprint, self.whole)
+
+    @property
+    def _own(self) -> Path:
+        """The folder of this process."""
+        assert self.path is not None
+        return self.path if self.team.is_main else self.path / f"process-{self.team.rank}"
 
     def load(self) -> Position | None:
         """The newest whole position of the same work, None if there is none; all else is cleared away."""
         self._since = now()
-        if self.path is None or not self.path.exists():
+        if self.path is None:
             return None
-        self._cost.clear(self.path)
-        for leftover in self.path.glob(f"{PREFIX}*{PARTIAL}"):
+        self._cost.clear(self._own)
+        for leftover in self._own.glob(f"{PREFIX}*{PARTIAL}"):
             shutil.rmtree(leftover)
         positions = self._positions()
-        for folder in positions[:-1]:
-            shutil.rmtree(folder)
-        found = self._read(positions[-1]) if positions else None
-        if found is None:
-            shutil.rmtree(self.path, ignore_errors=True)
+        common = set.intersection(*map(set, self.team.exchange(list(map(_number, positions)))))
+        newest = [folder for folder in positions if _number(folder) == max(common, default=0)]
+        # Where the others have none the main one says why its own is not gone on from.
+        looked_at = newest or positions[-1:]
+        found, stale = self._read(looked_at[0]) if looked_at else (None, self.path)
+        if not all(self.team.exchange(bool(newest) and found is not None)):
+            if self.team.is_main:
+                shutil.rmtree(stale, ignore_errors=True)
+            self.team.exchange(None)
             return None
-        self._count = _number(positions[-1])
+        for folder in positions:
+            if folder not in newest:
+                shutil.rmtree(folder)
+        self._count = _number(newest[0])
         self._since = now()
         return found
 
-    def _read(self, folder: Path) -> Position | None:
-        """None, with a warning, for a position that cannot be read or is of other work."""
+    def _read(self, folder: Path) -> tuple[Position | None, Path]:
+        """A position, None with a warning for one that cannot be read or is of other work; and which folder
+        goes if nobody goes on from it."""
+        assert self.path is not None
         try:
             saved = read_json(folder / FACTS)
             if changed := changes(saved["fingerprint"], self.fingerprint):
                 assert self.whole is not None
                 log.warning("%s starts anew: %s", _named(self.whole), changed)
-                shutil.rmtree(self.whole)
-                return None
+                return None, self.whole
             check_sums(folder, saved["checksums"])
-            return Position(saved["facts"], Tensors(folder / TENSORS))
+            return Position(saved["facts"], Tensors(folder / TENSORS)), self.path
         except (UserError, SafetensorError, OSError, KeyError, AttributeError) as error:
             log.warning(
                 "%s starts anew: its state cannot be read: %s", _named(folder.parent), error
             )
-            return None
+            return None, self.path
 
     def offer(self, facts: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> bool:
         """Save if that is cheap beside the work since the last position. Returns whether it was saved."""
         given = {} if tensors is None else tensors
-        if self.path is None or now() - self._since < TIMES * self._expected(given):
+        if self.path is None:
+            return False
+        due = now() - self._since >= TIMES * self._expected(given)
+        if not self.team.exchange(due)[0]:
             return False
         self.save(facts, given)
         return True
@@ -208,7 +235,7 @@ class Saved:
         start, given = now(), tensors or {}
         before = self._positions()
         self._count += 1
-        target = self.path / f"{PREFIX}{self._count}"
+        target = self._own / f"{PREFIX}{self._count}"
         partial = target.with_name(target.name + PARTIAL)
         partial.mkdir(parents=True)
         # Tensor by tensor: states that were spilled may be larger than the memory.
@@ -221,13 +248,15 @@ class Saved:
             {"fingerprint": self.fingerprint, "checksums": checksums(partial), "facts": facts},
         )
         sync(partial)
-        if (self.path / FILES).exists():
+        if self.team.is_main and (self.path / FILES).exists():
             sync(self.path / FILES)
         partial.rename(target)
         # A folder that is new is in the one above it.
         assert self.whole is not None
-        for folder in (self.path, self.whole, self.whole.parent):
+        for folder in (self._own, self.path, self.whole, self.whole.parent):
             sync_names(folder)
+        # A kill leaves one that all have.
+        self.team.exchange(None)
         on_disk = sum(map(size_of, (target, *before)))
         for folder in before:
             shutil.rmtree(folder)
@@ -237,17 +266,19 @@ class Saved:
     def _note(self, nbytes: int, on_disk: int, seconds: float) -> None:
         assert self.path is not None
         self._last = nbytes, seconds
-        self._cost.add(on_disk, seconds)
-        self._cost.write(self.path)
+        # They save at the same time: of their seconds the main one's count, of their bytes all.
+        self._cost.add(sum(self.team.exchange(on_disk)), seconds)
+        if self.team.is_main:
+            self._cost.write(self.path)
 
     @contextlib.contextmanager
     def files(self, target: Path) -> Iterator[Path]:
         """The folder to write the files of ``target`` to as the work goes on; in the end they are there.
 
         Comes after ``load``. A position holds the files that were whole when it was saved; what was begun
-        after it is written again.
+        after it is written again. The main process alone writes any.
         """
-        if self.path is None:
+        if self.path is None or not self.team.is_main:
             yield target
             return
         folder = self.path / FILES
@@ -260,8 +291,7 @@ class Saved:
 
     def _positions(self) -> list[Path]:
         """Whole ones, oldest first."""
-        assert self.path is not None
-        found = [p for p in self.path.glob(f"{PREFIX}*") if p.suffix != PARTIAL]
+        found = [p for p in self._own.glob(f"{PREFIX}*") if p.suffix != PARTIAL]
         return sorted(found, key=_number)
 
 

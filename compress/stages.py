@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,17 @@ from calibration.texts import load_mix
 from calibration.tokens import TokenBlocks, training_blocks
 from compress import pins, processes
 from compress.config import Run
+from compress.disk import writing
 from compress.distill.plan import enough
 from compress.distill.stage import distill
+from compress.errors import UserError
 from compress.kv_cache.stage import quantize_cache
 from compress.model.check import check_tokens
 from compress.model.folder import ModelFolder
 from compress.model.sources import open_tokenizer
+from compress.processes import ALONE, Team
 from compress.prune.stage import prune
+from compress.quantize.scheme import Schemes
 from compress.quantize.search import choose
 from compress.quantize.stage import quantize
 from compress.rotate import rotate
@@ -37,6 +42,7 @@ class Work:
         an earlier start of the same stage left it, and is removed once the stage is whole
     fingerprint: what must be the same for the state to be gone on from
     tokens: int64 (sequences, length), or None if nothing looks at data
+    shared: whether all processes of the run share the stage's sequences
     """
 
     run: Run
@@ -46,10 +52,17 @@ class Work:
     state: Path
     fingerprint: dict[str, Any]
     tokens: Tensor | None
+    shared: bool = False
+
+    @property
+    def team(self) -> Team:
+        return processes.team() if self.shared else ALONE
 
     @property
     def saved(self) -> Saved:
-        return Saved(self.state, self.fingerprint)
+        """Of the processes that share the stage: their number decides the order of sums."""
+        known = self.fingerprint | {"processes": self.team.count}
+        return Saved(self.state, known, team=self.team)
 
     @property
     def spill(self) -> Path | None:
@@ -58,35 +71,54 @@ class Work:
         return self.target.parent if self.run.settings.spill else None
 
 
-# Stages that train with all processes of a run; the others are the main one's alone.
+# Stages that train with all processes of a run, and those that share their calibration sequences among them;
+# the others are the main one's alone.
 DISTRIBUTED = frozenset({"distill"})
+SHARED = frozenset({"prune", "quantize", "repair", "kv_cache"})
 
 
 def run_stage(name: str, work: Work) -> dict[str, Any]:
-    """Run a stage, in all processes if it is one that trains with several. Returns its part of metrics.json.
+    """Run a stage, in all processes if it is one that works with several. Returns its part of metrics.json.
 
     Called in the main process; the others are in ``join``.
     """
-    if name not in DISTRIBUTED:
+    together = processes.count() > 1
+    if together and name in SHARED and work.tokens is not None:
+        work = replace(work, shared=True)
+    elif not (together and name in DISTRIBUTED):
         return _STAGES[name](work)
     processes.from_main((name, work))
     try:
         report = _STAGES[name](work)
+        # Who fails at the end is heard here.
+        work.team.exchange(None)
         processes.wait()
+    except UserError as error:
+        work.team.tell(error)
+        processes.alone()
+        raise
     except BaseException:
         # They may be anywhere in the stage: what is said now would not be heard.
         processes.alone()
         raise
-    return report
+    return report | ({"processes": work.team.count} if work.shared else {})
 
 
 def join() -> int:
-    """What a process beside the main one does: its part of the stages that train with several, called with
+    """What a process beside the main one does: its part of the stages that work with several, called with
     the main one's work, until the main one says with which exit code to end."""
+    # What is to be told the main one tells.
+    logging.getLogger("compress").setLevel(logging.ERROR)
     task: Any = processes.from_main(None)
     while not isinstance(task, int):
         name, work = task
-        _STAGES[name](work)
+        try:
+            with writing(work.target.parent):
+                _STAGES[name](work)
+            work.team.exchange(None)
+        except UserError as error:
+            work.team.tell(error)
+            raise
         processes.wait()
         task = processes.from_main(None)
     return task
@@ -132,6 +164,7 @@ def _prune(work: Work) -> dict[str, Any]:
         device=work.run.device,
         saved=work.saved,
         spill=work.spill,
+        team=work.team,
     )
 
 
@@ -153,11 +186,8 @@ def _rotate(work: Work) -> dict[str, Any]:
 def _quantize(work: Work) -> dict[str, Any]:
     run, schemes, searched = work.run, work.run.schemes, dict[str, Any]()
     if run.search is not None:
-        assert work.tokens is not None
-        saved = work.saved.part("search")
-        schemes, found = choose(
-            work.source, run.search, schemes, work.tokens, run.device, saved, work.spill
-        )
+        # On few tokens, with the whole model in memory: that is not shared.
+        schemes, found = work.team.from_main(lambda: _searched(work))
         searched = {"search": found}
     return searched | quantize(
         work.source,
@@ -169,7 +199,16 @@ def _quantize(work: Work) -> dict[str, Any]:
         device=run.device,
         saved=work.saved.part("blocks"),
         spill=work.spill,
+        team=work.team,
     )
+
+
+def _searched(work: Work) -> tuple[Schemes, dict[str, Any]]:
+    run = work.run
+    assert run.search is not None
+    assert work.tokens is not None
+    saved = work.saved.alone().part("search")
+    return choose(work.source, run.search, run.schemes, work.tokens, run.device, saved, work.spill)
 
 
 def _repair(work: Work) -> dict[str, Any]:
@@ -183,6 +222,7 @@ def _repair(work: Work) -> dict[str, Any]:
         work.run.device,
         work.saved,
         work.spill,
+        work.team,
     )
     return {"repair": repaired}
 
@@ -197,6 +237,7 @@ def _kv_cache(work: Work) -> dict[str, Any]:
         device=work.run.device,
         saved=work.saved,
         spill=work.spill,
+        team=work.team,
     )
 
 

@@ -24,6 +24,7 @@ from compress.model.families import check_applies, family_of, size_of
 from compress.model.folder import INDEX, KV_CACHE, ModelFolder, Shapes, save_tensors, write_json
 from compress.model.skeleton import finite_rows
 from compress.model.walk import Walk
+from compress.processes import ALONE, Team
 from compress.progress import track
 from compress.quantize.qtensor import QTensor
 from compress.quantize.record import KEY
@@ -43,11 +44,13 @@ def quantize_cache(
     device: torch.device,
     saved: Saved = NOWHERE,
     spill: Path | None = None,
+    team: Team = ALONE,
 ) -> dict[str, Any]:
-    """Write ``source`` with its cache scheme to ``target``.
+    """Write ``source`` with its cache scheme to ``target``, the main process alone.
 
     tokens (sequences, length), if scales are fixed; saved: where a killed one left those that it had
     spill: a folder that hidden states are kept in, if not in memory
+    team: the processes that share the sequences
 
     Returns what metrics.json keeps: the scheme, and the scales of every layer. Raises UserError for an
     unknown family, a head size that the scheme does not fit, a cache that is quantized already, weights that
@@ -57,7 +60,9 @@ def quantize_cache(
     scales = None
     if scheme.static:
         assert tokens is not None, "scales need tokens"
-        scales = calibrate(source, scheme, tokens, device, saved, spill)
+        scales = calibrate(source, scheme, tokens, device, saved, spill, team)
+    if not team.is_main:
+        return {}
     if KEY not in source.config:
         # Nobody else looks at weights that pass as they are; those of a record were looked at.
         for name in source.names:
@@ -122,11 +127,12 @@ def calibrate(
     device: torch.device,
     saved: Saved = NOWHERE,
     spill: Path | None = None,
+    team: Team = ALONE,
 ) -> dict[str, Tensor]:
     """Scales by the largest |key| and |value| that calibration sees, as compressed-tensors stores them:
     float32 (1,), or (heads, 1, 1) with a scale for every head."""
     family = family_of(source.config)
-    walk = Walk(source, family, device, read=Unpacked(source), spill=spill)
+    walk = Walk(source, family, device, read=Unpacked(source), spill=spill, team=team)
     walk.embed(tokens)
     scales: dict[str, Tensor] = {}
     position = saved.load()
@@ -150,6 +156,7 @@ def calibrate(
         for name, largest in zip(SCALES, layer.largest, strict=True):
             if not torch.isfinite(largest).all():
                 raise UserError(f"{prefix} of {source.path} gives keys or values of NaN or Inf")
+            team.largest(largest)
             scales[f"{prefix}.{name}"] = _scale(largest, scheme.keys).cpu()
         keys, values = (float(largest.max()) for largest in layer.largest)
         log.info("%s: largest |key| %.2f, |value| %.2f", prefix, keys, values)
@@ -173,7 +180,7 @@ class _Largest(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        seen = tuple(states.abs().amax((0, 2, 3)) for states in (key_states, value_states))
+        seen = tuple(states.abs().amax((0, 2, 3)).float() for states in (key_states, value_states))
         pairs = zip(self.largest or seen, seen, strict=True)
         self.largest = tuple(torch.maximum(before, now) for before, now in pairs)
         return key_states, value_states

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import UserError
+from compress.processes import ALONE, Team, as_bytes
 
 # States that a block needs at one time: what enters and leaves it, of the original too, and what its
 # attention makes.
@@ -31,10 +32,11 @@ class States:
     device: of the blocks. folder: where they are spilled to, in unnamed files that are mapped to memory: the
     system has their room back when the tensor, or the process, ends. None: they stay in memory, of a GPU if
     all that a block needs of them takes at most half of what is free there, else in that of the CPU.
+    team: the processes that share the sequences: each keeps the states of its own.
     """
 
-    def __init__(self, device: torch.device = CPU, folder: Path | None = None):
-        self.device, self.folder = device, folder
+    def __init__(self, device: torch.device = CPU, folder: Path | None = None, team: Team = ALONE):
+        self.device, self.folder, self.team = device, folder, team
         self._home = device if folder is None else CPU
         # By the address of the tensor's memory; an entry goes with its tensor.
         self._files: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()
@@ -89,10 +91,22 @@ class States:
             self.done(part)
 
     def pick(self, X: Tensor, rows: Tensor) -> Tensor:
-        """Some rows of X, on the device."""
-        found = X[rows.to(X.device)].to(self.device)
+        """Some rows of X, on the device. rows: their numbers among those of all processes"""
+        if self.team.count == 1:
+            found = X[rows.to(X.device)].to(self.device)
+            self.done(X)
+            return found
+        start = sum(self.team.exchange(len(X))[: self.team.rank])
+        mine = (rows >= start) & (rows < start + len(X))
+        found = torch.zeros((len(rows), *X.shape[1:]), dtype=X.dtype, device=self.device)
+        found[mine.to(self.device)] = X[(rows[mine] - start).to(X.device)].to(self.device)
         self.done(X)
+        self.team.sum(as_bytes(found))
         return found
+
+    def count(self, X: Tensor) -> int:
+        """How many rows of X all processes have together."""
+        return sum(self.team.exchange(len(X)))
 
     def done(self, part: Tensor) -> None:
         """A part was read or written and is not needed now: of a file it leaves the memory."""

@@ -5,6 +5,7 @@ tokens (sequences, length); X hidden states (sequences, length, hidden)
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from compress.model.families import Family
 from compress.model.folder import ModelFolder
 from compress.model.skeleton import assign, empty_model, finite
 from compress.model.states import States
+from compress.processes import ALONE, Team, as_bytes
 
 
 @dataclass
@@ -76,6 +78,7 @@ class Walk:
     read: where weights come from, if not from the folder as they are stored
     spill: a folder that hidden states are kept in, if not in memory
     ahead: whether the next block is read while one runs, so that two are in memory
+    team: the processes that share the sequences: hidden states are those of this one's
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class Walk:
         *,
         spill: Path | None = None,
         ahead: bool | None = None,
+        team: Team = ALONE,
     ):
         self.folder = folder
         self.source: Readable = folder if read is None else read
@@ -96,7 +100,7 @@ class Walk:
         self.tokens_per_batch = tokens_per_batch
         self.model = empty_model(folder, folder.dtype)
         self.layers: nn.ModuleList = self.model.get_submodule(family.blocks)
-        self.states = States(device, spill)
+        self.states = States(device, spill, team)
         self.hidden: Tensor | None = None
         self.original: Tensor | None = None
         self._ahead: Ahead | None = None
@@ -137,7 +141,7 @@ class Walk:
         model.set_submodule(family.blocks, nn.ModuleList(notes))
         model.set_submodule(family.final_norm, nn.Identity())
         self._rows = max(1, self.tokens_per_batch // tokens.shape[1])
-        tokens = tokens.to(self.device)
+        tokens = tokens[self.states.team.share(len(tokens), self._rows)].to(self.device)
         width = model.get_submodule(family.embedding).weight.shape[1]
         self.states.settle(tokens.numel() * width * self.folder.dtype.itemsize)
         try:
@@ -227,6 +231,20 @@ class Walk:
         """Make the outputs of the block, as it is now, what enters the next one."""
         self.hidden = activations.forward(self.layers[index], activations.inputs)
         self.original = activations.targets
+
+    def check_same(self, index: int, module: nn.Module) -> None:
+        """Raises RuntimeError if the processes of the team have made this block another."""
+        team = self.states.team
+        if team.count > 1:
+            team.check_same(f"the weights of {self.prefix(index)}", _checksum(module))
+
+
+def _checksum(module: nn.Module) -> int:
+    """CRC-32 of the weights, quantized ones as what they stand for."""
+    found = 0
+    for parameter in module.parameters():
+        found = zlib.crc32(as_bytes(parameter.detach().cpu().contiguous()).numpy().data, found)
+    return found
 
 
 def _buffers_to(module: nn.Module, device: torch.device) -> None:

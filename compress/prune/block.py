@@ -112,7 +112,8 @@ class BlockCut:
         norms = original.get_submodule(shared.source), self.passage.part(shared.source)
         if len(self.channels) < theirs.shape[-1]:
             batches = self.passage.batches(ours, theirs)
-            ratio = torch.cat([_rms(our) / _rms(their) for our, their in batches]).mean()
+            ratios = torch.cat([_rms(our) / _rms(their) for our, their in batches])
+            ratio = self.passage.team.mean(ratios)
             norms[1].weight.data = (norms[1].weight.float() * ratio).to(norms[1].weight.dtype)
         if self.knobs.refit == "none":
             return
@@ -124,7 +125,7 @@ class BlockCut:
             made = torch.nn.functional.linear(norms[0](their), goals)
             found.add(norms[1](our), made, torch.ones_like(our[..., 0], dtype=torch.float32))
         every = torch.arange(ours.shape[-1], device=self.passage.device)
-        fitted = found.mean().fit(W, every, self.knobs.damping)
+        fitted = found.mean(self.passage.team).fit(W, every, self.knobs.damping)
         for linear, part in zip(
             linears, fitted.split([len(linear.weight) for linear in linears]), strict=True
         ):
@@ -143,6 +144,9 @@ class BlockCut:
                 found = x.square().sum(0) if key == "queries" else x.T @ x
                 sums[key] = sums.get(key, 0) + found
             count += x.shape[0]
+        count = sum(self.passage.team.exchange(count))
+        for H in sums.values():
+            self.passage.team.sum(H)
         linears = {key: self.passage.part(name) for key, name in names.items()}
         out = self.passage.part(family.attention_output)
         weights = {key: _with_bias(linear) for key, linear in linears.items()}
@@ -175,7 +179,7 @@ class BlockCut:
             goal = self.narrow(whole)
             found.add(x, _lacking(goal, entering, out), token_weights(goal))
             sizes.add(x)
-        found = found.mean()
+        found = found.mean(self.passage.team)
         if new.heads < old.heads:
             score = self._score(
                 found, sizes, out.weight, [self.passage.part(family.queries).weight]
@@ -202,7 +206,7 @@ class BlockCut:
             goal = self.narrow(whole)
             found.add(x, _lacking(goal, entering, out), token_weights(goal))
             sizes.add(x)
-        found = found.mean()
+        found = found.mean(self.passage.team)
         if new.mlp < old.mlp:
             makers = [self.passage.part(name).weight for name in family.neurons]
             score = self._score(found, sizes, out.weight, makers)
@@ -216,7 +220,7 @@ class BlockCut:
         if self.knobs.importance == "error":
             return Surgery(found, self.knobs.damping)
         if self.knobs.importance == "activation":
-            return activation_score(sizes.mean(), W.shape[1])
+            return activation_score(sizes.mean(self.passage.team), W.shape[1])
         if self.knobs.importance == "magnitude":
             return magnitude_score(makers, W)
         return random_score(self.generator)

@@ -20,6 +20,7 @@ from compress.export.shards import ShardWriter
 from compress.model.folder import PRUNED, ModelFolder, write_json
 from compress.model.skeleton import assign, finite, model_of
 from compress.model.walk import Activations, Walk
+from compress.processes import ALONE, Team
 from compress.progress import track
 from compress.prune.block import BlockCut, Goal
 from compress.prune.knobs import Prune
@@ -58,33 +59,43 @@ def cut(
     device: torch.device,
     saved: Saved = NOWHERE,
     spill: Path | None = None,
+    team: Team = ALONE,
 ) -> list[dict[str, Any]]:
     """Write the model cut to its plan; returns for every block that is left its number in the original, the
     heads that stayed, the relative errors of attention and MLP, the drift of its stream from the
     original's, and seconds.
 
     saved: where a killed one left the blocks that it had cut; spill: a folder that hidden states are kept in,
-    if not in memory
+    if not in memory; team: the processes that share the sequences, of which the main one writes
     """
-    walk = _BothWalks(source, plan, tokens, device, spill)
+    walk = _BothWalks(source, plan, tokens, device, spill, team)
     reports: list[dict[str, Any]] = []
     position = saved.load()
     with saved.files(target) as folder:
-        folder.mkdir(parents=True, exist_ok=True)
-        shards = ShardWriter(folder, SHARD_BYTES)
+        shards = None
+        if team.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            shards = ShardWriter(folder, SHARD_BYTES)
         if position is not None:
             reports = position.facts["blocks"]
-            shards.go_on(position.facts["shards"])
+            if shards is not None:
+                shards.go_on(position.facts["shards"])
             walk.go_on(position)
             log.info("prune goes on after block %d of %d", len(reports), len(plan.layers))
         del position
         for place in track(range(len(reports), len(plan.layers)), "prune blocks"):
             reports.append(_cut_at(place, walk, plan, shards))
             trim()
-            # A file a block, as a position has them.
-            shards.flush()
-            saved.offer({"blocks": reports, "shards": shards.position()}, walk.position())
-        _write_rest(source, plan, shards, walk.norm_ratio())
+            written = None
+            if shards is not None:
+                # A file a block, as a position has them.
+                shards.flush()
+                written = shards.position()
+            saved.offer({"blocks": reports, "shards": written}, walk.position())
+        norm_ratio = walk.norm_ratio()
+        if shards is None:
+            return reports
+        _write_rest(source, plan, shards, norm_ratio)
         shards.flush()
     source.copy_companions(target)
     shards.close(target)
@@ -96,14 +107,16 @@ def cut(
     return reports
 
 
-def _cut_at(place: int, walk: _BothWalks, plan: Plan, shards: ShardWriter) -> dict[str, Any]:
+def _cut_at(place: int, walk: _BothWalks, plan: Plan, shards: ShardWriter | None) -> dict[str, Any]:
     """Cut the block at this place and write it. Returns its report."""
     start = time.perf_counter()
     with walk.block(place) as block:
         _cut_block(block, walk.module, plan)
         walk.leave(block)
-        for name, tensor in _tensors(plan, block).items():
-            shards.add(f"{walk.walk.prefix(place)}.{name}", tensor.cpu())
+        walk.walk.check_same(plan.layers[place], block.passage.module)
+        if shards is not None:
+            for name, tensor in _tensors(plan, block).items():
+                shards.add(f"{walk.walk.prefix(place)}.{name}", tensor.cpu())
     report = {
         "block": plan.layers[place],
         "heads": block.heads,
@@ -151,9 +164,10 @@ class _BothWalks:
         tokens: Tensor,
         device: torch.device,
         spill: Path | None,
+        team: Team,
     ):
         self.plan, self.family = plan, plan.found.family
-        self.walk = Walk(source, self.family, device, spill=spill)
+        self.walk = Walk(source, self.family, device, spill=spill, team=team)
         self.walk.embed(tokens)
         assert self.walk.hidden is not None
         self.channels = plan.channels.to(device)
@@ -217,7 +231,7 @@ class _BothWalks:
             theirs = original.index_select(-1, self.channels).float()
             lost = (ours.float() - theirs).square().mean(-1)
             shares.append(lost / theirs.square().mean(-1).clamp(min=1e-6))
-        return float(torch.cat(shares).mean())
+        return self.walk.states.team.mean(torch.cat(shares))
 
     def norm_ratio(self) -> float:
         """By how much the final norm divides less, on average, because its channels are fewer."""
@@ -227,7 +241,7 @@ class _BothWalks:
         for batch in self._batches(self.pruned, self.original):
             ours, theirs = (x.float().square().mean(-1).sqrt() for x in batch)
             ratios.append(ours / theirs.clamp(min=1e-6))
-        return float(torch.cat(ratios).mean())
+        return self.walk.states.team.mean(torch.cat(ratios))
 
     def _advance(self, start: int, end: int) -> None:
         """Take the original's stream through blocks that go."""

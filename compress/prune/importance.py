@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from compress.processes import ALONE, Team
 from compress.prune.regression import Surgery
 from compress.prune.shape import elements
 
@@ -77,9 +78,10 @@ class Sizes:
         self._squares += parts.norm(dim=-1).mean(1).double().square().sum(0)
         self._sequences += len(x)
 
-    def mean(self) -> Tensor:
-        """(structures,)"""
-        return (self._squares / self._sequences).sqrt()
+    def mean(self, team: Team = ALONE) -> Tensor:
+        """(structures,). team: the processes that added sequences"""
+        squares = team.sum(self._squares.clone())
+        return (squares / sum(team.exchange(self._sequences))).sqrt()
 
 
 def activation_score(sizes: Tensor, inputs: int) -> Score:

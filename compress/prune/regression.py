@@ -19,6 +19,7 @@ from torch import Tensor
 
 from calibration.moments import exact_products
 from compress.errors import UserError
+from compress.processes import ALONE, Team
 
 # How many steps a removal of many single inputs takes: within one step the rest is not refitted. Inputs that
 # stand in for each other, with a squared partial correlation above APART, do not go in one step.
@@ -55,7 +56,10 @@ class Regression:
         self.energy += T.double().square().sum()
         self.weight += weight.double().sum()
 
-    def mean(self) -> Regression:
+    def mean(self, team: Team = ALONE) -> Regression:
+        """team: the processes that added tokens"""
+        for sums in (self.H, self.C, self.energy, self.weight):
+            team.sum(sums)
         H, C = (sums.double() / self.weight for sums in (self.H, self.C))
         return Regression(H, C, self.energy / self.weight, torch.ones_like(self.weight))
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from compress.errors import UserError
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder, Shapes
+from compress.processes import ALONE, Team
 from compress.progress import track
 from compress.prune.budget import wanted
 from compress.prune.cut import Plan, cut
@@ -61,9 +62,11 @@ def prune(
     device: torch.device,
     saved: Saved = NOWHERE,
     spill: Path | None = None,
+    team: Team = ALONE,
 ) -> dict[str, Any]:
     """Write the pruned model to ``target``. tokens: calibration tokens (sequences, length); saved: where a
-    killed one left what it had done; spill: a folder that hidden states are kept in, if not in memory.
+    killed one left what it had done; spill: a folder that hidden states are kept in, if not in memory;
+    team: the processes that share the sequences, of which the main one writes.
 
     Returns what metrics.json keeps: the shape before and after, candidates with their divergence, the
     survey, and per block the relative errors of attention and MLP and how far its stream is from the
@@ -83,11 +86,16 @@ def prune(
         drop_one=knobs.depth == "perplexity",
         saved=saved,
         spill=spill,
+        team=team,
     )
     log.info("surveyed %d blocks in %.1f s", found.shape.layers, time.perf_counter() - start)
     plans = [_plan(found, shape, surveyed, knobs) for shape in candidates]
-    plan, trials = _judged(source, plans, tokens, device, target.parent, saved.part("trials"))
-    blocks = cut(source, target, plan, tokens, device, saved.part("cut"), spill)
+    # Shapes are tried on few sequences, with whole models in memory: that is not shared.
+    own = saved.alone().part("trials")
+    plan, trials = team.from_main(
+        lambda: _judged(source, plans, tokens, device, target.parent, own)
+    )
+    blocks = cut(source, target, plan, tokens, device, saved.part("cut"), spill, team)
     shape = plan.shape
     old = found.shape
     return {

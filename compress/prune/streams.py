@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from compress.model.families import Family
 from compress.model.walk import Activations
+from compress.processes import Team
 
 
 class _Stop(Exception):
@@ -55,6 +56,11 @@ class Passage:
 
     def part(self, name: str) -> Any:
         return self.module.get_submodule(name)
+
+    @property
+    def team(self) -> Team:
+        """The processes that share the sequences."""
+        return self._states.team
 
     @property
     def device(self) -> torch.device:

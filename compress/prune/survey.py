@@ -18,6 +18,7 @@ from compress.errors import UserError
 from compress.model.families import Family
 from compress.model.folder import ModelFolder
 from compress.model.walk import Walk
+from compress.processes import ALONE, Team
 from compress.progress import track
 from compress.prune.importance import Sizes
 from compress.prune.shape import Anatomy
@@ -105,17 +106,21 @@ def survey(
     drop_one: bool,
     saved: Saved = NOWHERE,
     spill: Path | None = None,
+    team: Team = ALONE,
 ) -> Survey:
     """Look at every block with calibration tokens (sequences, length).
 
     drop_one: also take the perplexity without each block, on DROP_ONE sequences
     saved: where a killed one left what it had seen; spill: a folder that hidden states are kept in, if not in
-    memory. Raises UserError for activations that are not finite.
+    memory; team: the processes that share the sequences, all of which see the same. Raises UserError for
+    activations that are not finite.
     """
     family = anatomy.family
-    walk = Walk(source, family, device, spill=spill)
+    walk = Walk(source, family, device, spill=spill, team=team)
     walk.embed(tokens)
-    seen = _Seen([_sample(walk.hidden)], torch.zeros(anatomy.shape.hidden, dtype=torch.float64))
+    seen = _Seen(
+        [_sample(walk.hidden, team)], torch.zeros(anatomy.shape.hidden, dtype=torch.float64)
+    )
     own = saved.part("survey")
     seen.go_on(own.load(), walk)
     for index in track(range(len(seen.influence), len(walk)), "survey blocks"):
@@ -130,8 +135,10 @@ def survey(
         torch.stack(seen.states),
     )
     if drop_one:
-        found.drop_one = perplexity_without(
-            source, family, tokens[:DROP_ONE], device, saved.part("drop_one")
+        # On few sequences, with the whole model in memory: that is not shared.
+        own = saved.alone().part("drop_one")
+        found.drop_one = team.from_main(
+            lambda: perplexity_without(source, family, tokens[:DROP_ONE], device, own)
         )
     return found
 
@@ -194,18 +201,25 @@ def _look(walk: Walk, index: int, anatomy: Anatomy, seen: _Seen) -> None:
         raise UserError(
             f"{walk.prefix(index)} of {walk.folder.path} gives NaN or Inf on the calibration text"
         )
-    seen.influence.append(lost / count)
-    seen.heads.append(heads.mean())
-    seen.neurons.append(neurons.mean())
-    seen.channels += sum(norm.mean() for norm in norms)
-    seen.states.append(_sample(out))
+    team = walk.states.team
+    counted = team.exchange((lost, count))
+    seen.influence.append(sum(own for own, _ in counted) / sum(number for _, number in counted))
+    seen.heads.append(heads.mean(team))
+    seen.neurons.append(neurons.mean(team))
+    seen.channels += sum(norm.mean(team) for norm in norms)
+    seen.states.append(_sample(out, team))
 
 
-def _sample(X: Tensor | None) -> Tensor:
+def _sample(X: Tensor | None, team: Team) -> Tensor:
+    """Some of the tokens of all processes, evenly spread."""
     assert X is not None
     flat = X.flatten(0, 1)
+    counts = team.exchange(len(flat))
+    every = max(1, sum(counts) // SAMPLE)
+    start = -sum(counts[: team.rank]) % every
     # A copy: a part of the states would keep all of them.
-    return flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE].to("cpu", copy=True)
+    own = flat[start::every].to("cpu", copy=True)
+    return torch.cat(team.gather(own))[:SAMPLE]
 
 
 @torch.no_grad()

@@ -105,6 +105,7 @@ class Block:
         """
         assert self.activations is not None, "the methods asked for no data"
         data, names = self.activations, [shared.linears for shared in inputs]
+        team = data.states.team
         firsts = [linears[0] for linears in names]
         twin: Any = self.original
         collector = Collector(
@@ -112,8 +113,9 @@ class Block:
             names,
             None if twin is None else {name: twin.get_submodule(name) for name in firsts},
             self.threshold,
-            data.inputs.shape[:-1].numel(),
+            sum(team.exchange(data.inputs.shape[:-1].numel())),
             [shared.linears[0] for shared in inputs if shared.routed],
+            team,
         )
         with self.attention_once(), collector.hooks():
             originals = None if twin is None else data.batches(_given(data.original))

@@ -23,6 +23,7 @@ from compress.errors import UserError
 from compress.model.families import check_applies, family_of
 from compress.model.folder import ModelFolder
 from compress.model.states import States
+from compress.processes import ALONE, Team
 from compress.progress import track
 from compress.quantize import record
 from compress.runtime.load import load_dense
@@ -79,11 +80,13 @@ class Kl:
         device: torch.device,
         saved: Saved = NOWHERE,
         spill: Path | None = None,
+        team: Team = ALONE,
     ) -> dict[str, Any]:
         """Train the record ``source`` and write it to ``target``.
 
         tokens: int64 (sequences, length); saved: where a killed one left its training; spill: a folder that
-        the original's final states are kept in, if not in memory
+        the original's final states are kept in, if not in memory; team: the processes that share the
+        sequences of every step, of which the main one writes
         Returns in nats per token the mean KL of every pass as it was while training (``kl``) and of
         the held-out sequences before and after every pass (``held_out_kl``), which of these states was
         kept (0 is the start), and how many tokens the training saw. Raises UserError as ``check`` does.
@@ -91,14 +94,16 @@ class Kl:
         self.check(source, len(tokens))
         tokens = tokens.to(device)
         teacher = load_dense(original, device, source.dtype)
-        states = States(device, spill)
+        states = States(device, spill, team)
         states.settle(tokens.numel() * _head_of(teacher)[0].nbytes)
-        goal = Goal(tokens, _final_states(teacher, tokens, states), _head_of(teacher), states)
+        own = tokens[team.share(len(tokens), 1)]
+        goal = Goal(tokens, _final_states(teacher, own, states), _head_of(teacher), states)
         del teacher
         student = Student(load_dense(source, device, source.dtype), source, goal)
         trained, held = held_out(len(tokens))
         report = self._train(student, trained, held, saved)
-        record.rewrite(source, target, student.tensors())
+        if team.is_main:
+            record.rewrite(source, target, student.tensors())
         return report | {"tokens": self.epochs * tokens[trained].numel()}
 
     def _train(
@@ -169,6 +174,8 @@ class _Pass:
             self.kept, self.best = len(self.history), self.student.state()
         self.step, self.total = 0, 0.0
         self._shuffle = self._generator.get_state()
+        sizes = [float(factor.detach().norm()) for factor in self.student.factors]
+        self.student.goal.room.team.check_same("what repair has trained", sizes)
 
     def position(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         facts = {name: getattr(self, name) for name in PROGRESS}
@@ -199,7 +206,8 @@ class _Pass:
 @dataclass(frozen=True)
 class Goal:
     """What the original makes of the tokens (sequences, length). states: its final ones, (sequences,
-    length, hidden); head: (vocabulary, hidden); room: where ``states`` are kept"""
+    length, hidden), of several processes this one's; head: (vocabulary, hidden); room: where ``states`` are
+    kept"""
 
     tokens: Tensor
     states: Tensor
@@ -217,20 +225,27 @@ class Student:
 
     def learn(self, rows: Tensor) -> float:
         """The mean divergence of these sequences, whose gradient is left in the factors."""
-        H = self._states(rows)
-        loss, gradient = self._divergence(rows, H.detach())
-        H.backward(gradient)
-        for part in self.parts:
-            part.collect()
-        return loss
+        own, goal = self._own(rows)
+        loss, share = 0.0, len(own) / len(rows)
+        if share:
+            H = self._states(own)
+            loss, gradient = divergence(H.detach(), self.head, goal, self.goal.head)
+            H.backward(gradient.mul_(share))
+            for part in self.parts:
+                part.collect()
+        self._add_up_gradients(bool(share))
+        return sum(self.goal.room.team.exchange(loss * share))
 
     @torch.no_grad()
     def mean_loss(self, rows: Tensor, batch: int) -> float:
         """The mean divergence of these sequences."""
-        parts = rows.split(batch)
-        losses = [self._divergence(part, self._states(part))[0] for part in parts]
-        weighted = [loss * len(part) for loss, part in zip(losses, parts, strict=True)]
-        return sum(weighted) / len(rows)
+        total = 0.0
+        for part in rows.split(batch):
+            own, goal = self._own(part)
+            if len(own):
+                H = self._states(own)
+                total += divergence(H, self.head, goal, self.goal.head)[0] * len(own)
+        return sum(self.goal.room.team.exchange(total)) / len(rows)
 
     def _states(self, rows: Tensor) -> Tensor:
         for part in self.parts:
@@ -238,8 +253,23 @@ class Student:
         found = self.model.base_model(input_ids=self.goal.tokens[rows], use_cache=False)
         return cast(Tensor, found.last_hidden_state)
 
-    def _divergence(self, rows: Tensor, H: Tensor) -> tuple[float, Tensor]:
-        return divergence(H, self.head, self.goal.room.pick(self.goal.states, rows), self.goal.head)
+    def _own(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The sequences that this process runs, and what the original makes of them."""
+        room = self.goal.room
+        mine = slice(room.team.rank, None, room.team.count)
+        return rows[mine], room.pick(self.goal.states, rows)[mine]
+
+    def _add_up_gradients(self, has_some: bool) -> None:
+        """Make the factors' gradients those of all processes, the same in each."""
+        team = self.goal.room.team
+        if team.count == 1:
+            return
+        parts = [f.grad if has_some else torch.zeros_like(f) for f in self.factors]
+        sums = team.sum(torch.cat([part.flatten() for part in parts if part is not None]))
+        for factor, own in zip(
+            self.factors, sums.split([f.numel() for f in self.factors]), strict=True
+        ):
+            factor.grad = own.view_as(factor)
 
     def state(self) -> list[Tensor]:
         return [factor.detach().clone() for factor in self.factors]

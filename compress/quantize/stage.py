@@ -17,6 +17,7 @@ from compress.model.families import Family, family_of, linears_among
 from compress.model.folder import ModelFolder, Shapes
 from compress.model.skeleton import finite, finite_rows
 from compress.model.walk import Activations, Walk
+from compress.processes import ALONE, Team
 from compress.progress import track
 from compress.quantize.block import (
     Block,
@@ -48,6 +49,7 @@ def quantize(  # noqa: PLR0913
     device: torch.device,
     saved: Saved = NOWHERE,
     spill: Path | None = None,
+    team: Team = ALONE,
 ) -> dict[str, Any]:
     """Quantize the linears of the decoder blocks.
 
@@ -56,10 +58,12 @@ def quantize(  # noqa: PLR0913
     roundings: the first picks the integers, each further one refines them
     saved: where a killed one left the blocks that it had done
     spill: a folder that hidden states are kept in, if not in memory
-    Writes the record to ``target`` and returns what metrics.json keeps: per block its seconds and, if
-    a method looks at the original, the drift from it; per linear its relative output error; how often
-    damping was raised; which linears saw fewer tokens than they have inputs; outliers among the inputs, if
-    these are rounded; for embedding and head, if they are quantized, the relative error of their weights.
+    team: the processes that share the sequences; all return the same but for ``head``
+    Writes the record to ``target``, the main process alone, and returns what metrics.json keeps: per block
+    its seconds and, if a method looks at the original, the drift from it; per linear its relative output
+    error; how often damping was raised; which linears saw fewer tokens than they have inputs; outliers among
+    the inputs, if these are rounded; for embedding and head, if they are quantized, the relative error of
+    their weights.
 
     Raises UserError for an unknown family, a source that is quantized already or holds tensors its
     config does not account for, a group size that does not fit, weights that are not finite.
@@ -69,7 +73,7 @@ def quantize(  # noqa: PLR0913
     inputs, outliers = schemes.linears.inputs, None
     if tokens is not None and inputs is not None:
         outliers = Outliers(inputs.threshold)
-    walk = Walk(source, family, device, spill=spill)
+    walk = Walk(source, family, device, spill=spill, team=team)
     original = any(method.needs_original for method in roundings)
     assert tokens is not None or not needs_data(schemes, transforms, roundings), (
         "methods need tokens"
@@ -79,7 +83,8 @@ def quantize(  # noqa: PLR0913
 
     position = saved.load()
     with saved.files(target) as folder:
-        work = _Work(walk, RecordWriter(folder, source, schemes), outliers)
+        writer = RecordWriter(folder, source, schemes) if team.is_main else None
+        work = _Work(walk, writer, outliers)
         if position is not None:
             work.go_on(position)
         # It holds what entered the block that comes next.
@@ -89,8 +94,10 @@ def quantize(  # noqa: PLR0913
             # What is kept of each block is little, but scattered: the freed memory between would add up.
             trim()
             saved.offer(*work.position())
-        head = _copy_rest(source, family, schemes, len(walk), work.writer, device)
-        work.writer.close()
+        head = {}
+        if writer is not None:
+            head = _copy_rest(source, family, schemes, len(walk), writer, device)
+            writer.close()
     return ({} if outliers is None else {"outliers": outliers.report()}) | {
         "scheme": {"name": schemes.name, **schemes.as_config()},
         "damping_raised": sum(
@@ -109,15 +116,16 @@ def quantize(  # noqa: PLR0913
 
 @dataclass
 class _Work:
-    """How far quantizing is. blocks: the report of each that is done"""
+    """How far quantizing is. writer: None beside the main process; blocks: the report of each that is done"""
 
     walk: Walk
-    writer: RecordWriter
+    writer: RecordWriter | None
     outliers: Outliers | None
     blocks: list[dict[str, Any]] = field(default_factory=list)
 
     def position(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        facts: dict[str, Any] = {"blocks": self.blocks, "weight_map": self.writer.weight_map}
+        weight_map = {} if self.writer is None else self.writer.weight_map
+        facts: dict[str, Any] = {"blocks": self.blocks, "weight_map": weight_map}
         states = {"hidden": self.walk.hidden, "original": self.walk.original}
         tensors = {name: X for name, X in states.items() if X is not None}
         if self.outliers is not None:
@@ -127,7 +135,8 @@ class _Work:
 
     def go_on(self, position: Position) -> None:
         self.blocks = position.facts["blocks"]
-        self.writer.weight_map |= position.facts["weight_map"]
+        if self.writer is not None:
+            self.writer.weight_map |= position.facts["weight_map"]
         for name in ("hidden", "original"):
             if name in position.tensors:
                 setattr(self.walk, name, self.walk.states.keep(position.tensors.mapped(name)))
@@ -161,7 +170,9 @@ def _block(
             with block.attention_once():
                 walk.leave(index, block.activations)
             report |= _drift(walk, block.activations)
-        work.writer.add(f"block-{index:05d}.safetensors", _tensors(block, prefix, quantized))
+        if work.writer is not None:
+            work.writer.add(f"block-{index:05d}.safetensors", _tensors(block, prefix, quantized))
+        walk.check_same(index, module)
     report["seconds"] = time.perf_counter() - start
     log.info("%s: %.1f s%s", prefix, report["seconds"], _error_text(report))
     return report
@@ -300,7 +311,7 @@ def _drift(walk: Walk, activations: Activations) -> dict[str, float]:
         / original.float().pow(2).mean(-1).clamp(min=1e-6)
         for hidden, original in parts
     ]
-    return {"drift": float(torch.cat(shares).mean())}
+    return {"drift": activations.states.team.mean(torch.cat(shares))}
 
 
 def _tensors(block: Block, prefix: str, quantized: Mapping[str, QTensor]) -> dict[str, Any]:

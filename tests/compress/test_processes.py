@@ -93,7 +93,9 @@ def test_one_process_makes_no_group() -> None:
 def test_two_processes_leave_the_folder_and_the_bytes_of_one(
     tiny: ModelFolder, text_file: Path, tmp_path: Path
 ) -> None:
+    """They share the calibration text: two batches of it, so that each runs one that one process has too."""
     words = ["recipe=awq-int4", f"model={tiny.path}", f"data={text_file}", *WORDS]
+    words += ["data.sequences=32", "data.length=256"]
     two = launched([*LAUNCH, "-m", "compress"], words, tmp_path)
     assert two.returncode == 0, two.stderr
     assert "Traceback" not in two.stderr
@@ -103,6 +105,8 @@ def test_two_processes_leave_the_folder_and_the_bytes_of_one(
     assert {file.name for file in run.iterdir()} == {f.name for f in (tmp_path / "one").iterdir()}
     assert checkpoint_bytes(run) == checkpoint_bytes(tmp_path / "one")
     assert one.stdout == two.stdout, "one table, of the main process"
+    compression = json.loads((run / "metrics.json").read_text())["compression"]
+    assert compression["processes"] == 2
 
 
 def test_all_processes_join_in_a_stage_that_trains_with_several(

@@ -97,7 +97,9 @@ class BlockLoss:
         assert block.activations is not None
         assert block.activations.targets is not None
         self.block, self.data, self.targets = block, block.activations, block.activations.targets
-        self.batch = min(batch, len(self.targets))
+        # Of all processes: each looks at the same sequences, wherever their states are kept.
+        self.count = self.data.states.count(self.targets)
+        self.batch = min(batch, self.count)
         self._generator = torch.Generator().manual_seed(seed)
         self._waiting = torch.empty(0, dtype=torch.int64)
 
@@ -111,14 +113,14 @@ class BlockLoss:
 
     def check(self) -> float:
         """The loss of the share of the data that decides which step is kept: always the same."""
-        rows = torch.arange(min(CHECKED, len(self.targets))).split(self.batch)
+        rows = torch.arange(min(CHECKED, self.count)).split(self.batch)
         with torch.no_grad():
             return sum(float(self(r)) * len(r) for r in rows)
 
     def gradients(self, names: list[str]) -> dict[str, Tensor]:
         """Gradients of the next mini-batch's loss by the weights in the module."""
         if len(self._waiting) < self.batch:
-            self._waiting = torch.randperm(len(self.targets), generator=self._generator)
+            self._waiting = torch.randperm(self.count, generator=self._generator)
         rows, self._waiting = self._waiting[: self.batch], self._waiting[self.batch :]
         parameters = [self.block.part(name).weight for name in names]
         for parameter in parameters:
