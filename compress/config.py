@@ -52,7 +52,8 @@ class DataConfig:
     """Calibration text: source (several joined by + get equal shares), its field and split;
     sequences x length tokens drawn with seed. generated: so many sequences more, which the original
     writes itself; they keep what is fitted to the text from fitting its domain alone. Repair sees all
-    of them, the stages before it at most generated_before_repair (null = all)."""
+    of them, the stages before it at most generated_before_repair (null = all). all_experts: every token
+    runs through every expert while they are calibrated, not only those that it is sent to."""
 
     source: str = MISSING
     field: str = "text"
@@ -61,6 +62,7 @@ class DataConfig:
     length: int = 512
     generated: int = 0
     generated_before_repair: int | None = None
+    all_experts: bool = False
     seed: int = 0
 
 

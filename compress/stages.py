@@ -200,6 +200,7 @@ def _quantize(work: Work) -> dict[str, Any]:
         saved=work.saved.part("blocks"),
         spill=work.spill,
         team=work.team,
+        all_experts=run.settings.data.all_experts,
     )
 
 

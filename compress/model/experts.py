@@ -9,7 +9,8 @@ x (tokens, hidden); index int64 and weights (tokens, experts a token is sent to)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -77,6 +78,19 @@ class ExpertList(nn.ModuleList):
                 continue
             result.index_add_(0, places, (y * weights[places, ranks, None]).to(x.dtype))
         return result
+
+
+@contextmanager
+def every_token(module: nn.Module, asked: bool) -> Iterator[None]:
+    """Within it, if that is asked for, all tokens run through all experts of a module."""
+    lists = [part for part in module.modules() if isinstance(part, ExpertList)]
+    for part in lists:
+        part.every = asked
+    try:
+        yield
+    finally:
+        for part in lists:
+            part.every = False
 
 
 def unpack(layer: nn.Module, names: Experts) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from calibration.moments import Collector, Moments, Tokens
 from compress.errors import UserError
+from compress.model.experts import every_token
 from compress.model.families import Family, Input
 from compress.model.walk import Activations
 from compress.quantize.qtensor import QTensor
@@ -41,6 +42,7 @@ class Block:
     search: chooses the grids that nobody has chosen when they are asked for, (W, H, scheme, dtype) -> grid;
         min-max if there is none
     notes: what a method has to tell, for metrics.json
+    all_experts: every token is observed in every expert
     first_seen: first reader of an input -> ``largest`` and ``above`` of its moments before any transform;
         only if the schemes round inputs
     """
@@ -57,6 +59,7 @@ class Block:
     search: Callable[[Tensor, Tensor | Tokens, Scheme, torch.dtype], Grid] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     first_seen: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    all_experts: bool = False
     # What attention's output projection reads, batch by batch, as long as nothing before it changes.
     _attended: list[Tensor] = field(default_factory=list)
 
@@ -117,7 +120,8 @@ class Block:
             [shared.linears[0] for shared in inputs if shared.routed],
             team,
         )
-        with self.attention_once(), collector.hooks():
+        everywhere = every_token(self.module, self.all_experts)
+        with self.attention_once(), collector.hooks(), everywhere:
             originals = None if twin is None else data.batches(_given(data.original))
             for X in data.batches(data.inputs):
                 if originals is not None:

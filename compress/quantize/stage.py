@@ -50,6 +50,7 @@ def quantize(  # noqa: PLR0913
     saved: Saved = NOWHERE,
     spill: Path | None = None,
     team: Team = ALONE,
+    all_experts: bool = False,
 ) -> dict[str, Any]:
     """Quantize the linears of the decoder blocks.
 
@@ -59,9 +60,11 @@ def quantize(  # noqa: PLR0913
     saved: where a killed one left the blocks that it had done
     spill: a folder that hidden states are kept in, if not in memory
     team: the processes that share the sequences; all return the same but for ``head``
+    all_experts: all tokens are observed in all experts
     Writes the record to ``target``, the main process alone, and returns what metrics.json keeps: per block
     its seconds and, if a method looks at the original, the drift from it; per linear its relative output
-    error; how often damping was raised; which linears saw fewer tokens than they have inputs; outliers among
+    error, and how many tokens each expert saw; how often damping was raised; which linears saw fewer tokens
+    than they have inputs; outliers among
     the inputs, if these are rounded; for embedding and head, if they are quantized, the relative error of
     their weights.
 
@@ -84,7 +87,7 @@ def quantize(  # noqa: PLR0913
     position = saved.load()
     with saved.files(target) as folder:
         writer = RecordWriter(folder, source, schemes) if team.is_main else None
-        work = _Work(walk, writer, outliers)
+        work = _Work(walk, writer, outliers, all_experts)
         if position is not None:
             work.go_on(position)
         # It holds what entered the block that comes next.
@@ -121,6 +124,7 @@ class _Work:
     walk: Walk
     writer: RecordWriter | None
     outliers: Outliers | None
+    all_experts: bool = False
     blocks: list[dict[str, Any]] = field(default_factory=list)
 
     def position(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -160,12 +164,14 @@ def _block(
         block = open_block(module, prefix, walk.family, schemes, walk.folder.dtype)
         if tokens is not None:
             block.activations = walk.enter(index)
+            block.all_experts = work.all_experts
         for transform in transforms:
             transform(block)
         quantized = round_block(block, roundings)
         if work.outliers is not None:
             work.outliers.add(block, quantized)
-        report = _close(block, quantized)
+        experts = _experts(block)
+        report = _close(block, quantized) | experts
         if block.activations is not None:
             with block.attention_once():
                 walk.leave(index, block.activations)
@@ -175,6 +181,7 @@ def _block(
         walk.check_same(index, module)
     report["seconds"] = time.perf_counter() - start
     log.info("%s: %.1f s%s", prefix, report["seconds"], _error_text(report))
+    _warn_of_unseen(prefix, report)
     return report
 
 
@@ -289,13 +296,32 @@ def _close(block: Block, quantized: Mapping[str, QTensor]) -> dict[str, Any]:
             lost = summed_error(
                 (q_rows.float() - rows for q_rows, rows in parts), moments.H, len(W)
             )
-            entry["relative_error"] = lost / before if before else 0.0
+            if moments.tokens:
+                entry["relative_error"] = lost / before if before else 0.0
             if moments.tokens < W.shape[1]:
                 entry["few_tokens"] = moments.tokens
         report["linears"][name] = entry
         block.place(name, Wq)
         block.place_inputs(name, q)
     return report
+
+
+def _experts(block: Block) -> dict[str, Any]:
+    """How many tokens each expert of a block saw, by its first linear."""
+    firsts = [shared.linears[0] for shared in block.inputs if shared.routed]
+    seen = {name: block.moments[name].tokens for name in firsts if name in block.moments}
+    return {"expert_tokens": seen} if seen else {}
+
+
+def _warn_of_unseen(prefix: str, report: Mapping[str, Any]) -> None:
+    unseen = [name for name, tokens in report.get("expert_tokens", {}).items() if not tokens]
+    if unseen:
+        log.warning(
+            "%s: no token of the calibration text was sent to %s: they are rounded without data; "
+            "data.all_experts=true shows every token to every expert, a longer text more of them",
+            prefix,
+            ", ".join(unseen),
+        )
 
 
 def _drift(walk: Walk, activations: Activations) -> dict[str, float]:

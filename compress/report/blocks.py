@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,24 @@ from matplotlib.ticker import MaxNLocator
 PICTURE = "blocks.png"
 
 
+def errors_of(
+    blocks: Sequence[Mapping[str, Any]],
+) -> tuple[list[str], list[list[float | None]]]:
+    """Linears, and of each its relative output error in every block; None where a block has none. Experts are
+    one linear, with their mean.
+
+    blocks: as for ``draw_blocks``
+    """
+    found: dict[str, list[list[float]]] = {}
+    for index, block in enumerate(blocks):
+        for name, entry in block["linears"].items():
+            if "relative_error" in entry:
+                row = found.setdefault(re.sub(r"\.experts\.\d+\.", ".experts.*.", name), [])
+                row += [[] for _ in range(len(blocks) - len(row))]
+                row[index].append(entry["relative_error"])
+    return list(found), [[mean(own) if own else None for own in row] for row in found.values()]
+
+
 def draw_blocks(
     blocks: Sequence[Mapping[str, Any]], divergence: Sequence[float] | None, target: Path
 ) -> None:
@@ -22,8 +43,8 @@ def draw_blocks(
     blocks: what the quantize stage reports of each block, with relative errors
     divergence: KL of each block alone, nats per token; None leaves that half out
     """
-    linears = list(blocks[0]["linears"])
-    errors = np.array([[b["linears"][name]["relative_error"] for b in blocks] for name in linears])
+    linears, rows = errors_of(blocks)
+    errors = np.array([[math.nan if x is None else x for x in row] for row in rows])
     figure = Figure(figsize=(3.5 + 0.25 * len(blocks), 6), dpi=150, layout="constrained")
     axes = figure.subplots(2 if divergence is not None else 1, 1, squeeze=False)[:, 0]
     if divergence is not None:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from compress.report.blocks import errors_of
 from compress.report.palette import PALETTE
 
 Figure = dict[str, Any]
@@ -90,12 +91,9 @@ def _log(value: float | None) -> float | None:
 
 
 def _errors(blocks: list[Mapping[str, Any]]) -> Iterable[Figure]:
-    # Blocks need not have the same: of a mixture of experts the first ones may be dense.
-    linears = list(dict.fromkeys(name for block in blocks for name in block["linears"]))
-    found = [found for block in blocks for found in block["linears"].values()]
-    if not found or any("relative_error" not in each for each in found):
+    linears, rows = errors_of(blocks)
+    if not linears:
         return
-    rows = [[b["linears"].get(n, {}).get("relative_error") for b in blocks] for n in linears]
     yield figure(
         "Relative output error of every linear",
         [heat(rows, [last_part(name) for name in linears], "relative error", log=True)],
