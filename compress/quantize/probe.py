@@ -33,6 +33,8 @@ SEQUENCES, LENGTH = 2, 16
 TOLERANCE = 1e-3
 # Fewer rows are no linear of size: gates of one number.
 ROWS = 8
+CUTS, HEADS = ("rotate", "prune"), ("search", "repair", "distill")
+NO_LOGITS = "whether its logits are its head's products alone is not known of a probed family"
 UNKNOWN = "what belongs together in it is not known of a probed family"
 
 
@@ -68,7 +70,7 @@ def probe(folder: ModelFolder) -> Family:
         head_module=names[model.get_output_embeddings()],
         rotary=next((names[m] for m in decoder.children() if hasattr(m, "inv_freq")), ""),
         settings=_settings(folder.config, model.config),
-        refuses=FUSED | dict.fromkeys(("rotate", "prune"), UNKNOWN),
+        refuses=FUSED | dict.fromkeys(CUTS, UNKNOWN) | dict.fromkeys(HEADS, NO_LOGITS),
     )
     inputs: dict[tuple[str, ...], Input] = {}
     kinds: set[str] = set()

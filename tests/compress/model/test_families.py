@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from compress.commands.families import known
 from compress.errors import UserError
 from compress.export.audit import audit
 from compress.export.formats import FORMATS, check_fits
 from compress.export.outer import dress
 from compress.model.check import check_model
-from compress.model.families import family_of
+from compress.model.families import FAMILIES, family_of
 from compress.model.folder import ModelFolder, open_tensors
 from compress.model.language import text_name
 from compress.model.walk import Walk
@@ -163,3 +164,9 @@ def test_a_dense_export_is_what_transformers_reads(
             rtol=1e-4,
             atol=1e-5,
         )
+
+
+def test_the_table_in_the_docs_is_what_the_command_prints() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "families.md").read_text(encoding="utf-8")
+    table = text.partition("<!-- compress families -->\n")[2].partition("\n<!-- end -->")[0]
+    assert table == known(list(FAMILIES))
