@@ -139,6 +139,8 @@ class Saved:
         # Of the last save: its bytes and seconds.
         self._last: tuple[int, float] | None = None
         self._cost = Cost()
+        # Of the files of ``files`` that a position named already: they are written once.
+        self._sums: dict[str, int] = {}
 
     def part(self, name: str) -> Saved:
         """The state of a part of the work, with the same fingerprint."""
@@ -151,12 +153,15 @@ class Saved:
         self._since = now()
         if self.path is None or not self.path.exists():
             return None
+        assert self.whole is not None
         self._cost.clear(self.path)
         for leftover in self.path.glob(f"{PREFIX}*{PARTIAL}"):
             shutil.rmtree(leftover)
         positions = self._positions()
         for folder in positions[:-1]:
             shutil.rmtree(folder)
+        if not positions:
+            log.info("%s: no position was kept, it starts from its beginning", _named(self.path))
         found = self._read(positions[-1]) if positions else None
         if found is None:
             shutil.rmtree(self.path, ignore_errors=True)
@@ -175,6 +180,9 @@ class Saved:
                 shutil.rmtree(self.whole)
                 return None
             check_sums(folder, saved["checksums"])
+            assert self.path is not None
+            check_sums(self.path / FILES, saved["files"])
+            self._sums = saved["files"]
             return Position(saved["facts"], Tensors(folder / TENSORS))
         except (UserError, SafetensorError, OSError, KeyError, AttributeError) as error:
             log.warning(
@@ -218,7 +226,12 @@ class Saved:
         file.close()
         write_json(
             partial / FACTS,
-            {"fingerprint": self.fingerprint, "checksums": checksums(partial), "facts": facts},
+            {
+                "fingerprint": self.fingerprint,
+                "checksums": checksums(partial),
+                "files": self._checked_files(),
+                "facts": facts,
+            },
         )
         sync(partial)
         if (self.path / FILES).exists():
@@ -233,6 +246,13 @@ class Saved:
             shutil.rmtree(folder)
         self._since = now()
         self._note(sum(t.nbytes for t in given.values()), on_disk, self._since - start)
+
+    def _checked_files(self) -> dict[str, int]:
+        """Checksums of the files that are whole by now."""
+        assert self.path is not None
+        if (self.path / FILES).exists():
+            self._sums = checksums(self.path / FILES, self._sums)
+        return self._sums
 
     def _note(self, nbytes: int, on_disk: int, seconds: float) -> None:
         assert self.path is not None
@@ -340,10 +360,12 @@ def _number(position: Path) -> int:
     return int(position.name.removeprefix(PREFIX))
 
 
-def checksums(folder: Path) -> dict[str, int]:
-    """CRC-32 of each file in a folder, by its path there."""
+def checksums(folder: Path, known: Mapping[str, int] | None = None) -> dict[str, int]:
+    """CRC-32 of each file in a folder, by its path there. known: of those that need not be read"""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {str(file.relative_to(folder)): _checksum(file) for file in files}
+    names = {str(file.relative_to(folder)): file for file in files}
+    had = known or {}
+    return {n: had[n] if n in had else _checksum(file) for n, file in names.items()}
 
 
 def check_sums(folder: Path, known: dict[str, int]) -> None:
