@@ -208,8 +208,8 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
         )
     except pickle.UnpicklingError as error:
         # torch's own words advise to read it without weights_only.
-        found = re.search(r"Unsupported (?:global|operand|class)[^\n]*|GLOBAL [\w.]+", str(error))
-        what = found[0][:80] if found else "other objects"
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = found[1] if found else "other objects"
         raise UserError(
             f"{file} holds more than tensors ({what}), which may run code: it is not read"
         ) from error
