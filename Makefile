@@ -38,7 +38,8 @@ sweep: setup  ## eight recipes on the demo model and their report in outputs/rep
 	$(BIN)/compress compare outputs/sweep gate.kl=0.05 --out outputs/report
 
 test: setup check  ## every check and test
-	$(BIN)/pytest
+	# Two at a time, with a thread each; a GPU is shared by both.
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 check: setup  ## ruff, mypy, import contracts, line count
 	$(BIN)/ruff check .

@@ -66,7 +66,7 @@ GATE_ERROR = 1
 FAILED = 1
 # Overrides that say where, how well and how fast, not what: they stay out of a run's name.
 UNNAMED = re.compile(
-    r"[+~]*((recipe|model|eval|context|speed|gate|serve|device|hydra)\b|data=text|data\.source)"
+    r"[+~]*((recipe|model|eval|context|speed|gate|serve|device|spill|hydra)\b|data=text|data\.source)"
 )
 
 

@@ -216,6 +216,10 @@ def compose_settings(overrides: list[str]) -> RecipeConfig:
         raise UserError(one_sentence(error, overrides)) from error
 
 
+# Groups that may be none.
+NOTHING = ("eval", "speed", "context", "search", "head", "kv_cache", "repair")
+
+
 def _composed(overrides: list[str]) -> DictConfig:
     """Raises UserError for words over which Hydra stumbles without an error of its own."""
     try:
@@ -223,6 +227,10 @@ def _composed(overrides: list[str]) -> DictConfig:
     except STUMBLES as error:
         if isinstance(error, HydraException | OmegaConfBaseException):
             raise
+        for group in NOTHING:
+            beside = [word for word in overrides if word.startswith(f"{group}.")]
+            if beside and f"{group}=none" in overrides:
+                raise UserError(f"{beside[0]} has no place beside {group}=none") from error
         words = ", ".join(word for word in overrides if _stumbles(word)) or ", ".join(overrides)
         reason = str(error).partition("\n")[0]
         raise UserError(

@@ -26,9 +26,9 @@ import yaml
 
 from compress.disk import writing
 from compress.errors import UserError
-from compress.model.folder import read_json, write_json
+from compress.model.folder import WEIGHTS, read_json, write_json
 from compress.report.table import METRICS
-from compress.saved import changes, cost_of, sync, sync_names
+from compress.saved import changes, check_sums, checksums, cost_of, sync, sync_names
 from eval.memory import give_back, peak_cuda, peak_rss
 
 log = logging.getLogger(__name__)
@@ -38,13 +38,16 @@ RUN = "run.json"
 MEASURED = "measured.state"
 # What the command line leaves in a folder before a run begins in it.
 BEFORE = (".hydra", "compress.log")
+# How words begin that decide nothing of what comes out.
+UNDECIDING = ("spill=",)
 
 
 @dataclass(frozen=True)
 class Step:
     """What a step left: its report, its seconds, the peak bytes of the process that made it so far.
 
-    taken: it was made by an earlier start; state: what its state cost, see ``saved.Cost``
+    taken: it was made by an earlier start; state: what its state cost, see ``saved.Cost``; files: checksums
+    of its weights
     """
 
     report: dict[str, Any]
@@ -54,6 +57,7 @@ class Step:
     taken: bool
     state: dict[str, Any] | None = None
     fingerprint: dict[str, Any] | None = None
+    files: dict[str, int] | None = None
 
 
 def check_free(out: Path) -> None:
@@ -105,8 +109,14 @@ def _free_and_of(run: Path, overrides: list[str]) -> bool:
     # Hydra's own file: a power cut may have left anything.
     with contextlib.suppress(UserError, OSError, ValueError, yaml.YAMLError):
         check_unheld(run)
-        return bool(yaml.safe_load(asked.read_text(encoding="utf-8")) == overrides)
+        known = yaml.safe_load(asked.read_text(encoding="utf-8"))
+        return _deciding(known) == _deciding(overrides)
     return False
+
+
+def _deciding(words: list[str]) -> list[str]:
+    """The words that decide what comes out."""
+    return [word for word in words if not word.startswith(UNDECIDING)]
 
 
 def check_unheld(out: Path) -> None:
@@ -197,10 +207,18 @@ def keep_same(out: Path, steps: dict[str, dict[str, Any]]) -> None:
 def _changed(out: Path, name: str, fingerprint: dict[str, Any]) -> str:
     """Why a step that is there is not what would be made, in words; empty if it is."""
     try:
-        known = made(out, name).fingerprint
+        known = made(out, name)
     except UserError as error:
         return f"its report cannot be read: {error}"
-    return changes(known, fingerprint) if known else "another version of this program made it"
+    if known.fingerprint is None or known.files is None:
+        return "another version of this program made it"
+    if changed := changes(known.fingerprint, fingerprint):
+        return changed
+    try:
+        check_sums(out / name, known.files)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def made(out: Path, name: str) -> Step:
@@ -254,6 +272,12 @@ def step(
                     "peak_cuda": peak_cuda(),
                     "state": None if cost is None else asdict(cost),
                     "fingerprint": fingerprint,
+                    # Of a card and the manifest that names it more is to come.
+                    "files": {
+                        name: checksum
+                        for name, checksum in checksums(target).items()
+                        if name.endswith(WEIGHTS)
+                    },
                     "report": found,
                 }
                 write_json(partial, facts)

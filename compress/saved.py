@@ -145,6 +145,8 @@ class Saved:
         # Of the last save: its bytes and seconds.
         self._last: tuple[int, float] | None = None
         self._cost = Cost()
+        # Of the files of ``files`` that a position named already: they are written once.
+        self._sums: dict[str, int] = {}
 
     def part(self, name: str) -> Saved:
         """The state of a part of the work, with the same fingerprint."""
@@ -174,6 +176,8 @@ class Saved:
         common = set.intersection(*map(set, self.team.exchange(list(map(_number, positions)))))
         newest = [folder for folder in positions if _number(folder) == max(common, default=0)]
         # Where the others have none the main one says why its own is not gone on from.
+        if not positions and self.team.is_main and self.path.exists():
+            log.info("%s: no position was kept, it starts from its beginning", _named(self.path))
         looked_at = newest or positions[-1:]
         found, stale = self._read(looked_at[0]) if looked_at else (None, self.path)
         if not all(self.team.exchange(bool(newest) and found is not None)):
@@ -199,6 +203,10 @@ class Saved:
                 log.warning("%s starts anew: %s", _named(self.whole), changed)
                 return None, self.whole
             check_sums(folder, saved["checksums"])
+            if self.team.is_main:
+                assert self.path is not None
+                check_sums(self.path / FILES, saved["files"])
+                self._sums = saved["files"]
             return Position(saved["facts"], Tensors(folder / TENSORS)), self.path
         except (UserError, SafetensorError, OSError, KeyError, AttributeError) as error:
             log.warning(
@@ -245,7 +253,12 @@ class Saved:
         file.close()
         write_json(
             partial / FACTS,
-            {"fingerprint": self.fingerprint, "checksums": checksums(partial), "facts": facts},
+            {
+                "fingerprint": self.fingerprint,
+                "checksums": checksums(partial),
+                "files": self._checked_files(),
+                "facts": facts,
+            },
         )
         sync(partial)
         if self.team.is_main and (self.path / FILES).exists():
@@ -262,6 +275,13 @@ class Saved:
             shutil.rmtree(folder)
         self._since = now()
         self._note(sum(t.nbytes for t in given.values()), on_disk, self._since - start)
+
+    def _checked_files(self) -> dict[str, int]:
+        """Checksums of the files that are whole by now."""
+        assert self.path is not None
+        if self.team.is_main and (self.path / FILES).exists():
+            self._sums = checksums(self.path / FILES, self._sums)
+        return self._sums
 
     def _note(self, nbytes: int, on_disk: int, seconds: float) -> None:
         assert self.path is not None
@@ -370,10 +390,12 @@ def _number(position: Path) -> int:
     return int(position.name.removeprefix(PREFIX))
 
 
-def checksums(folder: Path) -> dict[str, int]:
-    """CRC-32 of each file in a folder, by its path there."""
+def checksums(folder: Path, known: Mapping[str, int] | None = None) -> dict[str, int]:
+    """CRC-32 of each file in a folder, by its path there. known: of those that need not be read"""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {str(file.relative_to(folder)): _checksum(file) for file in files}
+    names = {str(file.relative_to(folder)): file for file in files}
+    had = known or {}
+    return {n: had[n] if n in had else _checksum(file) for n, file in names.items()}
 
 
 def check_sums(folder: Path, known: dict[str, int]) -> None:

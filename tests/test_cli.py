@@ -591,6 +591,8 @@ import os, signal, sys
 from compress import saved
 from compress.__main__ import main
 
+# Tests that are started in the background are deaf to it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 saved.TIMES, save, left = 0, saved.Saved.save, [int(os.environ["SAVES"])]
 
 def deadly(self, *words):

@@ -6,6 +6,8 @@ import hashlib
 import importlib.util
 import logging
 import os
+import pickle
+import re
 import shutil
 import sys
 import zipfile
@@ -250,6 +252,13 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
         found = torch.load(
             file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
         )
+    except pickle.UnpicklingError as error:
+        # torch's own words advise to read it without weights_only.
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = found[1] if found else "other objects"
+        raise UserError(
+            f"{file} holds more than tensors ({what}), which may run code: it is not read"
+        ) from error
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{file} cannot be read as tensors alone: {reason}") from error

@@ -320,6 +320,8 @@ def test_the_newest_unfinished_run_of_the_same_words_is_found(tmp_path: Path) ->
         (harmed / ".hydra" / "overrides.yaml").write_bytes(content)
         assert unfinished(tmp_path, words) == newest
     assert unfinished(tmp_path, words) == newest
+    # Where hidden states were kept decides nothing.
+    assert unfinished(tmp_path, [words[0], "spill=true", words[1]]) == newest
     # One that another process works on is left alone.
     with opened(newest, DECISIVE):
         assert unfinished(tmp_path, words) == tmp_path / "1"
@@ -346,3 +348,27 @@ def test_the_newest_unfinished_sweep_of_the_same_words_is_found(tmp_path: Path) 
         assert second == [a / "2-0", b / "2-1", a / "2-2"]
         with opened(second[1], DECISIVE):
             assert unfinished_sweep(jobs) is None
+
+
+def test_a_step_whose_weights_were_damaged_starts_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def make(target: Path, _: Path) -> dict[str, Any]:
+        target.mkdir()
+        (target / "model.safetensors").write_bytes(b"weights")
+        (target / "README.md").write_text("a card")
+        return {}
+
+    fingerprints = {"quantize": {"bits": 4}, "checkpoint": {"after": "quantize"}}
+    for name, fingerprint in fingerprints.items():
+        step(tmp_path, name, make, fingerprint)
+    # A card is completed later.
+    (tmp_path / "quantize" / "README.md").write_text("another")
+    keep_same(tmp_path, fingerprints)
+    assert (tmp_path / "quantize").exists()
+    (tmp_path / "quantize" / "model.safetensors").write_bytes(b"weighty")
+    keep_same(tmp_path, fingerprints)
+    assert not (tmp_path / "quantize").exists()
+    assert not (tmp_path / "checkpoint").exists()
+    assert "quantize starts anew" in caplog.text
+    assert "model.safetensors does not hold the bytes that were written" in caplog.text

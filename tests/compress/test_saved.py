@@ -208,3 +208,21 @@ def test_here_is_the_same_twice() -> None:
     assert facts == here(torch.device("cpu"))
     assert facts["threads"] == torch.get_num_threads()
     assert len(facts["code"]) == 64
+
+
+def test_a_file_of_finished_work_that_was_damaged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved = Saved(tmp_path / "quantize.state" / "blocks")
+    assert saved.load() is None
+    with saved.files(tmp_path / "quantize") as folder:
+        for index in range(2):
+            (folder / f"block-{index}.safetensors").write_bytes(bytes([index]) * 100)
+            saved.save({"done": index + 1})
+        again = Saved(tmp_path / "quantize.state" / "blocks")
+        position = again.load()
+        assert position is not None
+        assert position.facts == {"done": 2}
+        (folder / "block-0.safetensors").write_bytes(b"\1" * 100)
+    assert Saved(tmp_path / "quantize.state" / "blocks").load() is None
+    assert "block-0.safetensors does not hold the bytes that were written" in caplog.text
