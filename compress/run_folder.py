@@ -110,7 +110,8 @@ def _free_and_of(run: Path, overrides: list[str]) -> bool:
     with contextlib.suppress(UserError, OSError, ValueError, yaml.YAMLError):
         check_unheld(run)
         known = yaml.safe_load(asked.read_text(encoding="utf-8"))
-        return _deciding(known) == _deciding(overrides)
+        if isinstance(known, list):
+            return _deciding(list(map(str, known))) == _deciding(overrides)
     return False
 
 

@@ -316,7 +316,7 @@ def test_the_newest_unfinished_run_of_the_same_words_is_found(tmp_path: Path) ->
     left(tmp_path / "5", [*reversed(words)], "run.json")
     left(tmp_path / "6", None, "run.json")
     harmed = left(tmp_path / "7", words, "run.json")
-    for content in (b"[\0", b"\xff", b"- ["):
+    for content in (b"[\0", b"\xff", b"- [", b"", b"- 1", b"a: 1"):
         (harmed / ".hydra" / "overrides.yaml").write_bytes(content)
         assert unfinished(tmp_path, words) == newest
     assert unfinished(tmp_path, words) == newest
