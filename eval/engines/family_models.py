@@ -156,7 +156,9 @@ def random_model(kind: str, dtype: torch.dtype = torch.float32) -> Any:
     return model
 
 
-def written_seeing_model(kind: str, path: Path) -> tuple[Any, ModelFolder]:
+def written_seeing_model(
+    kind: str, path: Path, dtype: torch.dtype = torch.float32
+) -> tuple[Any, ModelFolder]:
     """A model that sees images too, with a language part."""
     config = AutoConfig.for_model(kind, **SEEING[kind])
     torch.manual_seed(0)
@@ -166,7 +168,7 @@ def written_seeing_model(kind: str, path: Path) -> tuple[Any, ModelFolder]:
         parameter.data = noise / parameter.shape[-1] ** 0.5 if parameter.dim() == 2 else parameter
         if "norm" in name:
             parameter.data += 0.2 * noise
-    model.save_pretrained(path)
+    model.to(dtype).save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
     return model, ModelFolder(path)
 
