@@ -125,19 +125,25 @@ def asked(engine: str, python: Path, folder: Path, expected: Tensor, place: Path
         # Else it rounds inputs too.
         "VLLM_CPU_INT4_W4A8": "0",
     }
-    try:
-        done = subprocess.run(
+    log = place / "log"
+    with log.open("w") as out:
+        started = subprocess.Popen(
             words,
             env={**os.environ, **settings, "PYTHONPATH": ""},
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-            check=False,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
+    try:
+        code = started.wait(SECONDS)
     except subprocess.TimeoutExpired:
         return {"error": f"no answer in {SECONDS} s"}
-    if done.returncode:
-        return {"error": said(done.stdout + done.stderr)}
+    finally:
+        # What it started does not always end with it.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+    if code:
+        return {"error": said(log.read_text(encoding="utf-8", errors="replace"))}
     found = load_file(place / engine)["log_probs"]
     return {"off": round(float((found - expected).abs().mean()), 5)}
 
