@@ -13,8 +13,10 @@ added to what OUT holds of other kinds and engines.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
