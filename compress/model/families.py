@@ -125,6 +125,8 @@ class Family:
     draft_blocks: str = ""
     # Sizes by the names that config.json has for them, where those are others than Llama's.
     settings: Mapping[str, str] = field(default_factory=dict)
+    # Whether head and embedding are one matrix where config.json does not say.
+    tied: bool = False
     # Whether a block returns its hidden states as the first of several.
     tuples: bool = False
     # What does not apply to it, and why.
@@ -302,13 +304,14 @@ QWEN3 = _llama_like(
     refuses={"decoder": NO_ENGINE},
 )
 # Some blocks do not turn their heads by position.
-SMOLLM3 = _llama_like("smollm3", "smollm3", refuses={"decoder": NO_ENGINE})
+SMOLLM3 = _llama_like("smollm3", "smollm3", tied=True, refuses={"decoder": NO_ENGINE})
 # Norms before and behind attention and MLP.
 GEMMA3 = _llama_like(
     "gemma3",
     "gemma3_text",
     inputs=(*_attention(), *_mlp("pre_feedforward_layernorm")),
     norm_shift=1.0,
+    tied=True,
     refuses=POST_NORMS,
 )
 GEMMA2 = replace(GEMMA3, name="gemma2", model_types=("gemma2",), refuses=POST_NORMS | CAPPED)
@@ -379,6 +382,7 @@ OPT = Family(
     final_norm="model.decoder.final_layer_norm",
     rotary="",
     base="model.",
+    tied=True,
     settings={"intermediate_size": "ffn_dim"},
     refuses=LAYER_NORMS,
 )
@@ -400,6 +404,7 @@ FALCON = Family(
     rotary="transformer.rotary_emb",
     settings={"intermediate_size": "", "num_key_value_heads": "num_kv_heads"},
     tuples=True,
+    tied=True,
     refuses=FUSED
     | {"bitsandbytes": "its linears are of a class that bitsandbytes does not replace"},
 )
@@ -520,6 +525,7 @@ GPT2 = Family(
     rotary="",
     base="transformer.",
     derived=(".attn.bias", ".attn.masked_bias"),
+    tied=True,
     settings={
         "hidden_size": "n_embd",
         "intermediate_size": "",
@@ -641,6 +647,17 @@ def check_applies(what: str, config: dict[str, Any]) -> Family:
             f"{what} does not apply to models of type {config['model_type']}: {family.refuses[what]}"
         )
     return family
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether head and embedding are one matrix, by a config.json."""
+    stated = config.get("tie_word_embeddings")
+    if stated is not None:
+        return bool(stated)
+    try:
+        return family_of(dict(config)).tied
+    except UserError:
+        return False
 
 
 def has_logits_of_head(config: dict[str, Any]) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from compress.disk import writing
 from compress.errors import UserError
-from compress.model.families import Family, family_of
+from compress.model.families import Family, family_of, is_tied
 from compress.model.gguf_file import SUFFIX, GGUFFile
 from compress.model.language import Outer, outer_of, text_config
 from compress.model.stored import Place, Spelling, Stored
@@ -293,7 +293,7 @@ class ModelFolder:
 
     @property
     def tied_head(self) -> bool:
-        return bool(self.config.get("tie_word_embeddings", False))
+        return is_tied(self.config)
 
     def companions(self) -> Iterator[Path]:
         """Tokenizer, chat template, generation config, licence: files that travel along. Raises UserError for

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ from compress.model.check import check_model
 from compress.model.families import FAMILIES, family_of
 from compress.model.folder import ModelFolder, open_tensors
 from compress.model.language import text_name
+from compress.model.shapes import ShapeFolder
+from compress.model.skeleton import model_of
 from compress.model.walk import Walk
+from compress.plan.checkpoint import as_planned
 from compress.quantize.rounding import Gptq, Nearest
 from compress.quantize.scheme import Scheme, Schemes
 from compress.quantize.stage import open_block, quantize
@@ -170,3 +174,23 @@ def test_the_table_in_the_docs_is_what_the_command_prints() -> None:
     text = (Path(__file__).parents[3] / "docs" / "families.md").read_text(encoding="utf-8")
     table = text.partition("<!-- compress families -->\n")[2].partition("\n<!-- end -->")[0]
     assert table == known(list(FAMILIES))
+
+
+# Of well-known models, as their files on the hub say it, without what shapes do not depend on; and how many
+# parameters they are known to have, in billions.
+ON_THE_HUB = json.loads((Path(__file__).parents[2] / "hub_configs.json").read_text())
+
+
+@pytest.mark.parametrize("name", ON_THE_HUB)
+def test_models_of_the_hub_have_as_many_parameters_as_is_known(name: str) -> None:
+    """With what their configs leave out (ties, heads, sizes), and without memory for a single weight."""
+    known = ON_THE_HUB[name]
+    shapes = ShapeFolder(name, known["config"])
+    found = as_planned(shapes, None)
+    assert found.parameters / 1e9 == pytest.approx(known["billions"], rel=0.005)
+    model = model_of(shapes.config, torch.bfloat16)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert family_of(shapes.config).linears_in(
+        n for n, part in model.get_submodule(family_of(shapes.config).blocks)[-1].named_modules()
+        if isinstance(part, torch.nn.Linear)
+    )  # fmt: skip
