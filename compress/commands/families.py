@@ -104,9 +104,9 @@ def _check_names(folder: ModelFolder) -> None:
     beyond = [name for name in folder.names if name not in known]
     if absent and beyond:
         raise UserError(
-            f"{folder.path}: transformers names these tensors otherwise in checkpoints ({beyond[0]}, where "
-            f"its modules have {absent[0]}): only a type whose checkpoint names are those of its modules "
-            "can be added"
+            f"{folder.path}: transformers names these tensors otherwise in checkpoints ({beyond[0]} is "
+            f"there, its modules have {absent[0]}): only a type whose checkpoint names are those of its "
+            "modules can be added"
         )
 
 

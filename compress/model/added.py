@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -217,7 +218,7 @@ def _value(key: str, hint: Any, value: Any) -> Any:
         return value
     if hint == (str | None) and (value is None or _is_text(value)):
         return value
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+    if hint is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
     if hint in (str, bool) and type(value) is hint:
         return value
