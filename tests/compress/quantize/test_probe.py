@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 from transformers.models.stablelm.modeling_stablelm import StableLmDecoderLayer
 
 from compress.commands.families import main
@@ -221,6 +222,20 @@ def test_blocks_whose_rows_depend_on_one_another_are_told(
         probe(config_of("stablelm", LLAMA, tmp_path))
 
 
+def test_experts_by_another_name_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would keep 16 bits, without a word."""
+    init = OlmoeSparseMoeBlock.__init__
+
+    def renamed(self: Any, config: Any) -> None:
+        init(self, config)
+        self.pool = self.experts
+        del self.experts
+
+    monkeypatch.setattr(OlmoeSparseMoeBlock, "__init__", renamed)
+    with pytest.raises(UserError, match=r"its experts \(mlp\.pool\) are not one module named exp"):
+        probe(config_of("olmoe", UNKNOWN["olmoe"], tmp_path))
+
+
 def test_config_json_is_enough(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,7 +243,7 @@ def test_config_json_is_enough(
     folder = config_of("stablelm", LLAMA, tmp_path / "model")
     bucket = fsspec.filesystem("memory")
     bucket.pipe("/bucket/model/config.json", (folder.path / "config.json").read_bytes())
-    # It would not be read as weights.
+    # It is not fetched.
     bucket.pipe("/bucket/model/model.safetensors", b"x")
     told = []
     for where in (str(folder.path), "memory://bucket/model"):
@@ -237,6 +252,7 @@ def test_config_json_is_enough(
         file = families_dir() / "stablelm.json"
         assert read_family(file).attention_output == "self_attn.o_proj"
         file.unlink()
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
     assert told[0] == told[1]
     assert told[0].endswith("the names of its tensors were not checked")
 
