@@ -100,8 +100,8 @@ def _check_names(folder: ModelFolder) -> None:
     expected = ShapeFolder(f"{folder.path}/config.json", folder.config)
     absent = [name for name in expected.names if name not in folder]
     # Some files of tied models hold the shared matrix twice.
-    known = {*expected.names, *(f"{name}.weight" for name in family_of(folder.config).head_names)}
-    beyond = [name for name in folder.names if name not in known]
+    asked = {*expected.names, *(f"{name}.weight" for name in family_of(folder.config).head_names)}
+    beyond = [name for name in folder.names if name not in asked]
     if absent and beyond:
         raise UserError(
             f"{folder.path}: transformers names these tensors otherwise in checkpoints ({beyond[0]} is "

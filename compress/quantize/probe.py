@@ -246,6 +246,8 @@ class _Trial:
         _fill(layer)
         self.X = torch.randn(SEQUENCES, LENGTH, hidden)
         alone = torch.cat([run(layer, x, arguments) for x in self.X.split(1)])
+        if not alone.isfinite().all():
+            raise UserError("with random weights its blocks do not end in numbers")
         self.order: list[str] = []
         self.attention = self.attention_output = ""
         self.tuple = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -208,17 +209,24 @@ def test_what_cannot_be_probed_is_told(
     assert not families_dir().exists()
 
 
-def test_blocks_whose_rows_depend_on_one_another_are_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("added", "reason"),
+    [
+        (lambda X: X.mean(0), "what its blocks are handed for one sequence does not fit several"),
+        (lambda X: X.log(), "with random weights its blocks do not end in numbers"),
+    ],
+)
+def test_blocks_that_cannot_be_compared_are_told(
+    added: Callable[[Tensor], Tensor], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a block makes of two sequences is what it makes of each, or it cannot run as blocks are run."""
     forward = StableLmDecoderLayer.forward
 
-    def mixed(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return forward(self, hidden_states, *args, **kwargs) + hidden_states.mean(0)
+    def changed(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, hidden_states, *args, **kwargs) + added(hidden_states)
 
-    monkeypatch.setattr(StableLmDecoderLayer, "forward", mixed)
-    with pytest.raises(UserError, match="for one sequence does not fit several"):
+    monkeypatch.setattr(StableLmDecoderLayer, "forward", changed)
+    with pytest.raises(UserError, match=f"stablelm cannot be probed: {reason}"):
         probe(config_of("stablelm", LLAMA, tmp_path))
 
 
