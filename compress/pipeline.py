@@ -68,7 +68,7 @@ from compress.prune.preview import previews
 from compress.prune.stage import check as check_prune
 from compress.quantize import record
 from compress.quantize.search import budget
-from compress.quantize.stage import linear_names, settle
+from compress.quantize.stage import check_roundings, linear_names, settle
 from compress.report.table import METRICS, table
 from compress.report.verdict import verdict
 from compress.rotate import rotated_sizes
@@ -257,6 +257,7 @@ def check_shape(run: Run, model: Shapes) -> None:
     if "quantize" in stages:
         linears = {name: model.shape(f"{name}.weight") for name in linear_names(model, family)}
         settled = settle(model, family, run.schemes)
+        check_roundings(run.roundings, model.config)
         if run.search is not None:
             budget(model, run.search, run.schemes)
         if run.distill is not None and "distill" in stages[stages.index("quantize") :]:

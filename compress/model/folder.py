@@ -96,6 +96,8 @@ class ModelFolder:
         if not self.path.is_dir():
             raise UserError(f"model folder {self.path} does not exist")
         self.stated: dict[str, Any] = read_json(self.path / "config.json")
+        if _is_in_library(self.stated):
+            del self.stated[REMOTE]
         self.outer = outer_of(self.stated)
         self._places: dict[Path, dict[str, Place]] = {}
         self.config = self.stated if self.outer is None else self._text_config(self.outer)
@@ -388,6 +390,18 @@ def _deeper(value: Any, levels: int) -> bool:
 # How a config names code that lies beside it or on the hub: classes, and how attention is computed.
 REMOTE = "auto_map"
 CODE = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+
+
+def _is_in_library(config: dict[str, Any]) -> bool:
+    """Whether the code that a config names is of a model that has come into transformers under its name
+    since: then it is left out, and the library's is run."""
+    named = config.get(REMOTE)
+    if not isinstance(named, dict):
+        return False
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    ours = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
+    return ours is not None and str(named.get("AutoModelForCausalLM")).rpartition(".")[2] == ours
 
 
 def check_code(file: Path, settings: dict[str, Any]) -> None:
