@@ -217,6 +217,11 @@ def _check_processes(run: Run) -> None:
 
 def _check_stages(run: Run, model: ModelFolder) -> list[str]:
     """Returns what to warn of."""
+    if run.settings.data.all_experts and family_of(model.config).experts is None:
+        raise UserError(
+            f"data.all_experts=true is for models with experts, which type {model.config['model_type']} has "
+            "none of: leave it out"
+        )
     sequences = run.settings.data.sequences
     shapes: list[Shapes] = [model]
     if run.prune is not None:

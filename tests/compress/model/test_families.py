@@ -24,10 +24,12 @@ from compress.model.shapes import ShapeFolder
 from compress.model.skeleton import model_of
 from compress.model.walk import Walk
 from compress.plan.checkpoint import as_planned
+from compress.quantize.inputs import InputScheme
 from compress.quantize.rounding import Gptaq, Gptq, Nearest
 from compress.quantize.scheme import Scheme, Schemes
 from compress.quantize.stage import open_block, quantize
 from compress.quantize.transforms import AwqClip, AwqScale
+from compress.runtime.decoder import open_decoder
 from compress.runtime.load import load_dense
 from eval.engines.family_models import KINDS, SEEING, written_model, written_seeing_model
 
@@ -277,3 +279,42 @@ def test_code_that_has_come_into_the_library_is_left_out(tmp_path: Path) -> None
     write_json(tmp_path / "model" / "config.json", {**folder.config, "auto_map": named})
     with pytest.raises(UserError, match="asks for code of its own"):
         ModelFolder(tmp_path / "model")
+
+
+SPLIT = Scheme(8, "channel", True, inputs=InputScheme(outliers="dynamic"))
+
+
+def test_formats_of_models_in_16_bits(
+    made_in_16_bits: ModelFolder, tokens: Tensor, tmp_path: Path
+) -> None:
+    """AWQ and bitsandbytes hold those alone."""
+    for name, scheme in (("awq", Scheme(4, 32)), ("bitsandbytes", SPLIT)):
+        if name in family_of(made_in_16_bits.config).refuses:
+            with pytest.raises(UserError, match=f"{name} does not apply"):
+                check_fits(name, made_in_16_bits, Schemes(scheme), {})
+            continue
+        quantize(
+            made_in_16_bits, tmp_path / f"{name}-record", tokens=tokens, schemes=Schemes(scheme), transforms=[],
+            roundings=[Nearest()], device=CPU,
+        )  # fmt: skip
+        record = ModelFolder(tmp_path / f"{name}-record")
+        FORMATS[name].write(record, tmp_path / name)
+        audit(record, ModelFolder(tmp_path / name))
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def made_in_16_bits(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> ModelFolder:
+    path = tmp_path_factory.mktemp(f"{request.param}-16") / "model"
+    return written_model(request.param, path, torch.bfloat16)[1]
+
+
+def test_the_decode_engine(made_in_16_bits: ModelFolder) -> None:
+    """It runs a model, or says why not."""
+    if "decoder" in family_of(made_in_16_bits.config).refuses:
+        with pytest.raises(UserError, match="decoder does not apply"):
+            open_decoder(made_in_16_bits.path, "cpu")
+    else:
+        rows = open_decoder(made_in_16_bits.path, "cpu").generate([[1, 2, 3]], tokens=4)
+        assert [len(row) for row in rows] == [4]
