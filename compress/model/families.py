@@ -127,6 +127,8 @@ class Family:
     settings: Mapping[str, str] = field(default_factory=dict)
     # The ends of names of tensors that stay in 32 bits in models of 16.
     wide: tuple[str, ...] = ()
+    # Whether transformers computes with the weights of linears by itself, so that it must unpack them first.
+    open_weights: bool = False
     # Whether head and embedding are one matrix where config.json does not say.
     tied: bool = False
     # Whether a block returns its hidden states as the first of several.
@@ -413,6 +415,7 @@ FALCON = Family(
     rotary="transformer.rotary_emb",
     settings={"intermediate_size": "", "num_key_value_heads": "num_kv_heads"},
     tuples=True,
+    open_weights=True,
     tied=True,
     refuses=FUSED
     | {"bitsandbytes": "its linears are of a class that bitsandbytes does not replace"},
@@ -506,6 +509,7 @@ MAMBA2 = Family(
     model_types=("mamba2",),
     inputs=(Input(("mixer.in_proj",), "norm"), Input(("mixer.out_proj",), "mixer.norm")),
     writers=("mixer.out_proj",),
+    open_weights=True,
     blocks="backbone.layers",
     embedding="backbone.embeddings",
     final_norm="backbone.norm_f",
