@@ -22,19 +22,19 @@ from torch import Tensor
 
 from compress.errors import UserError
 from compress.export.gguf_blocks import BLOCKS, LONG, MINIMUM, SHORT
-from compress.export.gguf_metadata import add_metadata, check_model, extra_tensors
+from compress.export.gguf_metadata import add_metadata, check_model, extra_tensors, heads_of
 from compress.export.gguf_tokenizer import add_tokenizer, check_tokenizer
 from compress.kv_cache.folder import is_scale
 from compress.model.families import family_of, linears_among
 from compress.model.folder import ModelFolder, Shapes, write_json
 from compress.model.gguf_file import (
-    ARCHITECTURES,
     PLAIN,
     SUFFIX,
-    TURNED,
+    Heads,
     gguf_name,
-    heads_of,
-    rotary_order,
+    is_wide,
+    shift_of,
+    unshifted,
 )
 from compress.model.sources import open_tokenizer
 from compress.quantize import record
@@ -118,9 +118,12 @@ def fits(model: Shapes, schemes: Schemes | None) -> None:
         # What stages leave of a plain folder is not known before.
         if record.KEY in folder.config or (isinstance(model, ModelFolder) and schemes is None):
             _check_stored(folder)
+    family = family_of(model.config)
+    for name in model.names:
+        if not is_scale(name):
+            gguf_name(name, family)
     if schemes is None:
         return
-    family = family_of(model.config)
     linears = set(linears_among(model.names, family))
     for name in model.names:
         base = name.removesuffix(".weight")
@@ -176,9 +179,9 @@ def write(source: ModelFolder, target: Path) -> None:
         check(schemes)
     settings = check_model(source.config, source.path)
     _check_stored(source)
-    planned = list(_planned(source))
+    planned, heads = list(_planned(source)), heads_of(settings)
     most = _most(planned)
-    writer = GGUFWriter(None, ARCHITECTURES[source.config["model_type"]])
+    writer = GGUFWriter(None, heads.architecture)
     extra = extra_tensors(settings)
     for tensor in planned:
         shape, dtype, nbytes = tensor.rows
@@ -187,8 +190,10 @@ def write(source: ModelFolder, target: Path) -> None:
         )
     for name, values in extra.items():
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
-    add_metadata(writer, source.config, settings, most, quantized=schemes is not None)
-    add_tokenizer(writer, source, open_tokenizer(source))
+    tokenizer = open_tokenizer(source)
+    tokens = tokenizer.get_vocab().keys()
+    add_metadata(writer, source.config, settings, most, tokens, quantized=schemes is not None)
+    add_tokenizer(writer, source, tokenizer)
     target.mkdir(parents=True)
     source.copy_companions(target)
     config = {k: v for k, v in source.config.items() if k != record.KEY}
@@ -199,7 +204,7 @@ def write(source: ModelFolder, target: Path) -> None:
     writer.write_ti_data_to_file()
     for tensor, (name, value) in zip(planned, record.contents(source), strict=True):
         assert tensor.name == name, (tensor.name, name)
-        writer.write_tensor_data(_stored(source, tensor, value))
+        writer.write_tensor_data(_stored(source, tensor, value, heads))
     for values in extra.values():
         writer.write_tensor_data(values)
     writer.close()
@@ -208,17 +213,19 @@ def write(source: ModelFolder, target: Path) -> None:
 
 def _planned(source: ModelFolder) -> Iterator[_Planned]:
     """In the order of ``record.contents``, without its tensors."""
+    family = family_of(source.config)
     quantized = set(record.linears(source)) if record.KEY in source.config else set()
     for name in source.names:
         base, _, part = name.rpartition(".")
         if base not in quantized or part == "bias":
             shape = source.shape(name)
-            kind = "F32" if len(shape) == 1 else _TYPES[source.dtype]
-            yield _Planned(name, gguf_name(name), kind, shape)
+            kind = "F32" if is_wide(shape) else _TYPES[source.dtype]
+            yield _Planned(name, gguf_name(name, family), kind, shape)
         elif part == "codes":
             shape, scheme = source.shape(name), record.scheme_of(source, base)
             weight = f"{base}.weight"
-            yield _Planned(weight, gguf_name(weight), _type_of(base, scheme, shape[1]), shape)
+            theirs = gguf_name(weight, family)
+            yield _Planned(weight, theirs, _type_of(base, scheme, shape[1]), shape)
 
 
 def _check_stored(folder: ModelFolder) -> None:
@@ -229,7 +236,7 @@ def _check_stored(folder: ModelFolder) -> None:
     if record.KEY not in folder.config:
         for name in folder.names:
             # In a GGUF file norms and biases are in 32 bits, and come out in the type of the model.
-            widened = folder.file_of(name).suffix == SUFFIX and len(folder.shape(name)) == 1
+            widened = folder.file_of(name).suffix == SUFFIX and is_wide(folder.shape(name))
             if not widened and folder.stored_type(name) != _TYPES[folder.dtype]:
                 raise UserError(
                     f"export={NAME} holds models of one type, and {name} is in {folder.stored_type(name)}, "
@@ -260,31 +267,33 @@ def _most(planned: list[_Planned]) -> str:
     return max(sorted(weights), key=lambda kind: weights[kind])
 
 
-def _stored(source: ModelFolder, tensor: _Planned, value: Tensor | QTensor) -> np.ndarray[Any, Any]:
+def _stored(
+    source: ModelFolder, tensor: _Planned, value: Tensor | QTensor, heads: Heads
+) -> np.ndarray[Any, Any]:
     """The bytes of a tensor, its rows in the order of llama.cpp."""
     if isinstance(value, QTensor):
         ((_, rows),) = compress_linear(
             value, record.scheme_of(source, tensor.name.removesuffix(".weight"))
         )
     elif tensor.type == "F32":
-        rows = value.float()
+        rows = value.float() + shift_of(tensor.theirs, family_of(source.config))
     else:
         rows = value.contiguous().view(torch.uint8)
-    heads = heads_of(tensor.theirs, heads_by_key(source.config))
-    if heads is not None:
-        rows = rows[rotary_order(len(rows), heads)]
+    order = heads.order(tensor.theirs, len(rows))
+    if order is not None:
+        rows = rows[order]
     stored: np.ndarray[Any, Any] = rows.contiguous().numpy()
     return stored
 
 
-def heads_by_key(config: dict[str, Any]) -> dict[str, Any]:
-    """What ``heads_of`` reads, of a config.json."""
-    heads = int(config["num_attention_heads"])
-    return {
-        "general.architecture": ARCHITECTURES[config["model_type"]],
-        TURNED["attn_q"]: heads,
-        TURNED["attn_k"]: int(config.get("num_key_value_heads") or heads),
-    }
+def held(folder: ModelFolder, name: str, value: Tensor | QTensor) -> Tensor | QTensor:
+    """What of a tensor a folder in GGUF gives back: all of it but the last bits of norms that add to their
+    weights (see ``unshifted``). Of other folders the value itself."""
+    if isinstance(value, QTensor) or not holds(folder):
+        return value
+    family = family_of(folder.config)
+    shift = shift_of(gguf_name(name, family), family)
+    return unshifted(value.float() + shift, shift, value.dtype) if shift else value
 
 
 def compress_linear(q: QTensor, scheme: Scheme) -> Iterator[tuple[str, Tensor]]:
