@@ -33,7 +33,9 @@ from compress.model.gguf_file import (
     Heads,
     gguf_name,
     is_wide,
+    place_of,
     shift_of,
+    stored_shape,
     unshifted,
 )
 from compress.model.sources import open_tokenizer
@@ -125,13 +127,17 @@ def fits(model: Shapes, schemes: Schemes | None) -> None:
     if schemes is None:
         return
     linears = set(linears_among(model.names, family))
+    types: dict[str, dict[str, str]] = {}
     for name in model.names:
         base = name.removesuffix(".weight")
         scheme = schemes.head if base in (family.embedding, family.head) else None
         if base in linears:
             scheme = schemes.of(base)
         if scheme is not None:
-            _type_of(base, scheme, model.shape(name)[1])
+            kind = _type_of(base, scheme, model.shape(name)[1])
+            types.setdefault(gguf_name(name, family), {})[name] = kind
+    for alike in types.values():
+        _check_alike(alike)
 
 
 def _type_of(base: str, scheme: Scheme, columns: int) -> str:
@@ -144,9 +150,10 @@ def _type_of(base: str, scheme: Scheme, columns: int) -> str:
 
 @dataclass(frozen=True)
 class _Planned:
-    """A tensor as it will be written: our name, llama.cpp's, its type, the shape of its bytes or numbers."""
+    """A tensor as it will be written: our name, or those of all experts; llama.cpp's, its type, the shape of
+    its numbers."""
 
-    name: str
+    names: tuple[str, ...]
     theirs: str
     type: str
     shape: tuple[int, ...]
@@ -202,9 +209,9 @@ def write(source: ModelFolder, target: Path) -> None:
     writer.write_header_to_file(target / f"model-{most}{SUFFIX}")
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for tensor, (name, value) in zip(planned, record.contents(source), strict=True):
-        assert tensor.name == name, (tensor.name, name)
-        writer.write_tensor_data(_stored(source, tensor, value, heads))
+    for tensor in planned:
+        parts = [_stored(source, name, tensor, heads) for name in tensor.names]
+        writer.write_tensor_data(np.stack(parts) if len(tensor.shape) > 2 else parts[0])
     for values in extra.values():
         writer.write_tensor_data(values)
     writer.close()
@@ -212,20 +219,37 @@ def write(source: ModelFolder, target: Path) -> None:
 
 
 def _planned(source: ModelFolder) -> Iterator[_Planned]:
-    """In the order of ``record.contents``, without its tensors."""
+    """In file order; all experts of a block together."""
     family = family_of(source.config)
     quantized = set(record.linears(source)) if record.KEY in source.config else set()
+    found: dict[str, list[tuple[int | None, str, str, tuple[int, ...]]]] = {}
     for name in source.names:
         base, _, part = name.rpartition(".")
+        shape = source.shape(name)
         if base not in quantized or part == "bias":
-            shape = source.shape(name)
-            kind = "F32" if is_wide(shape) else _TYPES[source.dtype]
-            yield _Planned(name, gguf_name(name, family), kind, shape)
+            theirs, expert = place_of(name, family)
+            kind = "F32" if is_wide(theirs, shape) else _TYPES[source.dtype]
+            found.setdefault(theirs, []).append((expert, name, kind, stored_shape(theirs, shape)))
         elif part == "codes":
-            shape, scheme = source.shape(name), record.scheme_of(source, base)
-            weight = f"{base}.weight"
-            theirs = gguf_name(weight, family)
-            yield _Planned(weight, theirs, _type_of(base, scheme, shape[1]), shape)
+            kind = _type_of(base, record.scheme_of(source, base), shape[1])
+            theirs, expert = place_of(f"{base}.weight", family)
+            found.setdefault(theirs, []).append((expert, f"{base}.weight", kind, shape))
+    for theirs, parts in found.items():
+        parts.sort(key=lambda part: part[0] or 0)
+        (first, name, kind, shape), names = parts[0], tuple(part[1] for part in parts)
+        _check_alike({part[1]: part[2] for part in parts})
+        yield _Planned(names, theirs, kind, shape if first is None else (len(parts), *shape))
+
+
+def _check_alike(types: dict[str, str]) -> None:
+    """Raises UserError for tensors of one in the file that have different types."""
+    first = next(iter(types))
+    for name, kind in types.items():
+        if kind != types[first]:
+            raise UserError(
+                f"export={NAME} has one tensor for all experts of a block, and {first} would be in "
+                f"{types[first]}, {name} in {kind}: give them one scheme"
+            )
 
 
 def _check_stored(folder: ModelFolder) -> None:
@@ -234,9 +258,11 @@ def _check_stored(folder: ModelFolder) -> None:
     for name in filter(is_scale, folder.names):
         raise UserError(f"export={NAME} has no place for the scales of the cache, {name}")
     if record.KEY not in folder.config:
+        family = family_of(folder.config)
         for name in folder.names:
             # In a GGUF file norms and biases are in 32 bits, and come out in the type of the model.
-            widened = folder.file_of(name).suffix == SUFFIX and is_wide(folder.shape(name))
+            theirs = gguf_name(name, family)
+            widened = folder.file_of(name).suffix == SUFFIX and is_wide(theirs, folder.shape(name))
             if not widened and folder.stored_type(name) != _TYPES[folder.dtype]:
                 raise UserError(
                     f"export={NAME} holds models of one type, and {name} is in {folder.stored_type(name)}, "
@@ -262,23 +288,22 @@ def _most(planned: list[_Planned]) -> str:
     """The type of most weights of the blocks."""
     weights: Counter[str] = Counter()
     for tensor in planned:
-        if len(tensor.shape) == 2 and tensor.theirs.startswith("blk."):
+        if len(tensor.shape) >= 2 and tensor.theirs.startswith("blk."):
             weights[tensor.type] += int(np.prod(tensor.shape))
     return max(sorted(weights), key=lambda kind: weights[kind])
 
 
-def _stored(
-    source: ModelFolder, tensor: _Planned, value: Tensor | QTensor, heads: Heads
-) -> np.ndarray[Any, Any]:
-    """The bytes of a tensor, its rows in the order of llama.cpp."""
-    if isinstance(value, QTensor):
-        ((_, rows),) = compress_linear(
-            value, record.scheme_of(source, tensor.name.removesuffix(".weight"))
-        )
+def _stored(source: ModelFolder, name: str, tensor: _Planned, heads: Heads) -> np.ndarray[Any, Any]:
+    """The bytes of one of ours, its rows in the order of llama.cpp."""
+    base = name.removesuffix(".weight")
+    if tensor.type in BLOCKS:
+        q = record.read_linear(source, base)
+        ((_, rows),) = compress_linear(q, record.scheme_of(source, base))
     elif tensor.type == "F32":
-        rows = value.float() + shift_of(tensor.theirs, family_of(source.config))
+        rows = source.tensor(name).float() + shift_of(tensor.theirs, family_of(source.config))
+        rows = rows.view(stored_shape(tensor.theirs, tuple(rows.shape)))
     else:
-        rows = value.contiguous().view(torch.uint8)
+        rows = source.tensor(name).contiguous().view(torch.uint8)
     order = heads.order(tensor.theirs, len(rows))
     if order is not None:
         rows = rows[order]

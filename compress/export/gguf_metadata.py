@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 SILU, TANH_GELU = ("silu", "swish"), ("gelu_pytorch_tanh", "gelu_new")
 PLAIN_ROPES = ("default", "linear", "yarn")
 UNBIASED = {"attention_bias": (False,)}
+# Every block has experts.
+SPARSE: dict[str, tuple[Any, ...]] = {"mlp_only_layers": (None, []), "decoder_sparse_step": (1,)}
 # Layers of the sizes of Gemma that scale queries by hidden size / heads, not by the head's.
 GEMMA_27B = {"gemma2": 46, "gemma3": 62}
 
@@ -78,12 +80,21 @@ GRAPHS = {
     ),
     "olmo2": Graph(settings=UNBIASED, tied=False, square=True),
     "phi3": Graph(ropes=("default", "longrope"), part=True, square=True),
+    "qwen2moe": Graph(settings={**SPARSE, "norm_topk_prob": (False,)}, tied=False, square=True),
+    "qwen3moe": Graph(settings={**UNBIASED, **SPARSE, "norm_topk_prob": (True,)}),
 }
 # general.file_type by the type of most weights.
 FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11,
     "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "BF16": 32, "MXFP4": 38,
 }  # fmt: skip
+# How experts are told, by the keys that config.json may have for it.
+EXPERTS = {
+    "add_expert_count": ("num_experts", "num_local_experts"),
+    "add_expert_used_count": ("num_experts_per_tok",),
+    "add_expert_feed_forward_length": ("moe_intermediate_size",),
+    "add_expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
+}
 # Where config.json tells what a model was called.
 NAMES = ("_name_or_path", "_model_name_or_path")
 # What llama.cpp looks for in that, to treat these tokens as Phi-3 does; without them it does not load.
@@ -245,6 +256,10 @@ def add_metadata(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     graph = GRAPHS[heads.architecture]
+    for add, keys in EXPERTS.items():
+        number = next((getattr(config, key) for key in keys if hasattr(config, key)), None)
+        if number is not None:
+            getattr(writer, add)(number)
     for key in graph.capped:
         getattr(writer, f"add_{key}")(getattr(config, key))
     if graph.windows:

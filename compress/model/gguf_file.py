@@ -27,34 +27,56 @@ from compress.model.families import FAMILIES, Family, family_of
 
 SUFFIX = ".gguf"
 BLOCKS = "blk"
-_LLAMA = {
+_ATTENTION = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
     "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
 }
+_MLP = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+_LLAMA = _ATTENTION | _MLP
 _HEAD_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
 _POST_NORMS = {
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
-_FUSED = {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}
-# What llama.cpp calls the modules of a family's blocks, beside our names, by the name of the family.
+# What llama.cpp calls the modules of a family's blocks, beside our names, by the name of the family; of all
+# experts of a block, ``{}`` in ours, it has one tensor.
 OF_BLOCK: dict[str, dict[str, str]] = {
     "llama": _LLAMA,
-    "qwen3": {**_LLAMA, **_HEAD_NORMS},
+    "qwen3": _LLAMA | _HEAD_NORMS,
     "smollm3": _LLAMA,
-    "gemma2": {**_LLAMA, **_POST_NORMS},
-    "gemma3": {**_LLAMA, **_POST_NORMS, **_HEAD_NORMS},
-    "olmo2": {**_LLAMA, **_POST_NORMS, **_HEAD_NORMS},
-    # Of two names for ffn_up, the last one is read back.
-    "phi3": {**_LLAMA, **_FUSED},
+    "gemma2": _LLAMA | _POST_NORMS,
+    "gemma3": _LLAMA | _POST_NORMS | _HEAD_NORMS,
+    "olmo2": _LLAMA | _POST_NORMS | _HEAD_NORMS,
+    "phi3": _ATTENTION
+    | {
+        "self_attn.qkv_proj": "attn_qkv",
+        "mlp.gate_up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    },
+    "mixtral": _ATTENTION
+    | {
+        "block_sparse_moe.gate": "ffn_gate_inp",
+        "block_sparse_moe.experts.{}.w1": "ffn_gate_exps",
+        "block_sparse_moe.experts.{}.w2": "ffn_down_exps",
+        "block_sparse_moe.experts.{}.w3": "ffn_up_exps",
+    },
+    "qwen_moe": _ATTENTION
+    | _HEAD_NORMS
+    | {
+        "mlp.gate": "ffn_gate_inp",
+        "mlp.experts.{}.gate_proj": "ffn_gate_exps",
+        "mlp.experts.{}.up_proj": "ffn_up_exps",
+        "mlp.experts.{}.down_proj": "ffn_down_exps",
+        "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+        "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+        "mlp.shared_expert.up_proj": "ffn_up_shexp",
+        "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    },
 }
 # Model types and the architecture that llama.cpp runs them as.
 ARCHITECTURES = {
@@ -67,9 +89,14 @@ ARCHITECTURES = {
     "gemma3_text": "gemma3",
     "olmo2": "olmo2",
     "phi3": "phi3",
+    "mixtral": "llama",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
 }
 # Those that turn neighbouring channels by position, where ours turn (i, i + head size / 2).
 INTERLEAVED = ("llama", "smollm3")
+# What is no norm or bias and in 32 bits all the same; and what has one row here, and there no rows.
+PRECISE, FLAT = ("ffn_gate_inp", "ffn_gate_inp_shexp"), "ffn_gate_inp_shexp"
 # Tables that follow from config.json.
 DERIVED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -83,20 +110,30 @@ def _modules(family: Family) -> dict[str, str]:
     return {family.embedding: "token_embd", family.final_norm: "output_norm", family.head: "output"}
 
 
-def gguf_name(name: str, family: Family) -> str:
-    """What llama.cpp calls a tensor of ours, as in ``model.layers.0.mlp.up_proj.weight``."""
+def place_of(name: str, family: Family) -> tuple[str, int | None]:
+    """What llama.cpp calls the tensor that holds one of ours, as in ``model.layers.0.mlp.up_proj.weight``,
+    and of an expert's its number."""
     module, _, part = name.rpartition(".")
     modules = _modules(family)
     if module in modules:
-        return f"{modules[module]}.{part}"
+        return f"{modules[module]}.{part}", None
     found = re.fullmatch(rf"{re.escape(family.blocks)}\.(\d+)\.(.+)", module)
-    if found is None or found[2] not in OF_BLOCK[family.name]:
+    expert = re.search(r"(?<=\.experts\.)\d+", module)
+    local = "" if found is None else re.sub(r"(?<=\.experts\.)\d+", "{}", found[2])
+    if found is None or local not in OF_BLOCK[family.name]:
         raise UserError(f"llama.cpp has no place for {name} in this architecture")
-    return f"{BLOCKS}.{found[1]}.{OF_BLOCK[family.name][found[2]]}.{part}"
+    theirs = f"{BLOCKS}.{found[1]}.{OF_BLOCK[family.name][local]}.{part}"
+    return theirs, None if expert is None else int(expert[0])
+
+
+def gguf_name(name: str, family: Family) -> str:
+    """The first of ``place_of``."""
+    return place_of(name, family)[0]
 
 
 def our_name(name: str, family: Family) -> str | None:
-    """The reverse of ``gguf_name``; None for a name that it never gives."""
+    """The reverse of ``gguf_name``, with ``{}`` for the number of an expert; None for a name that it never
+    gives."""
     module, _, part = name.rpartition(".")
     ours = {theirs: ours for ours, theirs in _modules(family).items()}
     if module in ours:
@@ -120,7 +157,7 @@ class Heads:
     def order(self, name: str, rows: int) -> Tensor | None:
         """Where each stored row of a tensor of llama.cpp's name comes from, int64 (rows,), if that is from
         another place."""
-        part = name.split(".")[2] if name.startswith(f"{BLOCKS}.") else ""
+        part = _part(name)
         if self.architecture in INTERLEAVED and part in ("attn_q", "attn_k"):
             return rotary_order(rows, self.queries if part == "attn_q" else self.keys)
         return None
@@ -132,9 +169,20 @@ def rotary_order(rows: int, heads: int) -> Tensor:
     return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).reshape(-1)
 
 
-def is_wide(shape: tuple[int, ...]) -> bool:
-    """Whether a tensor that is not quantized is stored in 32 bits: norms and biases."""
-    return len(shape) == 1
+def _part(name: str) -> str:
+    """What a tensor of llama.cpp's name is in its block."""
+    return name.split(".")[2] if name.startswith(f"{BLOCKS}.") else ""
+
+
+def is_wide(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of llama.cpp's name that is not quantized is stored in 32 bits: norms, biases, and
+    what chooses experts."""
+    return len(shape) == 1 or _part(name) in PRECISE
+
+
+def stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a tensor of llama.cpp's name has there."""
+    return shape[1:] if _part(name) == FLAT else shape
 
 
 def shift_of(name: str, family: Family) -> float:
@@ -302,6 +350,18 @@ def _entries(path: Path, changed: int, family_name: str) -> dict[str, Entry]:
         if start + offset + length > size or length == 0:
             raise UserError(f"{path} ends before its tensor {theirs} does")
         shift = shift_of(theirs, family)
+        if "{}" in name:
+            experts, *of_one = shape
+            each = length // experts
+            entries |= {
+                name.format(number): Entry(
+                    theirs, kind.name, (*of_one,), start + offset + number * each, each, shift
+                )
+                for number in range(experts)
+            }
+            continue
+        if _part(theirs) == FLAT:
+            shape = (1, *shape)
         entries[name] = Entry(theirs, kind.name, shape, start + offset, length, shift)
     return entries
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from compress.export.formats import Weights
 from compress.export.gguf_metadata import check_model
 from compress.model.families import FAMILIES, family_of
 from compress.model.folder import ModelFolder, save_tensors, write_json
-from compress.model.gguf_file import ARCHITECTURES, OF_BLOCK, gguf_name, our_name
+from compress.model.gguf_file import ARCHITECTURES, OF_BLOCK, gguf_name, our_name, place_of
 from compress.quantize.qtensor import QTensor
 from compress.quantize.rounding import Nearest
 from compress.quantize.scheme import Scheme, Schemes
@@ -41,8 +42,12 @@ CHANGES: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
         },
     },
+    "qwen2_moe": {"mlp_only_layers": []},
+    "qwen3_moe": {"norm_topk_prob": True},
 }
-HERE = ("qwen3", "smollm3", "gemma2", "gemma3", "olmo2", "phi3")
+HERE = (
+    "qwen3", "smollm3", "gemma2", "gemma3", "olmo2", "phi3", "mixtral", "qwen2_moe", "qwen3_moe",
+)  # fmt: skip
 # transformers reads these files too.
 READ_BY_TRANSFORMERS = ("qwen3", "gemma2", "gemma3", "phi3")
 
@@ -87,8 +92,16 @@ def test_names_are_those_of_the_gguf_package(made: Any) -> None:
     theirs = gguf.get_tensor_name_map(architecture, len(KINDS))
     family = family_of(folder.config)
     for name in folder.names:
-        assert gguf_name(name, family) == theirs.get_name(name, (".weight", ".bias")), name
-        assert our_name(gguf_name(name, family), family) == name
+        # Names of all experts together are what it knows, and Mixtral's by its first release.
+        merged = re.sub(r"(?<=experts\.)\d+\.", "", name)
+        merged = re.sub(
+            r"model\.(layers\.\d+)\.block_sparse_moe\.experts", r"\1.feed_forward.experts", merged
+        )
+        assert gguf_name(name, family) == theirs.get_name(merged, (".weight", ".bias")), name
+        expert = place_of(name, family)[1]
+        ours = our_name(gguf_name(name, family), family)
+        assert ours is not None
+        assert ours.format(expert) == name
 
 
 @pytest.mark.parametrize(
@@ -241,6 +254,10 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("olmo2", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
      "the kind dynamic"),
     ("phi3", {"sliding_window": 64}, "a sliding window of 64 tokens"),
+    ("qwen2_moe", {"norm_topk_prob": True}, "norm_topk_prob=True"),
+    ("qwen2_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\]"),
+    ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob=False"),
+    ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
     ("phi3", {"head_dim": 32}, "heads that are not as wide together"),
 ]  # fmt: skip
 
@@ -253,3 +270,32 @@ def test_what_llama_cpp_would_compute_otherwise(
     config = AutoConfig.for_model(model_type, **{**settings, **CHANGES.get(kind, {}), **changes})
     with pytest.raises(UserError, match=f"llama.cpp does not run .*{reason}"):
         check_model(config.to_dict(), Path("model"))
+
+
+def test_experts_are_one_tensor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In the order of their numbers, which that of their names is not from ten on; in one type; the routers
+    in 32 bits, and the gate of the shared expert without its one row."""
+    kind = changed(monkeypatch, "qwen2_moe", num_experts=12, num_hidden_layers=1)
+    _, folder = written_model(kind, tmp_path / "model", torch.bfloat16)
+    path = "model.layers.0.mlp.experts"
+    assert folder.names.index(f"{path}.10.up_proj.weight") < folder.names.index(
+        f"{path}.2.up_proj.weight"
+    )
+    format_gguf.write(folder, tmp_path / "out")
+    exported = ModelFolder(tmp_path / "out")
+    audit(folder, exported)
+    (file,) = exported.weight_files
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    up = stored["blk.0.ffn_up_exps.weight"]
+    assert up.shape.tolist() == [64, 64, 12]
+    found = torch.from_numpy(np.array(up.data)).view(torch.bfloat16)
+    for number in range(12):
+        assert torch.equal(found[number], folder.tensor(f"{path}.{number}.up_proj.weight"))
+    router, gate = stored["blk.0.ffn_gate_inp.weight"], stored["blk.0.ffn_gate_inp_shexp.weight"]
+    assert (router.tensor_type.name, gate.tensor_type.name) == ("F32", "F32")
+    assert (router.shape.tolist(), gate.shape.tolist()) == ([64, 12], [64])
+    mixed = Schemes(Scheme(4, 32), exceptions={f"{path}.3.up_proj": Scheme(8, 32, True)})
+    with pytest.raises(
+        UserError, match=r"one tensor for all experts .*Q4_1, .*3\.up_proj\.weight in Q8_0"
+    ):
+        format_gguf.fits(folder, mixed)
