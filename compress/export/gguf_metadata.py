@@ -18,11 +18,14 @@ import torch
 
 from compress.errors import UserError
 from compress.kv_cache.cache import sliding_windows
-from compress.model.gguf_file import ARCHITECTURES, DERIVED, Heads
+from compress.model.families import family_of
+from compress.model.gguf_file import ARCHITECTURES, DERIVED, OF_BLOCK, Heads
 from compress.model.skeleton import model_of
 
 log = logging.getLogger(__name__)
-SILU, TANH_GELU = ("silu", "swish"), ("gelu_pytorch_tanh", "gelu_new")
+SILU, TANH_GELU = ("silu", "swish"), ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
+# The one by the error function, in whose place llama.cpp's graphs have the one by tanh.
+GELU = "gelu"
 PLAIN_ROPES = ("default", "linear", "yarn")
 UNBIASED = {"attention_bias": (False,)}
 # Every block has experts.
@@ -82,18 +85,40 @@ GRAPHS = {
     "phi3": Graph(ropes=("default", "longrope"), part=True, square=True),
     "qwen2moe": Graph(settings={**SPARSE, "norm_topk_prob": (False,)}, tied=False, square=True),
     "qwen3moe": Graph(settings={**UNBIASED, **SPARSE, "norm_topk_prob": (True,)}),
+    "gptneox": Graph(
+        (*TANH_GELU, GELU), part=True, settings={"attention_bias": (True,)}, tied=False
+    ),
+    "gpt2": Graph(
+        TANH_GELU,
+        settings={
+            "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,),
+            "add_cross_attention": (False,),
+        },
+    ),
+    "falcon": Graph((*TANH_GELU, GELU), settings={"alibi": (False,), "bias": (False,)}),
 }
 # general.file_type by the type of most weights.
 FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11,
     "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "BF16": 32, "MXFP4": 38,
 }  # fmt: skip
-# How experts are told, by the keys that config.json may have for it.
-EXPERTS = {
-    "add_expert_count": ("num_experts", "num_local_experts"),
-    "add_expert_used_count": ("num_experts_per_tok",),
-    "add_expert_feed_forward_length": ("moe_intermediate_size",),
-    "add_expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
+# How keys of the config are told, of models that have them.
+TOLD = {
+    "num_hidden_layers": "add_block_count",
+    "max_position_embeddings": "add_context_length",
+    "hidden_size": "add_embedding_length",
+    "rms_norm_eps": "add_layer_norm_rms_eps",
+    "layer_norm_eps": "add_layer_norm_eps",
+    "layer_norm_epsilon": "add_layer_norm_eps",
+    "use_parallel_residual": "add_parallel_residual",
+    "attn_logit_softcapping": "add_attn_logit_softcapping",
+    "final_logit_softcapping": "add_final_logit_softcapping",
+    "num_experts": "add_expert_count",
+    "num_experts_per_tok": "add_expert_used_count",
+    "moe_intermediate_size": "add_expert_feed_forward_length",
+    "shared_expert_intermediate_size": "add_expert_shared_feed_forward_length",
+    "vocab_size": "add_vocab_size",
 }
 # Where config.json tells what a model was called.
 NAMES = ("_name_or_path", "_model_name_or_path")
@@ -105,6 +130,9 @@ def heads_of(config: Any) -> Heads:
     """Of the config of ``check_model``."""
     heads = config.num_attention_heads
     keys = getattr(config, "num_key_value_heads", None) or heads
+    if config.model_type == "falcon":
+        keys = 1 if config.multi_query else heads
+        keys = config.num_kv_heads if config.new_decoder_architecture else keys
     return Heads(ARCHITECTURES[config.model_type], heads, keys)
 
 
@@ -116,17 +144,24 @@ def _head_dim(config: Any) -> int:
 
 def _activation(config: Any) -> str:
     """By any of its keys."""
-    keys = ("hidden_activation", "hidden_act")
+    keys = ("hidden_activation", "hidden_act", "activation_function", "activation")
     return str(next(value for key in keys if (value := getattr(config, key, None)) is not None))
 
 
 def _ropes(config: Any) -> list[dict[str, Any]]:
     """Kind and numbers of the rotary embedding: ``rope_type``, ``rope_theta``, what goes with the kind; then
-    that of layers with sliding windows, if they have their own."""
-    found: dict[str, Any] = dict(config.rope_parameters)
+    that of layers with sliding windows, if they have their own; none where positions are learned."""
+    found: dict[str, Any] = dict(getattr(config, "rope_parameters", None) or {})
     if "full_attention" in found:
         return [dict(found["full_attention"]), dict(found["sliding_attention"])]
-    return [found]
+    return [found] if found else []
+
+
+def _feed_forward(config: Any) -> int:
+    """The width of the MLP."""
+    keys = ("intermediate_size", "ffn_hidden_size", "n_inner")
+    stated = next((value for key in keys if (value := getattr(config, key, None))), None)
+    return int(stated or 4 * config.hidden_size)
 
 
 def _period(windows: list[int | None]) -> int | None:
@@ -150,6 +185,12 @@ def check_model(settings: dict[str, Any], path: Path) -> Any:
         known = ", ".join(ARCHITECTURES)
         raise UserError(
             f"{path}: export=gguf knows the model types {known}, not {settings.get('model_type')}"
+        )
+    family = family_of(settings)
+    if family.name not in OF_BLOCK:
+        raise UserError(
+            f"{path}: llama.cpp does not run models of the kind {family.name}: choose "
+            "export=compressed-tensors"
         )
     config = model_of(settings, torch.float32).config
     reason = _unknown(config)
@@ -191,7 +232,7 @@ def _unknown_attention(config: Any, architecture: str) -> str | None:
     scaled = getattr(config, "query_pre_attn_scalar", None)
     if scaled is not None:
         usual = float(_head_dim(config))
-        if config.num_hidden_layers == GEMMA_27B[architecture]:
+        if config.num_hidden_layers == GEMMA_27B.get(architecture):
             usual = config.hidden_size // config.num_attention_heads
         if scaled != usual:
             return f"query_pre_attn_scalar={scaled} where it takes {usual:g}"
@@ -245,34 +286,30 @@ def add_metadata(
     writer.add_file_type(FILE_TYPES[most])
     if quantized:
         writer.add_quantization_version(GGML_QUANT_VERSION)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
+    for key, add in TOLD.items():
+        if (value := getattr(config, key, None)) is not None:
+            getattr(writer, add)(value)
+    writer.add_feed_forward_length(_feed_forward(config))
     writer.add_head_count(heads.queries)
     writer.add_head_count_kv(heads.keys)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    graph = GRAPHS[heads.architecture]
-    for add, keys in EXPERTS.items():
-        number = next((getattr(config, key) for key in keys if hasattr(config, key)), None)
-        if number is not None:
-            getattr(writer, add)(number)
-    for key in graph.capped:
-        getattr(writer, f"add_{key}")(getattr(config, key))
-    if graph.windows:
+    if GRAPHS[heads.architecture].windows:
         period = _period(sliding_windows(config))
         assert period is not None
         writer.add_sliding_window(config.sliding_window)
         writer.add_sliding_window_pattern(period)
-    rope, *of_windows = _ropes(config)
-    part = rope.get("partial_rotary_factor", 1.0)
-    writer.add_rope_dimension_count(int(head_dim * part))
-    _add_rope(writer, rope, config.max_position_embeddings)
-    for other in of_windows:
-        writer.add_rope_freq_base_swa(float(other["rope_theta"]))
+    ropes = _ropes(config)
+    for rope in ropes[:1]:
+        writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
+        _add_rope(writer, rope, config.max_position_embeddings)
+    for rope in ropes[1:]:
+        writer.add_rope_freq_base_swa(float(rope["rope_theta"]))
+    if _activation(config) == GELU:
+        log.warning(
+            "llama.cpp computes GELU by tanh in this architecture, this model by the error function: outputs "
+            "of the activation differ by up to 5e-4 there"
+        )
 
 
 def _add_rope(writer: Any, rope: dict[str, Any], positions: int) -> None:
@@ -314,7 +351,7 @@ def extra_tensors(config: Any) -> dict[str, np.ndarray[Any, Any]]:
     frequencies by, float32 (pairs,)."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    rope = _ropes(config)[0]
+    rope: dict[str, Any] = next(iter(_ropes(config)), {})
     kind = rope.get("rope_type")
     one, long, short = DERIVED
     if kind == "longrope":

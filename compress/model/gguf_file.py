@@ -43,6 +43,12 @@ _POST_NORMS = {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
+_FALCON = {
+    "self_attention.query_key_value": "attn_qkv",
+    "self_attention.dense": "attn_output",
+    "mlp.dense_h_to_4h": "ffn_up",
+    "mlp.dense_4h_to_h": "ffn_down",
+}
 # What llama.cpp calls the modules of a family's blocks, beside our names, by the name of the family; of all
 # experts of a block, ``{}`` in ours, it has one tensor.
 OF_BLOCK: dict[str, dict[str, str]] = {
@@ -77,7 +83,27 @@ OF_BLOCK: dict[str, dict[str, str]] = {
         "mlp.shared_expert.up_proj": "ffn_up_shexp",
         "mlp.shared_expert.down_proj": "ffn_down_shexp",
     },
+    "gpt_neox": {
+        "input_layernorm": "attn_norm",
+        "attention.query_key_value": "attn_qkv",
+        "attention.dense": "attn_output",
+        "post_attention_layernorm": "ffn_norm",
+        "mlp.dense_h_to_4h": "ffn_up",
+        "mlp.dense_4h_to_h": "ffn_down",
+    },
+    "gpt2": {
+        "ln_1": "attn_norm",
+        "attn.c_attn": "attn_qkv",
+        "attn.c_proj": "attn_output",
+        "ln_2": "ffn_norm",
+        "mlp.c_fc": "ffn_up",
+        "mlp.c_proj": "ffn_down",
+    },
+    "falcon": {"input_layernorm": "attn_norm", **_FALCON},
+    "falcon with two norms": {"ln_mlp": "attn_norm", "ln_attn": "attn_norm_2", **_FALCON},
 }
+# The same outside of blocks, beside embedding, final norm and head.
+OF_MODEL = {"gpt2": {"transformer.wpe": "position_embd"}}
 # Model types and the architecture that llama.cpp runs them as.
 ARCHITECTURES = {
     "llama": "llama",
@@ -92,9 +118,14 @@ ARCHITECTURES = {
     "mixtral": "llama",
     "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe",
+    "gpt_neox": "gptneox",
+    "gpt2": "gpt2",
+    "falcon": "falcon",
 }
 # Those that turn neighbouring channels by position, where ours turn (i, i + head size / 2).
 INTERLEAVED = ("llama", "smollm3")
+# Those whose queries, keys and values are one linear, here head by head, there all of each together.
+GATHERED = ("gptneox", "falcon")
 # What is no norm or bias and in 32 bits all the same; and what has one row here, and there no rows.
 PRECISE, FLAT = ("ffn_gate_inp", "ffn_gate_inp_shexp"), "ffn_gate_inp_shexp"
 # Tables that follow from config.json.
@@ -107,7 +138,8 @@ _HEADS, _KEY_HEADS = "attention.head_count", "attention.head_count_kv"
 
 def _modules(family: Family) -> dict[str, str]:
     """What llama.cpp calls the modules outside of blocks, beside our names."""
-    return {family.embedding: "token_embd", family.final_norm: "output_norm", family.head: "output"}
+    modules = {family.embedding: "token_embd", family.final_norm: "output_norm"}
+    return modules | {family.head: "output"} | OF_MODEL.get(family.name, {})
 
 
 def place_of(name: str, family: Family) -> tuple[str, int | None]:
@@ -160,6 +192,8 @@ class Heads:
         part = _part(name)
         if self.architecture in INTERLEAVED and part in ("attn_q", "attn_k"):
             return rotary_order(rows, self.queries if part == "attn_q" else self.keys)
+        if self.architecture in GATHERED and part == "attn_qkv":
+            return gathered_order(rows, self.queries, self.keys)
         return None
 
 
@@ -167,6 +201,14 @@ def rotary_order(rows: int, heads: int) -> Tensor:
     """Where each stored row of queries or keys comes from, int64 (rows,): channel i of a head is followed by
     the one that is turned with it, i + head size / 2."""
     return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).reshape(-1)
+
+
+def gathered_order(rows: int, queries: int, keys: int) -> Tensor:
+    """The same of queries, keys and values in one, of which the queries of a group are followed here by its
+    key and its value."""
+    groups = torch.arange(rows).view(keys, queries // keys + 2, -1)
+    parts = groups[:, :-2], groups[:, -2], groups[:, -1]
+    return torch.cat([part.reshape(-1) for part in parts])
 
 
 def _part(name: str) -> str:
@@ -243,23 +285,24 @@ class GGUFFile:
         changed = path.stat().st_mtime_ns
         self._heads, _, _ = _header(path, changed)
         stated = str(config.get("model_type"))
-        family = family_of(
-            dict(config) if stated in ARCHITECTURES else {"model_type": _model_type(self._heads)}
+        known = stated in ARCHITECTURES and family_of(dict(config)).name in OF_BLOCK
+        family = family_of(dict(config) if known else {"model_type": _model_type(self._heads)})
+        count, key = (
+            family.settings.get(name, name)
+            for name in ("num_attention_heads", "num_key_value_heads")
         )
-        heads, keys = (
-            config.get(family.settings.get(key, key))
-            for key in ("num_attention_heads", "num_key_value_heads")
-        )
+        heads, keys = config.get(count), config.get(key)
         # What a config.json lacks, or has and should not, is told where that is looked at.
         asked: dict[str, tuple[Any, Any]] = {
             "general.architecture": (ARCHITECTURES.get(stated), self._heads.architecture),
             _HEADS: (heads, self._heads.queries),
-            _KEY_HEADS: (keys or heads, self._heads.keys),
+            # Falcon's follow from several keys.
+            _KEY_HEADS: (keys or heads if key else None, self._heads.keys),
         }
-        for key, (wanted, found) in asked.items():
+        for what, (wanted, found) in asked.items():
             if wanted is not None and wanted != found:
                 raise UserError(
-                    f"{path} has {key} {found}, its config.json asks for {wanted}: they belong to "
+                    f"{path} has {what} {found}, its config.json asks for {wanted}: they belong to "
                     "different models"
                 )
         self._entries = _entries(path, changed, family.name)

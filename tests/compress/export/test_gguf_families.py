@@ -17,10 +17,18 @@ from compress.errors import UserError
 from compress.export import gguf as format_gguf
 from compress.export.audit import AuditError, audit
 from compress.export.formats import Weights
-from compress.export.gguf_metadata import check_model
-from compress.model.families import FAMILIES, family_of
+from compress.export.gguf_metadata import GRAPHS, check_model
+from compress.model.families import FAMILIES, family_of, turned_over
 from compress.model.folder import ModelFolder, save_tensors, write_json
-from compress.model.gguf_file import ARCHITECTURES, OF_BLOCK, gguf_name, our_name, place_of
+from compress.model.gguf_file import (
+    ARCHITECTURES,
+    OF_BLOCK,
+    Heads,
+    gathered_order,
+    gguf_name,
+    our_name,
+    place_of,
+)
 from compress.quantize.qtensor import QTensor
 from compress.quantize.rounding import Nearest
 from compress.quantize.scheme import Scheme, Schemes
@@ -34,6 +42,7 @@ CPU = torch.device("cpu")
 CHANGES: dict[str, dict[str, Any]] = {
     # transformers takes the default for what it reads of a file.
     "qwen3": {"head_dim": 128},
+    "gpt2": {"n_positions": 1024},
     "smollm3": {"num_hidden_layers": 4, "no_rope_layer_interval": 4},
     "gemma3": {
         "query_pre_attn_scalar": 32,
@@ -47,9 +56,10 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 HERE = (
     "qwen3", "smollm3", "gemma2", "gemma3", "olmo2", "phi3", "mixtral", "qwen2_moe", "qwen3_moe",
+    "gpt_neox", "gpt2", "falcon-7b", "falcon-40b",
 )  # fmt: skip
 # transformers reads these files too.
-READ_BY_TRANSFORMERS = ("qwen3", "gemma2", "gemma3", "phi3")
+READ_BY_TRANSFORMERS = ("qwen3", "gemma2", "gemma3", "phi3", "gpt2")
 
 
 def changed(monkeypatch: pytest.MonkeyPatch, kind: str, **changes: Any) -> str:
@@ -77,8 +87,9 @@ def said(folder: ModelFolder) -> dict[str, Any]:
 
 
 def test_every_architecture_has_its_names() -> None:
-    known = {t: family.name for family in FAMILIES for t in family.model_types}
-    assert {known[model_type] for model_type in ARCHITECTURES} == set(OF_BLOCK)
+    known = {family.name: family.model_types for family in FAMILIES}
+    assert {t for name in OF_BLOCK for t in known[name]} == set(ARCHITECTURES)
+    assert set(ARCHITECTURES.values()) == set(GRAPHS)
     assert set(ARCHITECTURES.values()) <= set(gguf.MODEL_ARCH_NAMES.values())
 
 
@@ -135,7 +146,8 @@ def test_numbers_read_back_and_run(
         ours = value.dequantize(torch.float32) if isinstance(value, QTensor) else value.float()
         # The minima of Q4_1 are in float16.
         atol = 0.0 if scheme.symmetric else 2e-3 * float(ours.abs().max())
-        torch.testing.assert_close(state[name], ours, rtol=0.0, atol=atol)
+        found = state[name].T if name.endswith(turned_over(folder.config)) else state[name]
+        torch.testing.assert_close(found, ours, rtol=0.0, atol=atol)
 
 
 # What a file says beside sizes, of the kinds that differ there.
@@ -258,6 +270,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\]"),
     ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob=False"),
     ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+    ("gpt_neox", {"attention_bias": False}, "attention_bias=False"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+    ("falcon-7b", {"alibi": True}, "alibi=True"),
+    ("falcon-7b", {"bias": True}, "bias=True"),
+    ("falcon-rw", {}, "models of the kind falcon in series"),
     ("phi3", {"head_dim": 32}, "heads that are not as wide together"),
 ]  # fmt: skip
 
@@ -299,3 +316,26 @@ def test_experts_are_one_tensor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         UserError, match=r"one tensor for all experts .*Q4_1, .*3\.up_proj\.weight in Q8_0"
     ):
         format_gguf.fits(folder, mixed)
+
+
+def test_queries_keys_and_values_are_gathered() -> None:
+    """Two groups of two query heads of two channels, each followed by its key and its value; one group is as
+    it is there."""
+    order = Heads("falcon", 4, 2).order("blk.0.attn_qkv.weight", 16)
+    assert order is not None
+    assert order.tolist() == [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
+    order = Heads("gptneox", 2, 2).order("blk.0.attn_qkv.bias", 6)
+    assert order is not None
+    assert order.tolist() == [0, 3, 1, 4, 2, 5]
+    assert torch.equal(gathered_order(12, 4, 1), torch.arange(12))
+    assert Heads("phi3", 4, 2).order("blk.0.attn_qkv.weight", 16) is None
+
+
+def test_another_gelu_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for index, activation in enumerate(("gelu_fast", "gelu")):
+        kind = changed(monkeypatch, "gpt_neox", hidden_act=activation)
+        _, folder = written_model(kind, tmp_path / f"{index}")
+        format_gguf.write(folder, tmp_path / f"out{index}")
+        assert ("computes GELU by tanh" in caplog.text) == (activation == "gelu")
