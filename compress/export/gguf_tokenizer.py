@@ -170,15 +170,18 @@ def _prefix(folder: ModelFolder, settings: dict[str, Any]) -> bool:
     """Whether pieces begin with a space that the text has not."""
     steps = [settings.get("normalizer"), settings.get("pre_tokenizer")]
     flat = [step for part in steps if part for step in part.get("normalizers", [part])]
-    prefix = False
+    prefix = replaced = False
     for step in flat:
         kind = step.get("type")
         if kind == "Prepend" and step.get("prepend") == SPACE:
             prefix = True
         elif kind == "Replace" and step["pattern"] == {"String": " "} and step["content"] == SPACE:
-            continue
+            replaced = True
         elif kind == "Metaspace" and step["replacement"] == SPACE and not step.get("split", True):
             prefix |= step.get("prepend_scheme", "always") != "never"
+        elif kind == "Split" and step["pattern"] == {"String": " "} and replaced:
+            # Gemma's, which finds no space any more.
+            continue
         else:
             raise UserError(
                 f"{folder.path}: export=gguf knows tokenizers of pieces that only put {SPACE} for spaces, "

@@ -826,6 +826,21 @@ def test_spaces_before_pieces(
     assert ("puts a space before every text" in caplog.text) == prefix
 
 
+def test_a_split_at_spaces_that_are_none_any_more(tiny: ModelFolder, tmp_path: Path) -> None:
+    """Gemma's; where spaces are left it is another tokenizer."""
+    tokenizer = Tokenizer(
+        models.BPE({"<unk>": 0, "a": 1}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    with pytest.raises(UserError, match=r"this one has .*MergedWithPrevious"):
+        format_gguf.fits(saved(tokenizer, tiny, tmp_path / "spaces"), None)
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    format_gguf.write(saved(tokenizer, tiny, tmp_path / "m"), tmp_path / "out")
+    found = said(ModelFolder(tmp_path / "out"))
+    assert found["tokenizer.ggml.model"] == "llama"
+    assert found["tokenizer.ggml.add_space_prefix"] is False
+
+
 def test_composing_characters_is_left_out_with_a_warning(
     tiny: ModelFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
