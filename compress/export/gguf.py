@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,25 @@ def fits(model: Shapes, schemes: Schemes | None) -> None:
             types.setdefault(gguf_name(name, family), {})[name] = kind
     for alike in types.values():
         _check_alike(alike)
+
+
+def check_search(model: Shapes, schemes: Schemes, choices: list[int]) -> None:
+    """Raises UserError if a search that chooses the bits of every linear may part the experts of a block.
+
+    schemes: settled on the model; choices: of bits
+    """
+    family = family_of(model.config)
+    for name in linears_among(model.names, family):
+        weight = f"{name}.weight"
+        if place_of(weight, family)[1] is not None:
+            columns, scheme = model.shape(weight)[1], schemes.of(name)
+            types = {type_of(replace(scheme, bits=bits), columns) for bits in choices}
+            if len(types) > 1:
+                raise UserError(
+                    f"export={NAME} has one tensor for all experts of a block, and a search among "
+                    f"search.choices={choices} may put them into {', '.join(sorted(types))}: leave out "
+                    "search, or choose export=compressed-tensors"
+                )
 
 
 def _type_of(base: str, scheme: Scheme, columns: int) -> str:

@@ -250,6 +250,8 @@ def _unknown_rope(config: Any, graph: Graph) -> str | None:
             return f"rotary embeddings of the kind {kind} in this architecture"
         if kind == "yarn" and any(rope.get(key) for key in ("mscale", "mscale_all_dim")):
             return "rotary embeddings of the kind yarn with mscale"
+        if kind == "yarn" and rope.get("truncate") is False:
+            return "rotary embeddings of the kind yarn with truncate=false"
         if rope.get("partial_rotary_factor", 1.0) != 1.0 and not graph.part:
             return "rotary embeddings of a part of each head"
     return None

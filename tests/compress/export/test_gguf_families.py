@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from compress.compose import compose_settings
+from compress.config import parse
 from compress.errors import UserError
 from compress.export import gguf as format_gguf
 from compress.export.audit import AuditError, audit
@@ -29,6 +31,7 @@ from compress.model.gguf_file import (
     our_name,
     place_of,
 )
+from compress.pipeline import check as check_run
 from compress.quantize.qtensor import QTensor
 from compress.quantize.rounding import Nearest
 from compress.quantize.scheme import Scheme, Schemes
@@ -251,6 +254,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3", {"attention_bias": True}, "attention_bias=True"),
     ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
      "a sliding window of 8 tokens"),
+    ("qwen3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "truncate": False}},
+     "yarn with truncate=false"),
     ("smollm3", {"no_rope_layer_interval": 2}, "no_rope_layers other than every fourth"),
     ("smollm3", {"mlp_bias": True}, "mlp_bias=True"),
     ("gemma2", {"final_logit_softcapping": None}, "models without final_logit_softcapping"),
@@ -339,3 +344,18 @@ def test_another_gelu_is_told(
         _, folder = written_model(kind, tmp_path / f"{index}")
         format_gguf.write(folder, tmp_path / f"out{index}")
         assert ("computes GELU by tanh" in caplog.text) == (activation == "gelu")
+
+
+def test_a_search_may_not_part_experts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    kind = changed(monkeypatch, "mixtral", num_hidden_layers=1)
+    _, folder = written_model(kind, tmp_path / "model", torch.bfloat16)
+    words = [
+        "recipe=rtn-int4", f"model.source={folder.path}", "search=average", "search.average_bits=4",
+        "data=text", f"data.source={tmp_path / 'text.txt'}", "data.sequences=4", "data.length=64",
+        "eval=none", "speed=none", "export=gguf",
+    ]  # fmt: skip
+    (tmp_path / "text.txt").write_text("water and trees " * 100)
+    with pytest.raises(UserError, match=r"choices=\[3, 5\] may put them into Q4_1, Q5_1"):
+        check_run(parse(compose_settings([*words, "search.choices=[5,3]"])))
+    # Three and four bits are in one type.
+    check_run(parse(compose_settings([*words, "search.choices=[3,4]"])))
