@@ -34,6 +34,9 @@ from compress.quantize.transforms import TRANSFORMS
 from compress.report.gate import Gate, check_limit
 from eval.retrieval import MOST_FACTS
 
+# The engine that is chosen by the model.
+AUTO = "auto"
+
 
 @dataclass
 class ModelConfig:
@@ -138,7 +141,8 @@ class LimitsConfig:
 @dataclass
 class SpeedConfig:
     """Decode speed: every pattern [tokens in, tokens out], and the mix if there is one, at every batch size,
-    by every engine of ENGINES. scale: what all these lengths are multiplied by. limits: goodput counts the
+    by every engine of ENGINES; auto is compress, or transformers where compress does not run the blocks.
+    scale: what all these lengths are multiplied by. limits: goodput counts the
     requests within. together: all candidates in memory at one time and in turns, one request a round; false:
     one after the other. tune: on CUDA, measure first how products of these sizes run best, and keep it for
     later runs. warmup: requests before ``repeats`` timed ones, at each point. threads null = torch's
@@ -149,7 +153,7 @@ class SpeedConfig:
     scale: float = 1.0
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     batches: list[int] = field(default_factory=lambda: [1])
-    engines: list[str] = field(default_factory=lambda: ["compress"])
+    engines: list[str] = field(default_factory=lambda: [AUTO])
     together: bool = True
     tune: bool = False
     warmup: int = 1
@@ -559,7 +563,8 @@ def _check_speed(speed: SpeedConfig) -> None:
     _check_batches("speed.batches", speed.batches)
     if not speed.engines:
         raise UserError(f"speed.engines=[] is not allowed: choose from {', '.join(ENGINES)}")
-    _check_names("speed.engines", speed.engines, ENGINES)
+    if speed.engines != [AUTO]:
+        _check_names("speed.engines", speed.engines, ENGINES)
 
 
 def _check_batches(key: str, batches: list[int]) -> None:

@@ -31,6 +31,7 @@ from compress.errors import UserError
 from compress.export import gguf
 from compress.export.audit import CHECKPOINT, audit, write_manifest
 from compress.export.formats import FORMATS, Weights, check_fits
+from compress.export.outer import check as check_outer
 from compress.export.outer import dress
 from compress.kv_cache.stage import check as check_cache
 from compress.measure.accuracy import (
@@ -43,9 +44,11 @@ from compress.measure.context import check_context, measure_context
 from compress.measure.parts import Parts
 from compress.measure.size import measure_size
 from compress.measure.speed import check_engines, check_lengths, measure_decode, points_of
+from compress.measure.speed import engines_of as speed_engines
 from compress.measure.tasks import check_tasks
+from compress.model.added import digest_of
 from compress.model.check import check_model, check_tokens
-from compress.model.families import family_of
+from compress.model.families import NO_LOGITS, family_of, has_logits_of_head
 from compress.model.folder import (
     ModelFolder,
     Shapes,
@@ -133,6 +136,7 @@ def check(run: Run, out: Path | None = None) -> None:
     if settings.speed is not None:
         check_engines(settings.speed)
         check_lengths({"the model": model}, settings.speed)
+        speed_engines(settings.speed, {"the model": model})
     if out is not None and (out / RUN).exists():
         check_unheld(out)
         _check_taken(run, out, _fingerprints(run, _decisive(run, model)))
@@ -230,6 +234,7 @@ def _check_stages(run: Run, model: ModelFolder) -> list[str]:
         run.distill.check(model, run.device, blocks, processes.count())
     if run.repair is not None:
         run.repair.check(model, sequences)
+    check_outer(run.settings.stages, run.settings.export, model)
     for shape in shapes:
         check_shape(run, shape)
     return _check_engines(run, shapes)
@@ -376,7 +381,12 @@ def _measured(
         for row, found in accuracy.rows.items():
             rows[row] |= found
         accuracy.write(out)
-        if settings.eval.block_tokens is not None and "quantize" in settings.stages:
+        told = settings.eval.block_tokens is not None and "quantize" in settings.stages
+        if told and not has_logits_of_head(model.config):
+            log.info(
+                "the loss of single blocks is not measured for models of this type: %s", NO_LOGITS
+            )
+        elif told:
             quantized = _quantized(settings.stages, model, out)
             rows["compression"]["block_kl"] = measure_blocks(
                 checkpoint,
@@ -426,6 +436,9 @@ def _add_predicted(
     """What the first point of the speed measurement would be by this device's roofline, if it is known."""
     speed, hardware = run.settings.speed, hardware_here(run.device)
     if speed is None or hardware is None:
+        return
+    if "plan" in family_of(folders["base"].config).refuses:
+        log.info("speed is not predicted for models of this type: see compress families")
         return
     point = points_of(speed)[0]
     if point.least_input is not None:
@@ -674,7 +687,11 @@ def _decisive(run: Run, model: ModelFolder) -> dict[str, Any]:
     if run.distill is not None:
         settings["distill"] |= {"sha256": training_text(run, model).sha256}
     return {
-        "model": {"fingerprint": model.fingerprint, "files": _companions(model)},
+        "model": {
+            "fingerprint": model.fingerprint,
+            "files": _companions(model),
+            "family": digest_of(model.config),
+        },
         # For a start after this one, which reads the same; steps depend on the content.
         PINS: run.pins,
         **settings,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.model.walk import run
 from eval.parts import Once, always
 from eval.text import ROWS, token_kl
 
@@ -58,14 +59,14 @@ class _Window:
     @functools.cached_property
     def _last(self) -> Tensor:
         X, arguments = self._calls[-1]
-        return self._blocks[-1](X, **arguments)
+        return run(self._blocks[-1], X, arguments)
 
     def divergence(self, i: int, block: nn.Module, logits_of: Callable[[Tensor], Tensor]) -> float:
         """The sum over positions with ``block`` in place of block i."""
         last, (X, arguments) = self._last, self._calls[i]
-        X = block(X, **arguments)
+        X = run(block, X, arguments)
         for other, (_, arguments) in zip(self._blocks[i + 1 :], self._calls[i + 1 :], strict=True):
-            X = other(X, **arguments)
+            X = run(other, X, arguments)
         return _divergence(last[0, :-1], X[0, :-1], logits_of)
 
 

@@ -81,7 +81,7 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         asked = urlsplit(self.path)
         self.server.hub.asked.append(f"{self.command} {asked.path}")
-        self.server.hub.headers.append(dict(self.headers))
+        self.server.hub.headers.append({key.title(): value for key, value in self.headers.items()})
         parts = [unquote(part) for part in asked.path.strip("/").split("/")]
         if self.server.hub.broken:
             self._send(503, b"", {})

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from compress import processes
@@ -120,6 +121,9 @@ def forked(work: Callable[[Team], None], count: int = 2) -> list[int]:
                 place |= {"LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                 os.environ.update({name: str(value) for name, value in place.items()})
                 torch.set_num_threads(1)
+                # What a test before this one set up in this process is not theirs.
+                PartialState._reset_state()
+                processes._group.cache_clear()
                 processes.wait()
                 work(processes.team())
                 code = 0

@@ -283,7 +283,7 @@ MISTAKES = [
     (["recipe=rtn-int4", "scheme.gruop_size=3"], "known are bits, group_size, inputs, symmetric"),
     (
         ["recipe=rtn-int4", "data.lenght=3"],
-        "data.lenght is not a known key: known are field, generated, generated_before_repair, length",
+        "data.lenght is not a known key: known are all_experts, field, generated",
     ),
     (["recipe=rtn-int4", "scheme.bits=9"], "scheme.bits=9 is not allowed: choose 2 to 8"),
     (["recipe=rtn-int4", "data.length=abc"], "data.length: Value 'abc'"),

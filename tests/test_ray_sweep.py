@@ -100,9 +100,9 @@ def check_failures(done: Sweep, recipes: tuple[str, ...]) -> None:
     for recipe, line in zip(recipes, told, strict=True):
         out = done.run("bad", recipe)
         source = f"model.source={done.models / 'bad'}"
-        own = source if len(recipes) == 1 else f"recipe={recipe} {source}"
+        own = source if len(recipes) == 1 else f"{source} recipe={recipe}"
         assert line.startswith(
-            f"compress: {own} failed: {done.models / 'bad'}: tensor model.layers.2."
+            f"compress: {own} failed: {done.models / 'bad' / 'model.safetensors'}: tensor model.layers.2."
         )
         assert line.endswith(f"holds NaN or Inf ({out})")
         assert "holds NaN or Inf" in (out / "compress.log").read_text()

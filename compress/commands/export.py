@@ -13,6 +13,7 @@ from compress.config import check_exports, check_formats
 from compress.errors import UserError
 from compress.export.audit import CHECKPOINT
 from compress.export.formats import FORMATS, check_fits
+from compress.export.outer import check as check_outer
 from compress.kv_cache.folder import scheme_of
 from compress.model.folder import ModelFolder, Shapes, read_json, reading, write_json
 from compress.model.shapes import ShapeFolder
@@ -49,12 +50,13 @@ def main(words: list[str]) -> int:
             # They are names of folders of the run.
             check_order(stages)
         source = ModelFolder(asked.run / stages[-1])
+        # What the model is beside its language part is in every format.
+        original = ModelFolder(asked.run / CHECKPOINT)
         check(source, names)
+        check_outer(stages, names, original)
         for name in names:
             _check_free(asked.run, name, metrics)
         for name in names:
-            # What the model is beside its language part is in every format.
-            original = ModelFolder(asked.run / CHECKPOINT)
             _, made = export(name, source, asked.run, beside(name), origin, original)
             metrics["exports"] = {**metrics.get("exports", {}), name: made}
             with whole(asked.run / METRICS) as partial:

@@ -14,9 +14,9 @@ from compress.model.gguf_file import OF_BLOCK
 from compress.model.sources import resolve_model
 from compress.report.table import markdown
 
-# Stages, the search for bits, the decode engine, and formats.
+# Stages, the search for bits, predicted speed, the decode engine, and formats.
 COLUMNS = (
-    "quantize", "search", "repair", "rotate", "prune", "distill", "kv_cache", "decoder",
+    "quantize", "search", "repair", "rotate", "prune", "distill", "kv_cache", "plan", "decoder",
     "compressed-tensors", "gptq", "awq", "bitsandbytes", "dense", "gguf",
 )  # fmt: skip
 

@@ -16,7 +16,7 @@ from compress.commands.words import plain
 from compress.compose import compose_settings, expand_shorthand, options
 from compress.config import RecipeConfig, Run, parse
 from compress.errors import UserError
-from compress.model.families import family_of
+from compress.model.families import check_applies, family_of
 from compress.model.folder import ModelFolder, Shapes
 from compress.model.shapes import PREFIX, ShapeFolder
 from compress.model.sources import config_elsewhere, resolve_model
@@ -67,6 +67,7 @@ def plan(settings: RecipeConfig) -> dict[str, Any]:
     hardware, wanted = hardware_of(settings.hardware, again=True), settings.plan
     model = settings.model
     shapes = open_shapes(model.source, model.revision, model.allow_pickle)
+    check_applies("plan", shapes.config)
     device = torch.device(CPU) if hardware.name == CPU else None
     base = on_disk(shapes, device) if isinstance(shapes, ModelFolder) else as_planned(shapes, None)
     found: dict[str, Any] = {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import UserError
+from compress.model.families import size_of
 from compress.model.folder import PRUNED, ModelFolder, read_json
 
 
@@ -67,4 +68,4 @@ def _check_numbers(note: Path, part: str, numbers: list[int], count: int) -> Non
 
 def _sizes(folder: ModelFolder) -> tuple[int, int]:
     """Blocks and channels."""
-    return int(folder.config["num_hidden_layers"]), int(folder.config["hidden_size"])
+    return size_of("num_hidden_layers", folder.config), size_of("hidden_size", folder.config)

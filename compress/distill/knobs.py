@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import UserError
-from compress.model.families import check_applies
+from compress.model.families import check_applies, limit_of
 from compress.model.folder import Shapes
 from compress.quantize.scheme import Schemes
 
@@ -142,7 +142,7 @@ class Distill:
         sequences, length = blocks.shape
         if sequences < 2:
             raise UserError(f"distill holds a sequence out of {sequences}: choose a longer text")
-        limit = model.config.get("max_position_embeddings")
+        limit = limit_of(model.config)
         if limit is not None and length > limit:
             raise UserError(f"distill.length={length} is not allowed: {model.path} takes {limit}")
         vocabulary = int(model.config["vocab_size"])

@@ -110,8 +110,8 @@ class BlockOutputs:
         for index, block in enumerate(blocks):
             block.register_forward_hook(partial(self._note, index))
 
-    def _note(self, index: int, block: nn.Module, args: Any, output: Tensor) -> None:
-        self.found[index] = output
+    def _note(self, index: int, block: nn.Module, args: Any, output: Any) -> None:
+        self.found[index] = output[0] if isinstance(output, tuple) else output
 
     def take(self) -> list[Tensor]:
         found, self.found = self.found, {}

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,8 @@ def write(source: ModelFolder, target: Path) -> None:
     cache = stated_scheme(scheme_of(source))
     if schemes or cache:
         found = {name: schemes[name] for name in sorted(schemes)}
-        config["quantization_config"] = quantization_config(found, family, cache)
+        kept = record.kept(source) if quantized else []
+        config["quantization_config"] = quantization_config(found, family, cache, kept)
     write_json(target / "config.json", config)
 
 
@@ -181,12 +182,16 @@ def compress_linear(
 
 
 def quantization_config(
-    schemes: Mapping[str, Scheme], family: Family, cache: dict[str, Any] | None = None
+    schemes: Mapping[str, Scheme],
+    family: Family,
+    cache: dict[str, Any] | None = None,
+    kept: Sequence[str] = (),
 ) -> dict[str, Any]:
     """``quantization_config`` of a model whose linears, embedding and head have these schemes.
 
     schemes: by full name. One scheme for all linears of the blocks is said once, for the class
-    ``Linear``; mixed ones name each linear. cache: its ``kv_cache_scheme``
+    ``Linear``; mixed ones name each linear. cache: its ``kv_cache_scheme``; kept: the matrices of blocks
+    that keep 16 bits
     """
     names: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
@@ -207,7 +212,7 @@ def quantization_config(
         "format": MIXED if apart else groups[0]["format"] if groups else "dense",
         "quantization_status": "compressed",
         "global_compression_ratio": None,
-        "ignore": [] if apart or family.head in schemes else [family.head],
+        "ignore": [*kept, *([] if apart or family.head in schemes else [family.head])],
         "kv_cache_scheme": cache,
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
     }

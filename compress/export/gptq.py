@@ -11,7 +11,8 @@ and w = (code - zero) * scale.
 Its ``checkpoint_format`` says how zero points are stored. ``gptq``: one less than they are, which cannot hold
 a zero point of 0; it is written for symmetric weights, whose zero points are all 2^(b-1). ``gptq_v2``: as
 they are; it is written for asymmetric ones, which GPTQModel (7.7) takes in ``gptq`` from itself alone.
-Linears with bits of their own are in ``dynamic``, by name: GPTQModel reads it, transformers (5.23) does not.
+Linears with bits of their own and those that keep 16 bits are in ``dynamic``, by name: GPTQModel reads it,
+transformers (5.23) does not.
 
 Scales are float16, what readers hold them in, if every one of the model is a number of float16; else the
 model's type.
@@ -20,7 +21,7 @@ model's type.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def write(source: ModelFolder, target: Path) -> None:
     check(schemes)
     dtype, stored = scale_dtype(source, NAME), stored_as(schemes)
     config = write_tensors(source, target, lambda _, q: compress_linear(q, dtype, stored))
-    quantization = quantization_config(schemes)
+    quantization = quantization_config(schemes, record.kept(source))
     write_json(target / CONFIG, quantization)
     write_json(target / "config.json", {**config, "quantization_config": quantization})
 
@@ -98,7 +99,8 @@ def compress_linear(
     yield "g_idx", columns // q.group_size
 
 
-def quantization_config(schemes: Schemes) -> dict[str, Any]:
+def quantization_config(schemes: Schemes, kept: Sequence[str] = ()) -> dict[str, Any]:
+    """kept: the matrices of blocks that keep 16 bits"""
     config = {
         "quant_method": NAME,
         "checkpoint_format": stored_as(schemes),
@@ -107,10 +109,10 @@ def quantization_config(schemes: Schemes) -> dict[str, Any]:
         "lm_head": False,
         "pack_dtype": "int32",
     }
-    if schemes.exceptions:
-        config["dynamic"] = {
-            f"+:^{re.escape(name)}$": _numbers(own) for name, own in schemes.exceptions.items()
-        }
+    dynamic: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in kept}
+    dynamic |= {f"+:^{re.escape(name)}$": _numbers(own) for name, own in schemes.exceptions.items()}
+    if dynamic:
+        config["dynamic"] = dynamic
     return config
 
 

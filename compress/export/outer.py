@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from compress.errors import UserError
+from compress.export import gguf, gptq
 from compress.export.shards import ShardWriter
 from compress.model.folder import INDEX, ModelFolder, open_tensors, write_json
 from compress.model.language import Outer, spelling, stored_name, text_name
@@ -41,21 +44,60 @@ def dress(target: Path, original: ModelFolder) -> None:
     for pattern in PROCESSORS:
         for file in original.path.glob(pattern):
             shutil.copyfile(file, target / file.name)
+    _write_config(target, part.config.get("quantization_config"), original, begins)
+
+
+def _write_config(
+    target: Path, quantization: Any, original: ModelFolder, begins: dict[str, str]
+) -> None:
     config = {k: v for k, v in original.stated.items() if k != "quantization_config"}
-    if "quantization_config" in part.config:
-        config["quantization_config"] = _stated(part.config["quantization_config"], begins, outer)
+    if quantization is not None:
+        assert original.outer is not None
+        config["quantization_config"] = _stated(quantization, begins, original.outer)
+        if (target / gptq.CONFIG).exists():
+            write_json(target / gptq.CONFIG, config["quantization_config"])
     write_json(target / "config.json", config)
+
+
+# Stages that change what towers and projectors are made for, and what it is.
+REFUSED = {
+    "rotate": "what its projector writes into the residual stream would not be rotated",
+    "prune": "the whole model states and uses the sizes of its language part",
+}
+
+
+def check(stages: Iterable[str], exports: Iterable[str], original: ModelFolder) -> None:
+    """Raises UserError for a stage or a format that leaves no place for what a model has beside its language
+    part."""
+    if original.outer is None:
+        return
+    kind = original.stated["model_type"]
+    for stage in stages:
+        if stage in REFUSED:
+            raise UserError(f"{stage} does not apply to models of type {kind}: {REFUSED[stage]}")
+    if gguf.NAME in exports:
+        raise UserError(
+            f"export={gguf.NAME} holds language models alone, models of type {kind} see images too: choose "
+            "export=compressed-tensors, whose files hold the rest as it is"
+        )
+
+
+# Where formats list what keeps 16 bits, by the names of modules or parts of them.
+LEFT_OUT = ("modules_to_not_convert", "llm_int8_skip_modules")
 
 
 def _stated(config: dict[str, Any], begins: dict[str, str], outer: Outer) -> dict[str, Any]:
     """What a format says, with the names of the whole model; towers and projectors keep 16 bits."""
-    found = dict(config)
+    found, apart = dict(config), [piece.removesuffix(".") for piece in outer.beside]
     if "ignore" in found:
-        apart = [f"re:.*{re.escape(piece.removesuffix('.'))}.*" for piece in outer.beside]
-        found["ignore"] = [*_names(found["ignore"], begins), *apart]
-    if "modules_to_not_convert" in found:
-        apart = [piece.removesuffix(".") for piece in outer.beside]
-        found["modules_to_not_convert"] = [*_names(found["modules_to_not_convert"], begins), *apart]
+        patterns = [f"re:.*{re.escape(piece)}.*" for piece in apart]
+        found["ignore"] = [*_names(found["ignore"], begins), *patterns]
+    for key in LEFT_OUT:
+        if key in found:
+            found[key] = [*_names(found[key], begins), *apart]
+    if found.get("quant_method") == gptq.NAME:
+        dynamic = {_pattern(key, begins): own for key, own in found.get("dynamic", {}).items()}
+        found["dynamic"] = {f"-:.*{re.escape(piece)}.*": {} for piece in apart} | dynamic
     if "config_groups" in found:
         found["config_groups"] = {
             key: {**group, "targets": _names(group["targets"], begins)}
@@ -66,3 +108,9 @@ def _stated(config: dict[str, Any], begins: dict[str, str], outer: Outer) -> dic
 
 def _names(names: list[str], begins: dict[str, str]) -> list[str]:
     return [stored_name(f"{name}.", begins).removesuffix(".") for name in names]
+
+
+def _pattern(key: str, begins: dict[str, str]) -> str:
+    """The pattern of GPTQ for one linear (``+:^NAME$``) with its name in the whole model."""
+    sign, name = key[:3], re.sub(r"\\(.)", r"\1", key[3:-1])
+    return f"{sign}{re.escape(stored_name(name, begins))}$"

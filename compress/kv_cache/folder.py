@@ -15,7 +15,7 @@ import torch
 from compress.errors import UserError
 from compress.kv_cache.cache import Scales
 from compress.kv_cache.scheme import CacheScheme, StateScheme
-from compress.model.families import family_of
+from compress.model.families import family_of, size_of
 from compress.model.folder import KV_CACHE, ModelFolder, Shapes, read_json, reading
 
 VERSION = 1
@@ -81,7 +81,10 @@ def scales_of(
     if not scheme.static:
         return None
     with reading(folder.path):
-        family, layers = family_of(folder.config), range(folder.config["num_hidden_layers"])
+        family, layers = (
+            family_of(folder.config),
+            range(size_of("num_hidden_layers", folder.config)),
+        )
     found = []
     for index in layers:
         pair = [

@@ -20,7 +20,7 @@ from compress.hadamard import core_order
 from compress.kv_cache.folder import SCALES, description, scheme_of
 from compress.kv_cache.scheme import CacheScheme, StateScheme
 from compress.kv_cache.states import static_scale
-from compress.model.families import check_applies, family_of, size_of
+from compress.model.families import check_applies, family_of, heads_of
 from compress.model.folder import INDEX, KV_CACHE, ModelFolder, Shapes, save_tensors, write_json
 from compress.model.skeleton import finite_rows
 from compress.model.walk import Walk
@@ -91,8 +91,7 @@ def check(source: Shapes, scheme: CacheScheme) -> None:
         raise UserError(f"{source.path} has a quantized cache already: choose its original")
     if "quantization_config" in source.config:
         raise UserError(f"{source.path} is quantized already: choose its original, and both stages")
-    heads = size_of("num_attention_heads", source.config)
-    head_dim = source.config.get("head_dim") or size_of("hidden_size", source.config) // heads
+    _, _, head_dim = heads_of(source.config)
     if isinstance(source, ModelFolder) and source.path / SCALE_FILE in source.weight_files:
         raise UserError(f"{source.path / SCALE_FILE} holds weights: give that file another name")
     for key, state in (("keys", scheme.keys), ("values", scheme.values)):
@@ -114,10 +113,6 @@ def check(source: Shapes, scheme: CacheScheme) -> None:
             f"kv_cache.pre_rope=true is not allowed with the rotary embedding {kind}, whose angles "
             "change with the length: choose false"
         )
-
-
-def _kv_heads(config: dict[str, Any]) -> int:
-    return int(config.get("num_key_value_heads") or config["num_attention_heads"])
 
 
 def calibrate(

@@ -24,7 +24,7 @@ from compress.config import EvalConfig
 from compress.errors import UserError
 from compress.measure.kept import cache_file, keep, kept
 from compress.measure.tasks import score_folder, score_original
-from compress.model.families import family_of
+from compress.model.families import family_of, limit_of
 from compress.model.folder import DTYPES, ModelFolder, save_tensors
 from compress.progress import track
 from compress.report.table import TOKENS
@@ -47,7 +47,7 @@ def check_texts(config: EvalConfig, model: ModelFolder) -> None:
         load_texts(text, config.text_field, config.split)
     if not config.texts:
         return
-    limit = model.config.get("max_position_embeddings")
+    limit = limit_of(model.config)
     asked = {"eval.window": config.window}
     if config.generated:
         prompt = min(config.prompt_tokens, config.window)

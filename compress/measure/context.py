@@ -14,6 +14,7 @@ from calibration.tokens import TokenBlocks, evaluation_windows
 from compress.config import ContextConfig
 from compress.errors import UserError
 from compress.kv_cache.folder import scheme_of
+from compress.model.families import limit_of
 from compress.model.folder import DTYPES, ModelFolder
 from compress.model.sources import open_tokenizer
 from compress.progress import track
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 def check_context(config: ContextConfig, model: ModelFolder) -> None:
     """Raises UserError if the text is missing or too short, or the model does not take such lengths."""
-    limit = model.config.get("max_position_embeddings")
+    limit = limit_of(model.config)
     asked = {
         "context.tokens": config.tokens,
         "context.prompt_tokens + context.generated": config.prompt_tokens + config.generated,

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from compress.config import SpeedConfig
+from compress.config import AUTO, SpeedConfig
 from compress.environment import version_of
 from compress.errors import UserError
 from compress.measure.size import file_bytes
+from compress.model.families import check_applies, limit_of
 from compress.model.folder import ModelFolder
 from compress.model.shapes import PREFIX, shape_config
 from compress.runtime.decoder import open_decoder, open_random
@@ -36,6 +37,7 @@ def measure_decode(
     parts ``once`` is asked. Raises RuntimeError if nothing could be measured.
     """
     check_lengths(folders, config)
+    asked = engines_of(config, folders)
     load = Load(
         points=points_of(config),
         warmup=config.warmup,
@@ -48,9 +50,9 @@ def measure_decode(
         limits=Limits(config.limits.ttft_ms, config.limits.itl_ms),
     )
     labels = {
-        (name, engine): name if len(config.engines) == 1 else f"{name} ({engine})"
+        (name, engine): name if len(asked) == 1 else f"{name} ({engine})"
         for name in folders
-        for engine in config.engines
+        for engine in asked
     }
     decoders = {
         label: _opener(engine, folders[name], load) for (name, engine), label in labels.items()
@@ -82,7 +84,7 @@ def check_lengths(folders: Mapping[str, ModelFolder | RandomModel], config: Spee
 def token_limit(folder: ModelFolder | RandomModel) -> int | None:
     """The tokens of a sequence that a model takes, as far as its config says."""
     config = folder.config if isinstance(folder, ModelFolder) else shape_config(folder.shape)
-    return config.get("max_position_embeddings")
+    return limit_of(config)
 
 
 def points_of(config: SpeedConfig) -> tuple[Point, ...]:
@@ -103,10 +105,29 @@ def _bytes_on_disk(folder: ModelFolder | RandomModel) -> int | None:
     return file_bytes(folder) if isinstance(folder, ModelFolder) else None
 
 
+def engines_of(config: SpeedConfig, folders: Mapping[str, ModelFolder | RandomModel]) -> list[str]:
+    """Those that measure. Raises UserError if ``compress`` is asked for and runs not all of them."""
+    if config.engines == [AUTO]:
+        return ["compress" if all(map(_is_run, folders.values())) else "transformers"]
+    for folder in folders.values():
+        if "compress" in config.engines and isinstance(folder, ModelFolder):
+            check_applies("decoder", folder.config)
+    return config.engines
+
+
+def _is_run(folder: ModelFolder | RandomModel) -> bool:
+    """Whether this project's runtime runs the blocks of a model."""
+    try:
+        return isinstance(folder, RandomModel) or bool(check_applies("decoder", folder.config))
+    except UserError:
+        return False
+
+
 def check_engines(config: SpeedConfig) -> None:
     """Raises UserError for an engine that is not installed here."""
     for engine in config.engines:
-        check_installed("speed.engines", engine)
+        if engine != AUTO:
+            check_installed("speed.engines", engine)
 
 
 def check_installed(key: str, engine: str) -> None:

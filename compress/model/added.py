@@ -6,6 +6,8 @@ texts, ``inputs`` and ``experts`` as objects of their own fields. ``compress fam
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from compress.errors import UserError
-from compress.model.families import Experts, Family, Input
+from compress.model.families import FAMILIES, Experts, Family, Input, family_of
 from compress.model.folder import read_json, write_json
 
 # Fields that a file does not set.
@@ -29,6 +31,15 @@ def families_dir() -> Path:
 def added() -> list[Family]:
     """Those of the folder, by the names of their files. Raises UserError for one that holds none."""
     return [read_family(file) for file in sorted(families_dir().glob("*.json"))]
+
+
+def digest_of(config: Mapping[str, Any]) -> str | None:
+    """SHA-256 of the family of a config.json, if a person added it: another file may make another model of
+    the same folder."""
+    family = family_of(dict(config))
+    if family in FAMILIES:
+        return None
+    return hashlib.sha256(json.dumps(_told(family), sort_keys=True).encode()).hexdigest()
 
 
 def read_family(path: Path) -> Family:

@@ -13,6 +13,9 @@ from typing import Any
 
 from compress.errors import UserError
 
+# Layers that predict further tokens: models have one to three.
+MOST_DRAFTS = 64
+
 
 @dataclass(frozen=True)
 class Input:
@@ -116,6 +119,10 @@ class Family:
     # nobody needs: tables that follow from the config.
     base: str = ""
     derived: tuple[str, ...] = ()
+    # How names begin of layers that predict further tokens, which no engine needs to decode; and the key of
+    # config.json that says how many of them stand behind the last block.
+    drafts: tuple[str, ...] = ()
+    draft_blocks: str = ""
     # Sizes by the names that config.json has for them, where those are others than Llama's.
     settings: Mapping[str, str] = field(default_factory=dict)
     # Whether a block returns its hidden states as the first of several.
@@ -153,6 +160,14 @@ class Family:
         """The inputs of a block that holds these linears, in the order in which they run."""
         return _inputs_in(self.inputs, frozenset(names))
 
+    def drafts_of(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """How names begin of what predicts further tokens, by a config.json."""
+        blocks, drafts = config.get("num_hidden_layers"), config.get(self.draft_blocks)
+        if type(blocks) is not int or type(drafts) is not int:
+            return self.drafts
+        behind = range(blocks, blocks + min(drafts, MOST_DRAFTS))
+        return *self.drafts, *(f"{self.blocks}.{index}." for index in behind)
+
     def linears_in(self, names: Iterable[str]) -> tuple[str, ...]:
         """Those of these linears that get quantized, in the order in which they run."""
         return tuple(name for shared in self.inputs_in(names) for name in shared.linears)
@@ -176,7 +191,8 @@ def _inputs_in(inputs: tuple[Input, ...], held: frozenset[str]) -> tuple[Input, 
     return tuple(found)
 
 
-# Why stages, the search for bits, formats, and the decode engine (``decoder``) do not apply to a family.
+# Why stages, the search for bits, formats, the prediction of speed (``plan``) and the decode engine
+# (``decoder``) do not apply to a family.
 NO_ENGINE = (
     "its blocks are not of the form that the decode engine runs: choose transformers or vllm"
 )
@@ -199,11 +215,14 @@ ROUTED = {
     "prune": "its MLPs are many, and a router chooses among them",
     "decoder": NO_ENGINE,
 }
-LATENT = ROUTED | {"kv_cache": "its cache holds latent vectors, not keys and values"}
+LATENT = ROUTED | dict.fromkeys(
+    ("kv_cache", "plan"), "its cache holds latent vectors, not keys and values"
+)
 RECURRENT = {
     "rotate": "its blocks are not all attention",
     "prune": "its blocks are not all attention",
     "kv_cache": "its blocks are not all attention",
+    "plan": "its blocks are not all attention",
     "decoder": NO_ENGINE,
 }
 PACKED = Experts(packed=True)
@@ -372,7 +391,7 @@ FALCON = Family(
     embedding="transformer.word_embeddings",
     final_norm="transformer.ln_f",
     rotary="transformer.rotary_emb",
-    settings={"intermediate_size": "", "num_key_value_heads": ""},
+    settings={"intermediate_size": "", "num_key_value_heads": "num_kv_heads"},
     tuples=True,
     refuses=FUSED,
 )
@@ -407,7 +426,7 @@ MIXTRAL = _llama_like(
         *_attention(),
         *_experts("post_attention_layernorm", BLOCK_SPARSE, "gate"),
     ),
-    writers=(),
+    writers=("self_attn.o_proj", "block_sparse_moe.experts.{}.w2"),
     neurons=(),
     mlp_output="",
     experts=BLOCK_SPARSE,
@@ -424,7 +443,11 @@ QWEN_MOE = _llama_like(
         *_mlp(path="mlp.shared_expert"),
         *_experts("post_attention_layernorm", Experts(), "gate", "shared_expert_gate"),
     ),
-    writers=(),
+    writers=(
+        *LLAMA.writers,
+        "mlp.shared_expert.down_proj",
+        "mlp.experts.{}.down_proj",
+    ),
     neurons=(),
     mlp_output="",
     experts=Experts(),
@@ -446,13 +469,20 @@ DEEPSEEK = Family(
         *_mlp(path="mlp.shared_experts"),
     ),
     attention_output="self_attn.o_proj",
+    writers=(
+        *LLAMA.writers,
+        "mlp.shared_experts.down_proj",
+        "mlp.experts.{}.down_proj",
+    ),
     experts=Experts(),
+    draft_blocks="num_nextn_predict_layers",
     refuses=LATENT,
 )
 MAMBA2 = Family(
     name="mamba2",
     model_types=("mamba2",),
     inputs=(Input(("mixer.in_proj",), "norm"), Input(("mixer.out_proj",), "mixer.norm")),
+    writers=("mixer.out_proj",),
     blocks="backbone.layers",
     embedding="backbone.embeddings",
     final_norm="backbone.norm_f",
@@ -498,7 +528,7 @@ GPT_OSS = _llama_like(
         *_attention(),
         *_experts("post_attention_layernorm", PACKED, "router", scalable=False),
     ),
-    writers=(),
+    writers=("self_attn.o_proj", "mlp.experts.{}.down_proj"),
     neurons=(),
     mlp_output="",
     experts=PACKED,
@@ -517,6 +547,12 @@ JAMBA = Family(
         *_experts("pre_ff_layernorm", FEED_FORWARD, "router"),
     ),
     attention_output="self_attn.o_proj",
+    writers=(
+        "self_attn.o_proj",
+        "mamba.out_proj",
+        "feed_forward.down_proj",
+        "feed_forward.experts.{}.down_proj",
+    ),
     experts=FEED_FORWARD,
     final_norm="model.final_layernorm",
     rotary="",
@@ -534,8 +570,15 @@ QWEN3_NEXT = Family(
         *_experts("post_attention_layernorm", Experts(), "gate", "shared_expert_gate"),
     ),
     attention_output="self_attn.o_proj",
+    writers=(
+        *LLAMA.writers,
+        "linear_attn.out_proj",
+        "mlp.shared_expert.down_proj",
+        "mlp.experts.{}.down_proj",
+    ),
     norm_shift=1.0,
     experts=Experts(),
+    drafts=("mtp.",),
     refuses=RECURRENT,
 )
 
@@ -590,11 +633,41 @@ def check_applies(what: str, config: dict[str, Any]) -> Family:
     return family
 
 
+def has_logits_of_head(config: dict[str, Any]) -> bool:
+    """Whether logits are the head's products alone, neither capped nor scaled."""
+    return family_of(config).refuses.get("search") != NO_LOGITS
+
+
 def turned_over(config: dict[str, Any]) -> tuple[str, ...]:
     """The ends of names of weights that checkpoints of this config hold as (in, out)."""
     return tuple(f".{name}.weight" for name in family_of(config).transposed)
 
 
-def size_of(name: str, config: dict[str, Any]) -> int:
+def size_of(name: str, config: Mapping[str, Any]) -> int:
     """A size by Llama's name for it, from a config.json that may have another."""
-    return int(config[family_of(config).settings.get(name) or name])
+    return int(config[_key(name, config)])
+
+
+def limit_of(config: Mapping[str, Any]) -> int | None:
+    """The tokens of a sequence that a model takes, as far as its config.json says."""
+    return config.get(_key("max_position_embeddings", config))
+
+
+def heads_of(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Heads of queries, heads of keys and values, channels of one, by a config.json with attention."""
+    heads = size_of("num_attention_heads", config)
+    shared = config.get(_key("num_key_value_heads", config)) or heads
+    if config.get("multi_query") and not config.get("new_decoder_architecture"):
+        # Whatever the number beside it.
+        shared = 1
+    size = config.get("head_dim") or size_of("hidden_size", config) // heads
+    return heads, int(shared), int(size)
+
+
+def _key(name: str, config: Mapping[str, Any]) -> str:
+    try:
+        settings = family_of(dict(config)).settings
+    except UserError:
+        # Most have Llama's.
+        return name
+    return settings.get(name) or name

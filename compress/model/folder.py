@@ -27,7 +27,7 @@ from compress.errors import UserError
 from compress.model.families import Family, family_of
 from compress.model.gguf_file import SUFFIX, GGUFFile
 from compress.model.language import Outer, outer_of, text_config
-from compress.model.stored import Spelling, Stored
+from compress.model.stored import Place, Spelling, Stored
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -97,6 +97,7 @@ class ModelFolder:
             raise UserError(f"model folder {self.path} does not exist")
         self.stated: dict[str, Any] = read_json(self.path / "config.json")
         self.outer = outer_of(self.stated)
+        self._places: dict[Path, dict[str, Place]] = {}
         self.config = self.stated if self.outer is None else self._text_config(self.outer)
         if not isinstance(self.config.get("quantization_config") or {}, dict):
             raise UserError(f"{self.path}/config.json: quantization_config is not an object")
@@ -110,12 +111,14 @@ class ModelFolder:
 
     @cached_property
     def _file_of(self) -> dict[str, Path]:
-        derived = DERIVED if self._family is None else (*DERIVED, *self._family.derived)
+        family = self._family
+        derived = DERIVED if family is None else (*DERIVED, *family.derived)
+        drafts = () if family is None else family.drafts_of(self.config)
         files = {
             name: file
             for stored, file in self.stored.items()
             for name in self._names_of(stored)
-            if not name.endswith(derived)
+            if not name.endswith(derived) and not name.startswith(drafts)
         }
         if not files:
             raise UserError(f"{self.path} holds no tensors")
@@ -193,7 +196,8 @@ class ModelFolder:
 
     @property
     def names(self) -> list[str]:
-        """All tensor names but tables that follow from the config, in file order."""
+        """All tensor names but tables that follow from the config and layers that only draft, in the order of
+        the files."""
         return list(self._file_of)
 
     def __contains__(self, name: str) -> bool:
@@ -255,7 +259,12 @@ class ModelFolder:
     def _open(self, file: Path) -> Any:
         if file.suffix != SUFFIX:
             found = open_tensors(file)
-            return found if self._spelling.plain else Stored(found, self._spelling)
+            if self._spelling.plain:
+                return found
+            if file not in self._places:
+                # Once a file: models of many experts have many names.
+                self._places[file] = self._spelling.places_in(found.keys())
+            return Stored(found, self._places[file])
         return GGUFFile(file, DTYPES.get(self._stated_dtype or ""), self.config)
 
     def _checked(self, name: str, read: Any) -> Any:

@@ -5,7 +5,7 @@ over, or many in one. ``Stored`` reads such a file as if each linear were there,
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,10 @@ class Spelling:
         if found is not None:
             yield from self._of_family(found, stored)
 
+    def places_in(self, held: Iterable[str]) -> dict[str, Place]:
+        """The tensors in a file that holds these."""
+        return {name: place for stored in held for name, place in self.places(stored)}
+
     def _of_family(self, name: str, stored: str) -> Iterator[tuple[str, Place]]:
         family = self.family
         if family is None:
@@ -103,13 +107,13 @@ def _of_experts(
 
 
 class Stored:
-    """A safetensors file with the methods of ``safe_open`` that ``ModelFolder`` calls, names as above."""
+    """A safetensors file with the methods of ``safe_open`` that ``ModelFolder`` calls.
 
-    def __init__(self, file: Any, spelling: Spelling):
-        self._file = file
-        self._places = {
-            name: place for stored in list(file.keys()) for name, place in spelling.places(stored)
-        }
+    places: where its tensors are
+    """
+
+    def __init__(self, file: Any, places: Mapping[str, Place]):
+        self._file, self._places = file, places
 
     def __enter__(self) -> Stored:
         self._file.__enter__()
@@ -123,6 +127,9 @@ class Stored:
 
     def get_tensor(self, name: str) -> Tensor:
         place = self._places[name]
+        if place == Place(place.name):
+            found: Tensor = self._file.get_tensor(place.name)
+            return found
         return place.taken(self._file.get_slice(place.name))
 
     def get_slice(self, name: str) -> _Part:

@@ -17,12 +17,13 @@ from typing import Any
 
 from calibration.moments import are_few
 from compress.config import Run
-from compress.model.families import Family, family_of
+from compress.model.families import Family, family_of, size_of
 from compress.model.folder import Shapes
 from compress.plan.checkpoint import Checkpoint
 from compress.plan.hardware import Hardware
 from compress.quantize.rounding.gptq import Gptaq, Gptq
 from compress.quantize.rounding.learned import Learned
+from compress.quantize.stage import linear_names
 from compress.quantize.transforms.awq_clip import AwqClip
 from compress.quantize.transforms.awq_scale import AwqScale
 from compress.quantize.transforms.opt import Opt
@@ -104,30 +105,45 @@ def uncounted(run: Run) -> list[str]:
 
 def _sizes(run: Run, shapes: Shapes) -> _Sizes:
     family, data = family_of(shapes.config), run.settings.data
-    block = f"{family.blocks}.0."
-    size = {name: shapes.shape(f"{block}{name}.weight") for name in family.linears}
-    inputs = [size[shared.linears[0]][1] for shared in family.inputs]
+    size = _heaviest(shapes, family)
+    inputs = family.inputs_in(size)
     generated = data.generated
     T = (data.sequences + generated) * data.length if run.needs_data else 0
     rows = max(1, AT_ONCE // data.length) * data.length
-    assert family.attention_output is not None
+    # Columns of every input, and whether its tokens are kept: how many an expert sees is not known before.
+    read = [
+        (size[i.linears[0]][1], not i.routed and are_few(T, size[i.linears[0]][1])) for i in inputs
+    ]
+    columns = [k for k, _ in read]
+    within = size.get(family.attention_output, (0, 0))[1]
+    neurons = [k for name, (_, k) in size.items() if name != family.attention_output]
     return _Sizes(
         T=T,
         length=data.length,
         B=min(T, rows),
-        h=size[family.queries][1],
-        m=size[family.mlp_output][1],
+        h=size_of("hidden_size", shapes.config),
+        m=max(neurons, default=0),
         P=sum(math.prod(s) for s in size.values()),
-        layers=int(shapes.config["num_hidden_layers"]),
-        squares=sum(k * k for k in inputs),
-        largest=max(inputs) ** 2,
+        layers=size_of("num_hidden_layers", shapes.config),
+        squares=sum(k * k for k in columns),
+        largest=max(columns) ** 2,
         # Tokens are in 16 bits.
-        moments=sum(T * k * HALF / SINGLE if are_few(T, k) else k * k for k in inputs),
-        across=max(T if are_few(T, k) else k for k in inputs),
-        stacked=max(sum(math.prod(size[n]) for n in i.linears) for i in family.inputs),
+        moments=sum(T * k * HALF / SINGLE if few else k * k for k, few in read),
+        across=max(T if few else k for k, few in read),
+        stacked=max(sum(math.prod(size[n]) for n in i.linears) for i in inputs),
         linear=max(math.prod(s) for s in size.values()),
-        attended=size[family.attention_output][1],
+        attended=within,
     )
+
+
+def _heaviest(shapes: Shapes, family: Family) -> dict[str, tuple[int, int]]:
+    """(out, in) of the linears of the block with most weights, by their names there: not all are alike."""
+    blocks: dict[str, dict[str, tuple[int, int]]] = {}
+    for name in linear_names(shapes, family):
+        number, _, local = name.removeprefix(f"{family.blocks}.").partition(".")
+        rows, columns = shapes.shape(f"{name}.weight")
+        blocks.setdefault(number, {})[local] = (rows, columns)
+    return max(blocks.values(), key=lambda size: sum(math.prod(s) for s in size.values()))
 
 
 def _rest(shapes: Shapes) -> dict[str, int]:

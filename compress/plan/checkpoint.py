@@ -20,7 +20,7 @@ from compress.export.formats import FORMATS, Weights
 from compress.kv_cache.cache import sliding_windows
 from compress.kv_cache.folder import scheme_of
 from compress.kv_cache.scheme import CacheScheme, cache_bytes
-from compress.model.families import Family, family_of
+from compress.model.families import Family, family_of, heads_of, size_of
 from compress.model.folder import ModelFolder, Shapes
 from compress.model.gguf_file import gguf_name, is_wide
 from compress.model.shapes import ShapeFolder
@@ -51,10 +51,13 @@ class Part:
 class Checkpoint:
     """A model as a step of decoding reads it.
 
-    attention, mlp: the linears of all blocks; head; embedding: an untied table, of which a step reads a row
-        a token, None if it is the head's; rest: norms, biases
+    attention, mlp: the linears of all blocks but experts; head; embedding: an untied table, of which a step
+        reads a row a token, None if it is the head's; rest: norms, biases, routers
+    experts: the linears of all experts, of which a step reads those that its tokens are sent to; routed: the
+        share of them that one token is sent to
     files: bytes of the weight files
-    heads, kv_heads, head_dim, hidden, intermediate; windows: tokens that each layer sees, None: all
+    heads, kv_heads, head_dim: 0 without attention; hidden; intermediate: the neurons that one token passes
+    windows: tokens that each layer sees, None: all
     """
 
     attention: Part
@@ -71,11 +74,19 @@ class Checkpoint:
     windows: tuple[int | None, ...]
     itemsize: int
     cache: CacheScheme | None
+    experts: Part | None = None
+    routed: float = 1.0
+
+    @property
+    def linears(self) -> list[Part]:
+        """Those of the blocks."""
+        every = (self.attention, self.mlp, self.experts)
+        return [part for part in every if part is not None]
 
     @property
     def parts(self) -> list[Part]:
-        all_parts = (self.attention, self.mlp, self.head, self.embedding, self.rest)
-        return [part for part in all_parts if part is not None]
+        others = (self.head, self.embedding, self.rest)
+        return [*self.linears, *(part for part in others if part is not None)]
 
     @property
     def parameters(self) -> int:
@@ -91,10 +102,14 @@ class Checkpoint:
         """Bytes of a table that a step looks rows up in."""
         return 0 if self.embedding is None else self.embedding.stored
 
-    @property
-    def read(self) -> float:
-        """Bytes of the weights that every step reads."""
-        return self.weights - self.looked_up
+    def unread(self, tokens: int) -> float:
+        """Bytes of the experts that a step of so many tokens does not read, if all are sent to as often."""
+        stored = 0 if self.experts is None else self.experts.stored
+        return stored * (1 - self.routed) ** tokens
+
+    def read(self, tokens: int) -> float:
+        """Bytes of the weights that a step of so many tokens reads."""
+        return self.weights - self.looked_up - self.unread(tokens)
 
     def on_each(self, tp: int) -> float:
         """Bytes of all weights on each of ``tp`` devices: its share of every linear and of the tables, norms
@@ -110,8 +125,8 @@ class Checkpoint:
 
     @property
     def bits_linears(self) -> float:
-        stored = self.attention.stored + self.mlp.stored
-        return 8 * stored / (self.attention.parameters + self.mlp.parameters)
+        stored = sum(part.stored for part in self.linears)
+        return 8 * stored / sum(part.parameters for part in self.linears)
 
     @property
     def bits_file(self) -> float:
@@ -192,8 +207,8 @@ def as_planned(
                 stored[f"{family.head}.{local}"] = tensor
         own[name] = scheme
     if cache is not None and cache.static:
-        shape = (_kv_heads(shapes.config), 1, 1) if cache.keys.per == "head" else (1,)
-        for index in range(int(shapes.config["num_hidden_layers"])):
+        shape = (heads_of(shapes.config)[1], 1, 1) if cache.keys.per == "head" else (1,)
+        for index in range(size_of("num_hidden_layers", shapes.config)):
             for part in ("k_scale", "v_scale"):
                 name = f"{family.blocks}.{index}.{family.attention}.{part}"
                 stored[name] = _plain(shape, torch.float32)
@@ -285,12 +300,17 @@ def _checkpoint(
             modules[name.removesuffix(".weight")] = math.prod(shape) * shapes.dtype.itemsize
     linears = linear_names(shapes, family)
     attention = [name for name in linears if f".{family.attention}." in name]
-    mlp = [name for name in linears if name not in set(attention)]
+    experts = [name for name in linears if ".experts." in name]
+    mlp = [name for name in linears if name not in {*attention, *experts}]
+    count = len({name.rpartition(".experts.")[2].partition(".")[0] for name in experts})
+    chosen = getattr(config, "num_experts_per_tok", None) or count
     ends = [name for name in (family.embedding, family.head) if f"{name}.weight" in shapes]
     if shapes.tied_head:
         ends = [family.embedding]
 
     def part(names: list[str]) -> Part:
+        if not names:
+            return Part(0, 0)
         count = sum(math.prod(shapes.shape(f"{name}.weight")) for name in names)
         rate = _rate(schemes.get(f"{names[0]}.weight"))
         return Part(count, sum(modules.get(name, 0) for name in names), rate)
@@ -301,7 +321,10 @@ def _checkpoint(
         others = [name for name in others if name != f"{family.head}.weight"]
     known = (*linears, *ends)
     rest = sum(modules.values()) - sum(modules.get(name, 0) for name in known)
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads, kv_heads, size = heads_of(shapes.config) if family.attention_output else (0, 0, 0)
+    # Of an MLP or an expert: what its output reads.
+    outputs = (mlp[-1:], experts[-1:])
+    neurons = [shapes.shape(f"{name}.weight")[1] for names in outputs for name in names]
     return Checkpoint(
         attention=part(attention),
         mlp=part(mlp),
@@ -309,25 +332,26 @@ def _checkpoint(
         embedding=None if shapes.tied_head else part(ends[:1]),
         rest=Part(sum(math.prod(shapes.shape(name)) for name in others), rest),
         files=files,
-        heads=config.num_attention_heads,
-        kv_heads=_kv_heads(shapes.config),
+        heads=heads,
+        kv_heads=kv_heads,
         head_dim=size,
         hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
+        intermediate=neurons[0] if not experts else chosen * neurons[-1],
         windows=tuple(sliding_windows(config)),
         itemsize=shapes.dtype.itemsize,
         cache=cache,
+        experts=part(experts) if experts else None,
+        routed=min(1.0, chosen / count) if experts else 1.0,
     )
-
-
-def _kv_heads(config: Mapping[str, Any]) -> int:
-    return int(config.get("num_key_value_heads") or config["num_attention_heads"])
 
 
 def _with_linears(found: Checkpoint, nbytes: float) -> Checkpoint:
     """The same with so many bytes of linears in all."""
-    before = found.attention.stored + found.mlp.stored
-    attention, mlp = (
-        replace(part, stored=part.stored * nbytes / before) for part in (found.attention, found.mlp)
+    before = sum(part.stored for part in found.linears)
+    attention, mlp, *experts = (
+        replace(part, stored=part.stored * nbytes / before) for part in found.linears
     )
-    return replace(found, attention=attention, mlp=mlp, files=found.files - before + nbytes)
+    files = found.files - before + nbytes
+    return replace(
+        found, attention=attention, mlp=mlp, experts=experts[0] if experts else None, files=files
+    )

@@ -3,9 +3,10 @@
     seconds = max(bytes that must move / bandwidth, operations / rate)
 
 A step of decoding moves every weight once, as it is stored, but of a table that is looked up only the
-tokens' rows, and the cache of every sequence. Reading a prompt moves the weights once and writes the cache.
-Nothing is said of what a device does not reach, of launches, or of the exchange between devices: real speed
-is a share of this, which ``compress bench`` measures (``share_of_roofline``).
+tokens' rows, of experts those that its tokens are sent to, and the cache of every sequence. Reading a prompt
+moves the weights once and writes the cache. Nothing is said of what a device does not reach, of launches, or
+of the exchange between devices: real speed is a share of this, which ``compress bench`` measures
+(``share_of_roofline``).
 
 A product of a weight (out, in) with n tokens takes 2 n out in operations; attention of a query over a context
 of c tokens 4 c head_dim a head (scores, and the sum of the values); in a prompt c is all before, and itself.
@@ -53,7 +54,8 @@ def decode(
 ) -> Time:
     """One step of ``batch`` sequences with ``context`` tokens in the cache. whole: as published calculators
     count, with every weight read, a table that rows are looked up in too."""
-    weights = model.on_each(tp) - (0 if whole else model.looked_up / tp)
+    unread = 0 if whole else (model.looked_up + model.unread(batch)) / tp
+    weights = model.on_each(tp) - unread
     cache = batch * model.cache_share(tp) * model.cache_of(context)
     seconds = [
         _linear_seconds(model, hardware, batch, batch),
@@ -69,7 +71,7 @@ def prefill(model: Checkpoint, hardware: Hardware, batch: int, length: int, *, t
         _linear_seconds(model, hardware, batch * length, batch),
         attention_prefill(model, batch, length)[0] / hardware.flops("bf16"),
     ]
-    weights = model.on_each(tp) - model.looked_up / tp
+    weights = model.on_each(tp) - (model.looked_up + model.unread(batch * length)) / tp
     return _time(weights, cache, sum(seconds) / tp, hardware)
 
 
@@ -100,8 +102,11 @@ def intensity(model: Checkpoint, batch: int, context: int) -> dict[str, dict[str
         ("prefill", batch * context, attention_prefill(model, batch, context)),
         ("decode", batch, attention_decode(model, batch, context)),
     ):
-        flops = 2 * tokens * model.mlp.parameters
+        flops = 2.0 * tokens * model.mlp.parameters
         moved = model.mlp.stored + _mlp_activations(model, tokens)
+        if model.experts is not None:
+            flops += 2 * tokens * model.routed * model.experts.parameters
+            moved += model.experts.stored - model.unread(tokens)
         found[phase] = {"mlp": flops / moved, "attention": attention[0] / attention[1]}
     return found
 
@@ -137,6 +142,8 @@ def _linear_seconds(model: Checkpoint, hardware: Hardware, tokens: int, rows: in
         return 2 * count * part.parameters / hardware.flops(part.rate)
 
     blocks = seconds(model.attention, tokens) + seconds(model.mlp, tokens)
+    if model.experts is not None:
+        blocks += model.routed * seconds(model.experts, tokens)
     return blocks + seconds(model.head, rows)
 
 
@@ -157,7 +164,7 @@ def predicted(model: Checkpoint, hardware: Hardware, point: Request) -> dict[str
     full = point.input_length + point.output_length
     return {
         "hardware": hardware.name,
-        "bytes": round(model.read + point.batch * model.cache_of(mean)),
+        "bytes": round(model.read(point.batch) + point.batch * model.cache_of(mean)),
         "memory_bytes": round(memory(model, point.batch, full)),
         "itl_ms": 1e3 * step.seconds,
         "ttft_ms": 1e3 * prefill(model, hardware, point.batch, point.input_length).seconds,

@@ -55,7 +55,7 @@ def _missing(run: Run, shape: Shapes, out: Path, folders: dict[str, str]) -> lis
                 found.append(plain.files - size_of(begun))
         else:
             # A record has a byte a weight.
-            nbytes = plain.attention.parameters + plain.mlp.parameters + plain.rest.stored
+            nbytes = sum(part.parameters for part in plain.linears) + plain.rest.stored
             found.append(nbytes - size_of(begun))
     return [max(0.0, nbytes) for nbytes in found]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from compress.export import gguf
 from compress.export.formats import Weights
 from compress.kv_cache.folder import scheme_of
 from compress.kv_cache.scheme import CacheScheme
-from compress.model.families import family_of
+from compress.model.families import Family, family_of, heads_of
 from compress.model.folder import ModelFolder, Shapes
 from compress.model.shapes import ShapeFolder
 from compress.plan.checkpoint import Checkpoint, linear_scheme
@@ -31,7 +32,7 @@ def row(
         "parameters": model.parameters,
         "bytes": round(model.files),
         "weights": round(model.weights),
-        "read": round(model.read),
+        "read": round(model.read(1)),
         "bits_linears": model.bits_linears,
         "bits_file": model.bits_file,
         "cache_bytes_per_token": model.cache_of(context) / context,
@@ -107,19 +108,34 @@ def served(
 ) -> Served:
     """What engines would be given. shapes: of the 16-bit model; rest: export, tp, all_bits, capability of
     ``Served``"""
-    family, heads = family_of(shapes.config), int(shapes.config["num_attention_heads"])
-    size = {name: shapes.shape(f"{family.blocks}.0.{name}.weight") for name in family.linears}
+    family = family_of(shapes.config)
+    heads, kv_heads = heads_of(shapes.config)[:2] if family.attention_output else (0, 0)
+    size = _sizes(shapes, family)
+    # Experts are all alike.
+    inputs = [shared for shared in family.inputs_in(size) if shared.linears[0] in size]
     return Served(
         schemes=schemes,
         cache=cache,
         heads=heads,
-        kv_heads=int(shapes.config.get("num_key_value_heads") or heads),
-        merged={shared.linears: size[shared.linears[0]][1] for shared in family.inputs},
+        kv_heads=kv_heads,
+        merged={shared.linears: size[shared.linears[0]][1] for shared in inputs},
         parts={name: outputs for name, (outputs, _) in size.items()},
-        by_rows=family.writers,
+        by_rows=tuple(writer.format(0) for writer in family.writers if writer.format(0) in size),
         by_heads=(family.keys, family.values),
         **rest,
     )
+
+
+def _sizes(shapes: Shapes, family: Family) -> dict[str, tuple[int, int]]:
+    """(out, in) of the linears of a block by their names there, of all that some block has; of experts the
+    first."""
+    found: dict[str, tuple[int, int]] = {}
+    for name in linear_names(shapes, family):
+        local = name.removeprefix(f"{family.blocks}.").partition(".")[2]
+        if local not in found and not re.search(r"\.experts\.[1-9]", local):
+            rows, columns = shapes.shape(f"{name}.weight")
+            found[local] = (rows, columns)
+    return found
 
 
 def engines_of(

@@ -84,7 +84,10 @@ def probe(folder: ModelFolder) -> Family:
             inputs.setdefault(shared.linears, shared)
         found = trial.told(found)
     if not found.attention_output:
-        found = replace(found, refuses={**found.refuses, "kv_cache": "it has no attention"})
+        more = dict.fromkeys(("kv_cache", "plan"), "it has no attention")
+        found = replace(found, refuses={**found.refuses, **more})
+    elif not all(found.settings.get(key, key) for key in ("num_attention_heads", "hidden_size")):
+        found = replace(found, refuses={**found.refuses, "plan": "its config names no heads"})
     return replace(found, inputs=tuple(inputs.values()))
 
 

@@ -93,6 +93,18 @@ def linears(record: ModelFolder) -> list[str]:
     return [n.removesuffix(".codes") for n in record.names if n.endswith(".codes")]
 
 
+def kept(record: ModelFolder) -> list[str]:
+    """Names of the matrices of decoder blocks that keep 16 bits (routers, gates of shared experts), without
+    suffix, in file order: readers that take every linear of a block for quantized must be told of them."""
+    blocks, quantized = f"{family_of(record.config).blocks}.", set(linears(record))
+    weights = [n for n in record.names if n.startswith(blocks) and n.endswith(".weight")]
+    return [
+        base
+        for name in weights
+        if (base := name.removesuffix(".weight")) not in quantized and len(record.shape(name)) == 2
+    ]
+
+
 def contents(folder: ModelFolder) -> Iterator[tuple[str, Tensor | QTensor]]:
     """Everything a record holds under its original names, in file order; a plain folder: only tensors."""
     quantized = set(linears(folder)) if KEY in folder.config else set()

@@ -24,6 +24,7 @@ from compress.engines import ENGINES, LLAMA_CPP, SGLANG, TENSORRT, TRANSFORMERS,
 from compress.errors import UserError
 from compress.kv_cache.folder import engines as cache_arguments
 from compress.kv_cache.folder import scheme_of
+from compress.model.families import family_of, heads_of, limit_of, size_of
 from compress.model.folder import ModelFolder, read_json, reading
 from compress.plan.rows import schemes_on_disk
 from compress.report.table import KEYS, METRICS
@@ -145,7 +146,7 @@ def engine_settings(
     """What an engine is told of this checkpoint, by the names of its own settings (of vLLM those of
     ``AsyncEngineArgs``): the one source of flags, container files and Triton's model.json."""
     config = _config(folder)
-    most = config.get("max_position_embeddings")
+    most = limit_of(config)
     if context is not None and most is not None and context > most:
         raise UserError(f"context={context} is more than the {most} tokens that the model takes")
     longest = context or most
@@ -237,10 +238,10 @@ def _surroundings(
 
 def _cache_gib(config: Mapping[str, Any], context: int | None) -> int:
     """Whole GiB for a 16-bit cache that holds one request of full length; the least if that is not known."""
-    tokens = context or config.get("max_position_embeddings") or 0
-    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    nbytes = 2 * 2 * config["num_hidden_layers"] * heads * size * tokens
+    tokens, nbytes = context or limit_of(config) or 0, 0
+    if family_of(dict(config)).attention_output:
+        _, heads, size = heads_of(config)
+        nbytes = 2 * 2 * size_of("num_hidden_layers", config) * heads * size * tokens
     return int(max(CPU_CACHE_GIB, -(-nbytes // 2**30)))
 
 

@@ -103,7 +103,7 @@ def held(folder: Path, found: Checkpoint) -> dict[str, Any]:
     decoder.start(torch.ones(1, 128, dtype=torch.int64), 32)
     assert decoder._request is not None
     return {
-        "weights": beside(found.read, decoder.bytes_per_step(1, 0)),
+        "weights": beside(found.read(1), decoder.bytes_per_step(1, 0)),
         "cache": beside(found.cache_of(LEAST), decoder._request.cache.nbytes),
     }
 

@@ -14,7 +14,16 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from compress.errors import UserError
+from compress.model.families import check_applies, heads_of, size_of
+from compress.model.folder import ModelFolder
 
 # A token (batch, 1), on CUDA with the event that tells when it is computed; or what ended the request.
 Handed = tuple[Tensor, torch.cuda.Event | None] | BaseException
@@ -63,11 +72,12 @@ class TransformersDecoder:
         ):
             # Of an embedding that is not the head, a step reads a row a sequence.
             weights -= self.model.get_input_embeddings().weight.nbytes
-        head_dim = (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        states = _states(config.to_dict())
+        return (
+            None
+            if states is None
+            else weights + batch * context * states * self.model.dtype.itemsize
         )
-        states = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
-        return weights + batch * context * states * self.model.dtype.itemsize
 
     def _generate(
         self, prompt: Tensor, tokens: int, padding: Tensor | None, handed: SimpleQueue[Handed]
@@ -90,6 +100,19 @@ class TransformersDecoder:
             handed.put(error.with_traceback(None))
 
 
+def _states(config: dict[str, Any]) -> int | None:
+    """Numbers of the cache a token; None for models of which a step reads something else than all weights and
+    keys and values of all before."""
+    try:
+        family = check_applies("plan", config)
+    except UserError:
+        return None
+    if family.experts is not None:
+        return None
+    _, heads, size = heads_of(config)
+    return 2 * size_of("num_hidden_layers", config) * heads * size
+
+
 class _HandOver(StoppingCriteria):
     """Never stops; passes every new token on."""
 
@@ -108,7 +131,8 @@ class _HandOver(StoppingCriteria):
 
 def load_transformers(path: Path, device: torch.device) -> Any:
     """The model of a folder as transformers itself loads it."""
-    model = AutoModelForCausalLM.from_pretrained(
+    whole = AutoModelForCausalLM if ModelFolder(path).outer is None else AutoModelForImageTextToText
+    model = whole.from_pretrained(
         path, dtype="auto", device_map=device, local_files_only=True, trust_remote_code=False
     )
     return model.eval()

@@ -8,7 +8,6 @@ greedy, nothing stops early, nothing is detokenized, and no prompt is found in a
 
 from __future__ import annotations
 
-import json
 import os
 from itertools import count
 from pathlib import Path
@@ -16,6 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from compress.model.families import heads_of, size_of
+from compress.model.folder import ModelFolder
 
 # Room in the cache beyond the tokens asked for: it is kept in blocks, of which one stays empty.
 BLOCK, SPARE_BLOCKS = 128, 8
@@ -92,7 +94,7 @@ def open_vllm(path: Path, device: str, *, longest: int, most: int) -> VllmDecode
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = ModelFolder(path).config
     arguments = EngineArgs(
         model=str(path),
         max_model_len=longest,
@@ -112,8 +114,7 @@ def open_vllm(path: Path, device: str, *, longest: int, most: int) -> VllmDecode
 
 def cache_bytes(config: dict[str, Any], longest: int, most: int) -> int:
     """Bytes for ``most`` sequences of ``longest`` tokens in 16 bits, in whole blocks and a few more."""
-    heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    states = 2 * config["num_hidden_layers"] * config.get("num_key_value_heads", heads) * head_dim
+    _, heads, head_dim = heads_of(config)
+    states = 2 * size_of("num_hidden_layers", config) * heads * head_dim
     blocks = most * -(-longest // BLOCK) + SPARE_BLOCKS
     return 2 * states * blocks * BLOCK

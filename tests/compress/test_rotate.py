@@ -237,7 +237,7 @@ def test_what_cannot_be_rotated_is_refused(
     for key in ("quantization_config", "compress_record"):
         with pytest.raises(UserError, match="is quantized already"):
             rotate(changed(key, **{key: {"version": 1}}), target)
-    with pytest.raises(UserError, match="model type 'gpt2' is not known"):
+    with pytest.raises(UserError, match="rotate does not apply to models of type gpt2"):
         rotate(changed("family", model_type="gpt2"), target)
     with pytest.raises(UserError, match="head size 18, for which no Hadamard"):
         rotate(make_model("llama", hidden_size=72), target)

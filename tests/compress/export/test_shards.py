@@ -54,7 +54,7 @@ def test_one_tensor_at_a_time(
             most = max(most, sum(found() is not None for found in alive))
 
     monkeypatch.setattr(record, "contents", watched)
-    monkeypatch.setattr(shards.ShardWriter.__init__, "__defaults__", (50_000,))
+    monkeypatch.setattr(shards.ShardWriter.__init__, "__defaults__", (50_000, ()))
     FORMATS[name].write(source, tmp_path / "out")
     assert len(alive) == 29
     # The one that a writer still names while the next is read.
