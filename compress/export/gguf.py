@@ -22,7 +22,7 @@ from torch import Tensor
 
 from compress.errors import UserError
 from compress.export.gguf_blocks import BLOCKS, LONG, MINIMUM, SHORT
-from compress.export.gguf_metadata import add_metadata, check_model, extra_tensors, heads_of
+from compress.export.gguf_metadata import add_metadata, check_model, extra_tensors, stored_heads
 from compress.export.gguf_tokenizer import add_tokenizer, check_tokenizer
 from compress.kv_cache.folder import is_scale
 from compress.model.families import family_of, linears_among
@@ -205,7 +205,7 @@ def write(source: ModelFolder, target: Path) -> None:
         check(schemes)
     settings = check_model(source.config, source.path)
     _check_stored(source)
-    planned, heads = list(_planned(source)), heads_of(settings)
+    planned, heads = list(_planned(source)), stored_heads(settings)
     most = _most(planned)
     writer = GGUFWriter(None, heads.architecture)
     extra = extra_tensors(settings)

@@ -18,7 +18,7 @@ import torch
 
 from compress.errors import UserError
 from compress.kv_cache.cache import sliding_windows
-from compress.model.families import family_of
+from compress.model.families import family_of, heads_of
 from compress.model.gguf_file import ARCHITECTURES, DERIVED, OF_BLOCK, Heads
 from compress.model.skeleton import model_of
 
@@ -126,20 +126,10 @@ NAMES = ("_name_or_path", "_model_name_or_path")
 PHI3, PHI3_TOKENS = ("phi-3", "phi3"), {"</s>", "<unk>", "<s>", "<|endoftext|>"}
 
 
-def heads_of(config: Any) -> Heads:
+def stored_heads(config: Any) -> Heads:
     """Of the config of ``check_model``."""
-    heads = config.num_attention_heads
-    keys = getattr(config, "num_key_value_heads", None) or heads
-    if config.model_type == "falcon":
-        keys = 1 if config.multi_query else heads
-        keys = config.num_kv_heads if config.new_decoder_architecture else keys
-    return Heads(ARCHITECTURES[config.model_type], heads, keys)
-
-
-def _head_dim(config: Any) -> int:
-    return int(
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
+    queries, keys, _ = heads_of(config.to_dict())
+    return Heads(ARCHITECTURES[config.model_type], queries, keys)
 
 
 def _activation(config: Any) -> str:
@@ -215,7 +205,8 @@ def _unknown(config: Any) -> str | None:
             return f"models without {key} in this architecture"
     if graph.tied is not None and bool(config.tie_word_embeddings) != graph.tied:
         return f"models with tie_word_embeddings={not graph.tied} in this architecture"
-    if graph.square and _head_dim(config) * config.num_attention_heads != config.hidden_size:
+    heads, _, head_dim = heads_of(config.to_dict())
+    if graph.square and head_dim * heads != config.hidden_size:
         return "heads that are not as wide together as the hidden size in this architecture"
     return _unknown_attention(config, architecture) or _unknown_rope(config, graph)
 
@@ -231,7 +222,7 @@ def _unknown_attention(config: Any, architecture: str) -> str | None:
         )
     scaled = getattr(config, "query_pre_attn_scalar", None)
     if scaled is not None:
-        usual = float(_head_dim(config))
+        usual = float(heads_of(config.to_dict())[2])
         if config.num_hidden_layers == GEMMA_27B.get(architecture):
             usual = config.hidden_size // config.num_attention_heads
         if scaled != usual:
@@ -280,7 +271,7 @@ def add_metadata(
     from gguf import size_label
     from gguf.constants import GGML_QUANT_VERSION, GGUFType
 
-    heads, head_dim = heads_of(config), _head_dim(config)
+    heads, head_dim = stored_heads(config), heads_of(config.to_dict())[2]
     label = size_label(*writer.get_total_parameter_count())
     writer.add_type(GGUFType.MODEL)
     writer.add_name(_name(settings, label, tokens))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import UserError
-from compress.model.families import FAMILIES, Family, family_of
+from compress.model.families import FAMILIES, Family, family_of, heads_of
 
 SUFFIX = ".gguf"
 BLOCKS = "blk"
@@ -287,17 +287,11 @@ class GGUFFile:
         stated = str(config.get("model_type"))
         known = stated in ARCHITECTURES and family_of(dict(config)).name in OF_BLOCK
         family = family_of(dict(config) if known else {"model_type": _model_type(self._heads)})
-        count, key = (
-            family.settings.get(name, name)
-            for name in ("num_attention_heads", "num_key_value_heads")
-        )
-        heads, keys = config.get(count), config.get(key)
-        # What a config.json lacks, or has and should not, is told where that is looked at.
+        heads, keys = _stated_heads(config)
         asked: dict[str, tuple[Any, Any]] = {
             "general.architecture": (ARCHITECTURES.get(stated), self._heads.architecture),
             _HEADS: (heads, self._heads.queries),
-            # Falcon's follow from several keys.
-            _KEY_HEADS: (keys or heads if key else None, self._heads.keys),
+            _KEY_HEADS: (keys, self._heads.keys),
         }
         for what, (wanted, found) in asked.items():
             if wanted is not None and wanted != found:
@@ -335,6 +329,15 @@ class GGUFFile:
         if entry.type in PLAIN:
             return _Slice(entry.shape, entry.type)
         return _Slice((entry.shape[0], entry.nbytes // entry.shape[0]), "U8")
+
+
+def _stated_heads(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """As config.json has them. What it lacks, or has and should not, is told where that is looked at."""
+    try:
+        heads, keys, _ = heads_of(config)
+    except (LookupError, TypeError, ValueError, ArithmeticError):
+        return None, None
+    return heads, keys
 
 
 def _model_type(heads: Heads) -> str:

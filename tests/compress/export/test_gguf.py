@@ -28,7 +28,7 @@ from compress.export import gguf as format_gguf
 from compress.export.audit import AuditError, audit, verify
 from compress.export.formats import FORMATS, Weights
 from compress.export.gguf_blocks import BLOCKS, MINIMUM
-from compress.export.gguf_metadata import FILE_TYPES, check_model, extra_tensors, heads_of
+from compress.export.gguf_metadata import FILE_TYPES, check_model, extra_tensors, stored_heads
 from compress.export.gguf_tokenizer import SPLITS
 from compress.kv_cache.scheme import CacheScheme, StateScheme
 from compress.kv_cache.stage import quantize_cache
@@ -159,7 +159,7 @@ def test_numbers_read_back_here_and_by_the_gguf_package(
     theirs = {tensor.name: tensor for tensor in opened(exported).tensors}
     weights, off = Weights(exported), 0.0
     assert {gguf_name(name, LLAMA) for name in weights.names} == set(theirs)
-    heads = heads_of(check_model(exported.config, exported.path))
+    heads = stored_heads(check_model(exported.config, exported.path))
     for name in weights.names:
         value, tensor = weights.get(name), theirs[gguf_name(name, LLAMA)]
         found = torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
