@@ -19,7 +19,7 @@ from compress.errors import UserError
 from compress.export import gguf as format_gguf
 from compress.export.audit import AuditError, audit
 from compress.export.formats import Weights
-from compress.export.gguf_metadata import GRAPHS, check_model
+from compress.export.gguf_metadata import GRAPHS, check_model, stored_heads
 from compress.model.families import FAMILIES, family_of, turned_over
 from compress.model.folder import ModelFolder, save_tensors, write_json
 from compress.model.gguf_file import (
@@ -30,6 +30,7 @@ from compress.model.gguf_file import (
     gguf_name,
     our_name,
     place_of,
+    shift_of,
 )
 from compress.pipeline import check as check_run
 from compress.quantize.qtensor import QTensor
@@ -137,20 +138,43 @@ def test_numbers_read_back_and_run(
     with torch.inference_mode():
         ours, theirs = (load_dense(f, CPU, torch.bfloat16)(tokens) for f in (exported, record))
     assert torch.equal(ours.logits, theirs.logits)
+    (file,) = exported.weight_files
+    weights, family = Weights(exported), family_of(folder.config)
+    heads = stored_heads(check_model(folder.config, folder.path))
+    stored = {
+        tensor.name: torch.from_numpy(
+            np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        )
+        for tensor in gguf.GGUFReader(file).tensors
+    }
+    assert {gguf_name(name, family) for name in weights.names} == set(stored)
+    for name in weights.names:
+        inner, expert = place_of(name, family)
+        found = stored[inner] if expert is None else stored[inner][expert]
+        wanted = _values(weights.get(name)) + shift_of(inner, family)
+        order = heads.order(inner, len(wanted))
+        wanted = wanted if order is None else wanted[order]
+        torch.testing.assert_close(
+            found.view(wanted.shape), wanted, rtol=0.0, atol=_off(scheme, wanted)
+        )
     if kind not in READ_BY_TRANSFORMERS:
         return
-    (file,) = exported.weight_files
     state = AutoModelForCausalLM.from_pretrained(
         exported.path, gguf_file=file.name, dtype=torch.float32
     ).state_dict()
-    weights = Weights(exported)
     for name in weights.names:
-        value = weights.get(name)
-        ours = value.dequantize(torch.float32) if isinstance(value, QTensor) else value.float()
-        # The minima of Q4_1 are in float16.
-        atol = 0.0 if scheme.symmetric else 2e-3 * float(ours.abs().max())
+        wanted = _values(weights.get(name))
         found = state[name].T if name.endswith(turned_over(folder.config)) else state[name]
-        torch.testing.assert_close(found, ours, rtol=0.0, atol=atol)
+        torch.testing.assert_close(found, wanted, rtol=0.0, atol=_off(scheme, wanted))
+
+
+def _values(value: Tensor | QTensor) -> Tensor:
+    return value.dequantize(torch.float32) if isinstance(value, QTensor) else value.float()
+
+
+def _off(scheme: Scheme, wanted: Tensor) -> float:
+    """The minima of Q4_1 are in float16."""
+    return 0.0 if scheme.symmetric else 2e-3 * float(wanted.abs().max())
 
 
 # What a file says beside sizes, of the kinds that differ there.
