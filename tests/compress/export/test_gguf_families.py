@@ -33,6 +33,7 @@ from compress.model.gguf_file import (
     shift_of,
 )
 from compress.pipeline import check as check_run
+from compress.plan.rows import loadable_folder
 from compress.quantize.qtensor import QTensor
 from compress.quantize.rounding import Nearest
 from compress.quantize.scheme import Scheme, Schemes
@@ -210,6 +211,13 @@ def test_what_a_file_says(made: Any, tmp_path: Path) -> None:
     assert found["general.architecture"] == ARCHITECTURES[folder.config["model_type"]]
     expected = SAID.get(kind, {})
     assert {key: found[key] for key in expected} == expected
+    engines = loadable_folder(exported)
+    assert engines["llama.cpp"]["loads"]
+    (reason,) = engines["transformers"]["reasons"]
+    assert f"not of {folder.config['model_type']}: " in reason["text"]
+    assert f"not looked at for models of type {folder.config['model_type']}" in str(
+        engines["sglang"]
+    )
     # Of a name with Phi-3 in it, llama.cpp asks for tokens that this vocabulary has not.
     assert (found["general.name"] == found["general.size_label"]) == (kind == "phi3")
     mixed = tmp_path / "mixed"
