@@ -40,6 +40,13 @@ SPLITS: dict[tuple[str, ...], str] = {
         r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
         "bytes",
     ): "tekken",
+    (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        "bytes",
+    ): "gpt-4o",
+    ("punctuation", "bytes of words", "numbers", "[0-9][0-9][0-9]"): "falcon",
 }  # fmt: skip
 WHOLE_WORDS = ("llama-bpe", "tekken")
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -138,8 +145,10 @@ def _steps(part: dict[str, Any] | None) -> Iterator[str]:
             yield from _steps(step)
     elif kind == "ByteLevel" and not part.get("add_prefix_space"):
         yield "bytes of words" if part.get("use_regex", True) else "bytes"
-    elif kind == "Digits" and part.get("individual_digits"):
-        yield "digits"
+    elif kind == "Digits":
+        yield "digits" if part.get("individual_digits") else "numbers"
+    elif kind == "Punctuation" and part.get("behavior") == "Contiguous":
+        yield "punctuation"
     elif kind == "Split" and part.get("behavior") == "Isolated" and not part.get("invert"):
         yield str(part["pattern"].get("Regex"))
     else:

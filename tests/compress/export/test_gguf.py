@@ -719,7 +719,13 @@ BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 @pytest.mark.parametrize("split", SPLITS.values())
 def test_how_text_is_split_has_a_name(tiny: ModelFolder, tmp_path: Path, split: str) -> None:
     (steps,) = [steps for steps, name in SPLITS.items() if name == split]
-    known = {"digits": DIGITS, "bytes of words": WORDS, "bytes": BYTES}
+    known = {
+        "digits": DIGITS,
+        "numbers": pre_tokenizers.Digits(individual_digits=False),
+        "punctuation": pre_tokenizers.Punctuation("contiguous"),
+        "bytes of words": WORDS,
+        "bytes": BYTES,
+    }
     parts = [known.get(s) or pre_tokenizers.Split(Regex(s), "isolated") for s in steps]
     tokenizer = byte_tokenizer().backend_tokenizer
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
@@ -747,7 +753,10 @@ def test_tokenizers_that_llama_cpp_would_not_have(tiny: ModelFolder, tmp_path: P
     odd.add_special_tokens(["<odd>"])
     odd.post_processor = processors.TemplateProcessing("<odd> $A", special_tokens=[("<odd>", 257)])
     refused = [
-        (whitespace, "split text as gpt-2, smollm, llama-bpe, qwen2, tekken do, this one does not"),
+        (
+            whitespace,
+            "split text as gpt-2, smollm, llama-bpe, qwen2, tekken, gpt-4o, falcon do, this",
+        ),
         (words, "knows BPE, not WordLevel"),
         (lower, "after Lowercase"),
         (compatible, "after NFKC"),
