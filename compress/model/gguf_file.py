@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import UserError
-from compress.model.families import FAMILIES, Family, family_of, heads_of
+from compress.model.families import FAMILIES, MOST_EXPERTS, Family, family_of, heads_of
 
 SUFFIX = ".gguf"
 BLOCKS = "blk"
@@ -397,14 +397,15 @@ def _entries(path: Path, changed: int, family_name: str) -> dict[str, Entry]:
             raise UserError(f"{path} ends before its tensor {theirs} does")
         shift = shift_of(theirs, family)
         if "{}" in name:
-            experts, *of_one = shape
-            each = length // experts
-            entries |= {
-                name.format(number): Entry(
-                    theirs, kind.name, (*of_one,), start + offset + number * each, each, shift
+            if len(shape) != 3 or shape[0] > MOST_EXPERTS:
+                raise UserError(
+                    f"{path} has a tensor {theirs} of shape {shape}, not that of experts"
                 )
-                for number in range(experts)
-            }
+            each = length // shape[0]
+            for number in range(shape[0]):
+                place = start + offset + number * each
+                one = Entry(theirs, kind.name, shape[1:], place, each, shift)
+                entries[name.format(number)] = one
             continue
         if _part(theirs) == FLAT:
             shape = (1, *shape)

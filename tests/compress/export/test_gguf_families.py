@@ -391,3 +391,25 @@ def test_a_search_may_not_part_experts(monkeypatch: pytest.MonkeyPatch, tmp_path
         check_run(parse(compose_settings([*words, "search.choices=[5,3]"])))
     # Three and four bits are in one type.
     check_run(parse(compose_settings([*words, "search.choices=[3,4]"])))
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (2**16 + 1, 1, 32)])
+def test_experts_of_another_shape(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    kind = changed(monkeypatch, "mixtral")
+    _, folder = written_model(kind, tmp_path / "model")
+    (tmp_path / "theirs").mkdir()
+    write_json(tmp_path / "theirs/config.json", folder.config)
+    writer = gguf.GGUFWriter(tmp_path / "theirs/their.gguf", "llama")
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_tensor("blk.0.ffn_up_exps.weight", np.zeros(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(
+        UserError, match=r"ffn_up_exps\.weight of shape \(.*\), not that of experts"
+    ):
+        _ = ModelFolder(tmp_path / "theirs").names
