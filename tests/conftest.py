@@ -18,10 +18,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from compress.model.folder import ModelFolder
+from eval.faults.tiny import byte_tokenizer
 
 SHAPE = {
     "vocab_size": 320,
@@ -36,17 +36,6 @@ SHAPE = {
     "eos_token_id": 256,
     "pad_token_id": 256,
 }
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, 256 = end of text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>"
-    )
 
 
 def write_model(

@@ -32,7 +32,8 @@ from compress.quantize.stage import quantize, settle
 from compress.quantize.transforms import AwqClip, AwqScale, Opt, Smooth
 from compress.runtime.load import load_dense
 from compress.saved import changes
-from tests.conftest import byte_tokenizer, write_model
+from eval.faults.tiny import byte_tokenizer
+from tests.conftest import write_model
 from tests.exported import checkpoint_bytes
 
 PLAIN: dict[str, Any] = {

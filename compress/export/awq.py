@@ -59,7 +59,7 @@ def write(source: ModelFolder, target: Path) -> None:
         "group_size": stated_size(schemes.linears),
         "zero_point": True,
         # Names that hold one of these are left out.
-        "modules_to_not_convert": [*record.kept(source), family.head],
+        "modules_to_not_convert": [*record.kept(source), *family.head_names],
     }
     write_json(target / "config.json", {**config, "quantization_config": quantization})
 

@@ -60,7 +60,7 @@ def write(source: ModelFolder, target: Path) -> None:
         "load_in_8bit": True,
         "load_in_4bit": False,
         "llm_int8_threshold": inputs.threshold,
-        "llm_int8_skip_modules": [*record.kept(source), family.head],
+        "llm_int8_skip_modules": [*record.kept(source), *family.head_names],
         "llm_int8_has_fp16_weight": False,
         "llm_int8_enable_fp32_cpu_offload": False,
     }

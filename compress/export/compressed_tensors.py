@@ -212,7 +212,7 @@ def quantization_config(
         "format": MIXED if apart else groups[0]["format"] if groups else "dense",
         "quantization_status": "compressed",
         "global_compression_ratio": None,
-        "ignore": [*kept, *([] if apart or family.head in schemes else [family.head])],
+        "ignore": [*kept, *([] if apart or family.head in schemes else family.head_names)],
         "kv_cache_scheme": cache,
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
     }

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
+
 from compress.errors import UserError
-from compress.export.shards import write_tensors
+from compress.export.shards import ShardWriter
 from compress.kv_cache.folder import scheme_of
+from compress.model.families import family_of, turned_over
 from compress.model.folder import ModelFolder, write_json
+from compress.model.stored import packed
 from compress.quantize import record
 from compress.quantize.scheme import Schemes
 
@@ -26,7 +30,18 @@ def write(source: ModelFolder, target: Path) -> None:
     cache = scheme_of(source)
     if cache is not None and cache.static:
         raise UserError(f"export={NAME} has no place for the scales of the cache")
-    config = write_tensors(source, target, lambda _, q: [("weight", q.dequantize(source.dtype))])
+    target.mkdir(parents=True)
+    source.copy_companions(target)
+    shards = ShardWriter(target, turned=turned_over(source.config))
+    tensors = (
+        (name, value if isinstance(value, Tensor) else value.dequantize(source.dtype))
+        for name, value in record.contents(source)
+    )
+    family, experts = family_of(source.config), source.config.get("num_local_experts", 0)
+    for name, tensor in packed(tensors, family, experts):
+        shards.add(name, tensor)
+    shards.close()
+    config = {key: value for key, value in source.config.items() if key != record.KEY}
     write_json(target / "config.json", config)
 
 

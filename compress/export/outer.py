@@ -94,7 +94,14 @@ def _stated(config: dict[str, Any], begins: dict[str, str], outer: Outer) -> dic
         found["ignore"] = [*_names(found["ignore"], begins), *patterns]
     for key in LEFT_OUT:
         if key in found:
-            found[key] = [*_names(found[key], begins), *apart]
+            # By the names of checkpoints and those of transformers, which begin otherwise.
+            names = [
+                *_names(found[key], begins),
+                *found[key],
+                *apart,
+                *(f"model.{p}" for p in apart),
+            ]
+            found[key] = list(dict.fromkeys(names))
     if found.get("quant_method") == gptq.NAME:
         dynamic = {_pattern(key, begins): own for key, own in found.get("dynamic", {}).items()}
         found["dynamic"] = {f"-:.*{re.escape(piece)}.*": {} for piece in apart} | dynamic

@@ -147,6 +147,11 @@ class Family:
         return self.queries, self.keys
 
     @property
+    def head_names(self) -> tuple[str, ...]:
+        """What checkpoints and transformers call the head."""
+        return tuple(dict.fromkeys((self.head, self.head_module)))
+
+    @property
     def mlp_norm(self) -> str:
         """The norm before the MLP: what enters it is the residual stream behind attention."""
         (source,) = (s.source for s in self.inputs if s.linears == self.neurons)
@@ -211,8 +216,10 @@ LAYER_NORMS = {
     "prune": NO_CUT,
     "decoder": NO_ENGINE,
 }
+IN_ONE = "transformers holds all experts in one tensor, which bitsandbytes does not read"
 FUSED = LAYER_NORMS | {"rotate": "its queries, keys and values are one linear"}
 ROUTED = {
+    "bitsandbytes": IN_ONE,
     "rotate": "its routers read the residual stream too",
     "prune": "its MLPs are many, and a router chooses among them",
     "decoder": NO_ENGINE,
@@ -395,7 +402,8 @@ FALCON = Family(
     rotary="transformer.rotary_emb",
     settings={"intermediate_size": "", "num_key_value_heads": "num_kv_heads"},
     tuples=True,
-    refuses=FUSED,
+    refuses=FUSED
+    | {"bitsandbytes": "its linears are of a class that bitsandbytes does not replace"},
 )
 # Of 40B and 180B.
 FALCON_TWO_NORMS = replace(
@@ -521,7 +529,10 @@ GPT2 = Family(
         "num_attention_heads": "n_head",
         "max_position_embeddings": "n_positions",
     },
-    refuses=FUSED,
+    refuses=FUSED
+    | {
+        "bitsandbytes": "its checkpoints hold weights as (in, out), which bitsandbytes does not read"
+    },
 )
 GPT_OSS = _llama_like(
     "gpt_oss",
@@ -534,8 +545,7 @@ GPT_OSS = _llama_like(
     neurons=(),
     mlp_output="",
     experts=PACKED,
-    refuses=ROUTED
-    | dict.fromkeys(("dense", "distill"), "its checkpoints hold all experts in one tensor"),
+    refuses=ROUTED | {"distill": "its checkpoints hold all experts in one tensor"},
 )
 JAMBA = Family(
     name="jamba",
@@ -558,7 +568,7 @@ JAMBA = Family(
     experts=FEED_FORWARD,
     final_norm="model.final_layernorm",
     rotary="",
-    refuses=RECURRENT,
+    refuses=RECURRENT | {"bitsandbytes": IN_ONE},
 )
 QWEN3_NEXT = Family(
     name="qwen3_next",
@@ -581,7 +591,7 @@ QWEN3_NEXT = Family(
     norm_shift=1.0,
     experts=Experts(),
     drafts=("mtp.",),
-    refuses=RECURRENT,
+    refuses=RECURRENT | {"bitsandbytes": IN_ONE},
 )
 
 FAMILIES = (

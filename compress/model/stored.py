@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compress.model.families import Experts, Family
@@ -104,6 +105,41 @@ def _of_experts(
         for start, linear in enumerate(linears):
             place = Place(stored, kind == "weight", number, start if halves else None)
             yield f"{path}.{number}.{linear}.{kind}", place
+
+
+def packed(
+    tensors: Iterable[tuple[str, Tensor]], family: Family, experts: int
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a plain folder as its files hold them: where that is all experts in one, those of a
+    block come together. experts: how many a block has"""
+    if family.experts is None or not family.experts.packed:
+        yield from tensors
+        return
+    waiting: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors:
+        path, found, local = name.rpartition(".experts.")
+        if not found:
+            yield name, tensor
+            continue
+        held = waiting.setdefault(f"{path}.experts", {})
+        held[local] = tensor
+        for part in PACKED:
+            wanted = [local for local, _ in _of_experts(family.experts, "", "", part, experts)]
+            wanted = [local.removeprefix(".") for local in wanted]
+            if all(local in held for local in wanted):
+                yield f"{path}.experts.{part}", _together([held.pop(n) for n in wanted], part)
+    assert not any(waiting.values()), list(waiting)
+
+
+def _together(parts: list[Tensor], part: str) -> Tensor:
+    """What ``Place.taken`` takes apart."""
+    kind, halves = PACKED[part]
+    each = [tensor.T if kind == "weight" else tensor for tensor in parts]
+    if halves:
+        # The rows of gate and up in turn.
+        pairs = zip(each[::2], each[1::2], strict=True)
+        each = [torch.stack(pair, -1).flatten(-2) for pair in pairs]
+    return torch.stack(each)
 
 
 class Stored:

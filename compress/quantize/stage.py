@@ -307,9 +307,13 @@ def _close(block: Block, quantized: Mapping[str, QTensor]) -> dict[str, Any]:
 
 
 def _experts(block: Block) -> dict[str, Any]:
-    """How many tokens each expert of a block saw, by its first linear."""
+    """How many tokens each expert of a block saw, by its name there."""
     firsts = [shared.linears[0] for shared in block.inputs if shared.routed]
-    seen = {name: block.moments[name].tokens for name in firsts if name in block.moments}
+    seen = {
+        name.rpartition(".")[0]: block.moments[name].tokens
+        for name in firsts
+        if name in block.moments
+    }
     return {"expert_tokens": seen} if seen else {}
 
 

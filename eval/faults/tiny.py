@@ -30,14 +30,19 @@ def write_tiny_model(path: Path) -> Path:
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama", **SHAPE)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, 256 = end of text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>"
-    ).save_pretrained(path)
-    return path
+    )
 
 
 def write_text(path: Path, words: int = 6000) -> Path:

@@ -19,7 +19,7 @@ from calibration.tokens import (
 )
 from compress.compose import compose_settings
 from compress.errors import UserError
-from tests.conftest import byte_tokenizer
+from eval.faults.tiny import byte_tokenizer
 
 TEXTS = [f"document {i}: " + "some words about it " * 20 for i in range(30)]
 MIX = {"words": TEXTS}

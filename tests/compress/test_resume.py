@@ -31,7 +31,7 @@ from compress.quantize.transforms import AwqClip, AwqScale
 from compress.rotate import rotate
 from compress.runtime.load import load_dense
 from compress.saved import NOWHERE, Saved
-from tests.conftest import byte_tokenizer
+from eval.faults.tiny import byte_tokenizer
 
 CPU = torch.device("cpu")
 Work = Callable[[Path, Saved], Any]

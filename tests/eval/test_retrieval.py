@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from compress.errors import UserError
+from eval.faults.tiny import byte_tokenizer
 from eval.retrieval import MOST_FACTS, NUMBERS, PASS_KEY, QUESTION, build_haystack, score, summarize
-from tests.conftest import byte_tokenizer
 
 TEXT = "The house stood by the river. Birds sang in the morning. Nobody was at home. " * 40
 

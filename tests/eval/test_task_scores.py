@@ -25,6 +25,7 @@ from compress.model.sources import open_tokenizer, resolve_model
 from compress.quantize.scheme import Scheme
 from compress.runtime.load import load_dense
 from eval import task_scores
+from eval.faults.tiny import byte_tokenizer
 from eval.task_scores import (
     TASKS,
     compare_answers,
@@ -35,7 +36,6 @@ from eval.task_scores import (
     score_tasks,
     stderr_of,
 )
-from tests.conftest import byte_tokenizer
 from tests.exported import exported
 
 CPU = torch.device("cpu")

@@ -40,7 +40,8 @@ from compress.model.folder import ModelFolder
 from compress.model.sources import open_tokenizer
 from compress.runtime.build import build
 from compress.runtime.load import load_dense, load_packed
-from tests.conftest import byte_tokenizer, write_model
+from eval.faults.tiny import byte_tokenizer
+from tests.conftest import write_model
 from tests.fuzz.mutations import HOSTILE, change_json, change_text, damage, flip_bytes, truncate
 from tests.report_runs import run_of
 

@@ -46,7 +46,7 @@ from compress.quantize.rounding import Nearest
 from compress.quantize.scheme import Scheme, Schemes, make_grid, to_codes
 from compress.quantize.stage import quantize
 from compress.runtime.load import load_dense
-from tests.conftest import byte_tokenizer
+from eval.faults.tiny import byte_tokenizer
 
 CPU = torch.device("cpu")
 Exported = tuple[ModelFolder, ModelFolder]

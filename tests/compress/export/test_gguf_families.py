@@ -39,8 +39,8 @@ from compress.quantize.rounding import Nearest
 from compress.quantize.scheme import Scheme, Schemes
 from compress.quantize.stage import quantize
 from compress.runtime.load import load_dense
-from tests import families
-from tests.families import KINDS, written_model
+from eval.engines import family_models
+from eval.engines.family_models import KINDS, written_model
 
 CPU = torch.device("cpu")
 # What llama.cpp's graph asks for beside the sizes of the kinds.
@@ -50,7 +50,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_positions": 1024},
     "smollm3": {"num_hidden_layers": 4, "no_rope_layer_interval": 4},
     "gemma3": {
-        "query_pre_attn_scalar": 32,
+        "query_pre_attn_scalar": 64,
         "rope_parameters": {
             "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4},
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
@@ -71,7 +71,7 @@ def changed(monkeypatch: pytest.MonkeyPatch, kind: str, **changes: Any) -> str:
     """The name of a kind with other settings."""
     model_type, settings = KINDS[kind]
     settings = {**settings, **CHANGES.get(kind, {}), **changes}
-    monkeypatch.setitem(families.KINDS, "changed", (model_type, settings))
+    monkeypatch.setitem(family_models.KINDS, "changed", (model_type, settings))
     return "changed"
 
 
@@ -185,7 +185,7 @@ SAID: dict[str, dict[str, Any]] = {
         "attention.sliding_window_pattern": 2,
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
-        "attention.key_length": 32,
+        "attention.key_length": 64,
     },
     "gemma3": {
         "attention.sliding_window": 8,
@@ -195,7 +195,7 @@ SAID: dict[str, dict[str, Any]] = {
         "rope.scaling.type": "linear",
         "rope.scaling.factor": 4.0,
     },
-    "phi3": {"rope.dimension_count": 8, "attention.key_length": 16, "feed_forward_length": 96},
+    "phi3": {"rope.dimension_count": 16, "attention.key_length": 32, "feed_forward_length": 96},
     "olmo2": {
         "attention.head_count_kv": 2,
         "attention.layer_norm_rms_epsilon": pytest.approx(1e-5),
@@ -258,7 +258,10 @@ def test_norms_that_add_to_their_weights_are_stored_with_the_sum(
         audit(ModelFolder(source.path), exported)
 
 
-FACTORS = {"long_factor": [1.0, 1.25, 1.5, 1.75], "short_factor": [1.0, 1.0, 1.125, 1.125]}
+FACTORS = {
+    "long_factor": [1 + index / 4 for index in range(8)],
+    "short_factor": [1.0] * 6 + [1.125] * 2,
+}
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5, **FACTORS}
 
 
@@ -292,8 +295,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("smollm3", {"mlp_bias": True}, "mlp_bias=True"),
     ("gemma2", {"final_logit_softcapping": None}, "models without final_logit_softcapping"),
     ("gemma2", {"tie_word_embeddings": False}, "tie_word_embeddings=False"),
-    ("gemma2", {"query_pre_attn_scalar": 24}, "query_pre_attn_scalar=24 where it takes 32"),
-    ("gemma2", {"num_hidden_layers": 46, "layer_types": None}, "query_pre_attn_scalar=32 where it takes 16"),
+    ("gemma2", {"query_pre_attn_scalar": 24}, "query_pre_attn_scalar=24 where it takes 64"),
+    ("gemma2", {"num_hidden_layers": 46, "layer_types": None}, "query_pre_attn_scalar=64 where it takes 32"),
     ("gemma2", {"layer_types": ["full_attention"] * 2}, "layers that see all tokens"),
     ("gemma3", {"layer_types": ["full_attention", "sliding_attention"]}, "layers that see all tokens"),
     ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
@@ -312,7 +315,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("falcon-7b", {"alibi": True}, "alibi=True"),
     ("falcon-7b", {"bias": True}, "bias=True"),
     ("falcon-rw", {}, "models of the kind falcon in series"),
-    ("phi3", {"head_dim": 32}, "heads that are not as wide together"),
+    ("phi3", {"head_dim": 64}, "heads that are not as wide together"),
 ]  # fmt: skip
 
 
@@ -341,13 +344,13 @@ def test_experts_are_one_tensor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     (file,) = exported.weight_files
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     up = stored["blk.0.ffn_up_exps.weight"]
-    assert up.shape.tolist() == [64, 64, 12]
+    assert up.shape.tolist() == [128, 64, 12]
     found = torch.from_numpy(np.array(up.data)).view(torch.bfloat16)
     for number in range(12):
         assert torch.equal(found[number], folder.tensor(f"{path}.{number}.up_proj.weight"))
     router, gate = stored["blk.0.ffn_gate_inp.weight"], stored["blk.0.ffn_gate_inp_shexp.weight"]
     assert (router.tensor_type.name, gate.tensor_type.name) == ("F32", "F32")
-    assert (router.shape.tolist(), gate.shape.tolist()) == ([64, 12], [64])
+    assert (router.shape.tolist(), gate.shape.tolist()) == ([128, 12], [128])
     mixed = Schemes(Scheme(4, 32), exceptions={f"{path}.3.up_proj": Scheme(8, 32, True)})
     with pytest.raises(
         UserError, match=r"one tensor for all experts .*Q4_1, .*3\.up_proj\.weight in Q8_0"

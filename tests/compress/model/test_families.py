@@ -25,7 +25,7 @@ from compress.quantize.scheme import Scheme, Schemes
 from compress.quantize.stage import open_block, quantize
 from compress.quantize.transforms import AwqClip, AwqScale
 from compress.runtime.load import load_dense
-from tests.families import KINDS, SEEING, written_model, written_seeing_model
+from eval.engines.family_models import KINDS, SEEING, written_model, written_seeing_model
 
 CPU = torch.device("cpu")
 EIGHT, FOUR = Schemes(Scheme(8, 32)), Schemes(Scheme(4, 32))
@@ -73,7 +73,7 @@ def test_a_scale_that_moves_changes_nothing(made: Any, tokens: Tensor) -> None:
             for name, W in block.weights.items():
                 block.place(name, W)
             torch.testing.assert_close(
-                data.forward(module, data.inputs), expected, rtol=1e-4, atol=1e-5
+                data.forward(module, data.inputs), expected, rtol=1e-4, atol=5e-5
             )
             walk.hidden = expected
     assert moved

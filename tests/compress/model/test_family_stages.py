@@ -27,7 +27,7 @@ from compress.quantize.search import Search, choose
 from compress.quantize.stage import quantize
 from compress.rotate import rotate
 from compress.runtime.load import load_dense
-from tests.families import KINDS, written_model
+from eval.engines.family_models import KINDS, written_model
 
 CPU = torch.device("cpu")
 FOUR = Schemes(Scheme(4, 32))

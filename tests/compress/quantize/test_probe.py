@@ -22,8 +22,8 @@ from compress.quantize.scheme import Scheme, Schemes
 from compress.quantize.stage import quantize
 from compress.quantize.transforms import AwqScale
 from compress.runtime.load import load_dense
-from tests.conftest import byte_tokenizer
-from tests.families import KINDS, LLAMA, ROUTED
+from eval.engines.family_models import KINDS, LLAMA, ROUTED
+from eval.faults.tiny import byte_tokenizer
 
 CPU = torch.device("cpu")
 # Types that no family here has: LayerNorms and partial rotation; norms that add one; attention and MLP beside

@@ -1,4 +1,5 @@
-"""Every kind of model that is known, as small as it can be with several groups in a row."""
+"""Random models of every kind that is known, as small as they can be with several groups in a row and outputs
+in steps of 32, which readers of packed weights ask for."""
 
 from __future__ import annotations
 
@@ -9,11 +10,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from compress.model.folder import ModelFolder
-from tests.conftest import byte_tokenizer
+from eval.faults.tiny import byte_tokenizer
 
 COMMON: dict[str, Any] = {
     "vocab_size": 320,
-    "hidden_size": 64,
+    "hidden_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 128,
@@ -22,7 +23,7 @@ COMMON: dict[str, Any] = {
     "pad_token_id": 256,
 }
 LLAMA = {**COMMON, "intermediate_size": 96, "num_key_value_heads": 2}
-WIDE = {**LLAMA, "head_dim": 32}
+WIDE = {**LLAMA, "head_dim": 64}
 SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 FALCON = {**COMMON, "bias": False, "alibi": False}
 ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
@@ -31,11 +32,11 @@ LATENT = {
     **LLAMA,
     "num_key_value_heads": 4,
     "first_k_dense_replace": 1,
-    "kv_lora_rank": 32,
+    "kv_lora_rank": 64,
     "q_lora_rank": 32,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 64,
@@ -47,16 +48,16 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", LLAMA),
     "qwen3": ("qwen3", WIDE),
     "smollm3": ("smollm3", {**LLAMA, "no_rope_layer_interval": 2}),
-    "gemma2": ("gemma2", {**WIDE, **SLIDING, "query_pre_attn_scalar": 32}),
+    "gemma2": ("gemma2", {**WIDE, **SLIDING, "query_pre_attn_scalar": 64}),
     "gemma3": ("gemma3_text", {**WIDE, **SLIDING}),
     "olmo2": ("olmo2", LLAMA),
     "phi3": ("phi3", {**LLAMA, "partial_rotary_factor": 0.5}),
-    "gpt_neox": ("gpt_neox", {**COMMON, "intermediate_size": 128, "tie_word_embeddings": False}),
-    "opt": ("opt", {**COMMON, "ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "gpt_neox": ("gpt_neox", {**COMMON, "intermediate_size": 256, "tie_word_embeddings": False}),
+    "opt": ("opt", {**COMMON, "ffn_dim": 96, "word_embed_proj_dim": 128}),
     "gpt2": (
         "gpt2",
         {
-            "vocab_size": 320, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128,
+            "vocab_size": 320, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 128,
             "bos_token_id": 256, "eos_token_id": 256,
         },
     ),
@@ -76,7 +77,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba2": (
         "mamba2",
         {
-            "vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 16,
+            "vocab_size": 320, "hidden_size": 128, "num_hidden_layers": 2, "num_heads": 32, "head_dim": 8,
             "state_size": 16, "n_groups": 2, "expand": 2, "chunk_size": 8, "bos_token_id": 256,
             "eos_token_id": 256, "pad_token_id": 256,
         },
@@ -86,15 +87,15 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **LLAMA, "num_hidden_layers": 4, "attn_layer_period": 4, "attn_layer_offset": 1,
             "expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 4,
-            "num_experts_per_tok": 2, "mamba_d_state": 8, "mamba_dt_rank": 32,
+            "num_experts_per_tok": 2, "mamba_d_state": 16, "mamba_dt_rank": 32,
         },
     ),
     "qwen3_next": (
         "qwen3_next",
         {
             **WIDE, **ROUTED, "num_hidden_layers": 4, "shared_expert_intermediate_size": 64,
-            "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 8,
+            "linear_num_value_heads": 16,
         },
     ),
 }  # fmt: skip
@@ -108,7 +109,7 @@ VISION = {
 QWEN_VISION = {
     "depth": 1, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "intermediate_size": 64,
 }  # fmt: skip
-MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
 SEEING: dict[str, dict[str, Any]] = {
     "gemma3": {
         "text_config": {"model_type": "gemma3_text", **WIDE, **SLIDING},
@@ -128,7 +129,7 @@ SEEING: dict[str, dict[str, Any]] = {
     },
     "qwen2_5_vl": {
         "text_config": {"model_type": "qwen2_5_vl_text", **LLAMA, "rope_parameters": MROPE},
-        "vision_config": {**QWEN_VISION, "out_hidden_size": 64, "fullatt_block_indexes": [0]},
+        "vision_config": {**QWEN_VISION, "out_hidden_size": 128, "fullatt_block_indexes": [0]},
         "image_token_id": 300, "video_token_id": 301, "vision_start_token_id": 302,
         "vision_end_token_id": 303,
     },
@@ -155,7 +156,9 @@ def random_model(kind: str, dtype: torch.dtype = torch.float32) -> Any:
     return model
 
 
-def written_seeing_model(kind: str, path: Path) -> tuple[Any, ModelFolder]:
+def written_seeing_model(
+    kind: str, path: Path, dtype: torch.dtype = torch.float32
+) -> tuple[Any, ModelFolder]:
     """A model that sees images too, with a language part."""
     config = AutoConfig.for_model(kind, **SEEING[kind])
     torch.manual_seed(0)
@@ -165,7 +168,7 @@ def written_seeing_model(kind: str, path: Path) -> tuple[Any, ModelFolder]:
         parameter.data = noise / parameter.shape[-1] ** 0.5 if parameter.dim() == 2 else parameter
         if "norm" in name:
             parameter.data += 0.2 * noise
-    model.save_pretrained(path)
+    model.to(dtype).save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
     return model, ModelFolder(path)
 
