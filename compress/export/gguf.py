@@ -228,8 +228,9 @@ def write(source: ModelFolder, target: Path) -> None:
     writer.write_header_to_file(target / f"model-{most}{SUFFIX}")
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+    contents = record.contents(source, (name for tensor in planned for name in tensor.names))
     for tensor in planned:
-        parts = [_stored(source, name, tensor, heads) for name in tensor.names]
+        parts = [_stored(source, tensor, next(contents), heads) for _ in tensor.names]
         writer.write_tensor_data(np.stack(parts) if len(tensor.shape) > 2 else parts[0])
     for values in extra.values():
         writer.write_tensor_data(values)
@@ -312,17 +313,19 @@ def _most(planned: list[_Planned]) -> str:
     return max(sorted(weights), key=lambda kind: weights[kind])
 
 
-def _stored(source: ModelFolder, name: str, tensor: _Planned, heads: Heads) -> np.ndarray[Any, Any]:
-    """The bytes of one of ours, its rows in the order of llama.cpp."""
-    base = name.removesuffix(".weight")
-    if tensor.type in BLOCKS:
-        q = record.read_linear(source, base)
-        ((_, rows),) = compress_linear(q, record.scheme_of(source, base))
+def _stored(
+    source: ModelFolder, tensor: _Planned, named: tuple[str, Tensor | QTensor], heads: Heads
+) -> np.ndarray[Any, Any]:
+    """The bytes of one of ours, by its name, its rows in the order of llama.cpp."""
+    name, value = named
+    if isinstance(value, QTensor):
+        scheme = record.scheme_of(source, name.removesuffix(".weight"))
+        ((_, rows),) = compress_linear(value, scheme)
     elif tensor.type == "F32":
-        rows = source.tensor(name).float() + shift_of(tensor.theirs, family_of(source.config))
+        rows = value.float() + shift_of(tensor.theirs, family_of(source.config))
         rows = rows.view(stored_shape(tensor.theirs, tuple(rows.shape)))
     else:
-        rows = source.tensor(name).contiguous().view(torch.uint8)
+        rows = value.contiguous().view(torch.uint8)
     order = heads.order(tensor.theirs, len(rows))
     if order is not None:
         rows = rows[order]
