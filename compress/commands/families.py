@@ -16,7 +16,7 @@ from compress.report.table import markdown
 
 # Stages, the search for bits, predicted speed, the decode engine, and formats.
 COLUMNS = (
-    "quantize", "search", "repair", "rotate", "prune", "distill", "kv_cache", "plan", "decoder",
+    "quantize", "gptaq", "search", "repair", "rotate", "prune", "distill", "kv_cache", "plan", "decoder",
     "compressed-tensors", "gptq", "awq", "bitsandbytes", "dense", "gguf",
 )  # fmt: skip
 

@@ -19,8 +19,15 @@ from torch import Tensor, nn
 from compress.model.families import Experts
 
 
+class Blank(nn.Linear):
+    """A linear whose weights come later: of thousands, making up the first ones takes most of the time."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 class Expert(nn.Module):
-    """The gated MLP of one expert, its linears named as in checkpoints."""
+    """The gated MLP of one expert, its linears named as in checkpoints and without weights."""
 
     def __init__(self, names: Experts, sizes: tuple[int, int], bias: bool, dtype: torch.dtype):
         super().__init__()
@@ -32,7 +39,7 @@ class Expert(nn.Module):
             names.down: (inner, hidden),
         }
         for name, (columns, rows) in shapes.items():
-            self.add_module(name, nn.Linear(columns, rows, bias, dtype=dtype))
+            self.add_module(name, Blank(columns, rows, bias, device="meta", dtype=dtype))
 
     def forward(self, x: Tensor, gated: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         gate, up = (self.get_submodule(name)(x) for name in (self.names.gate, self.names.up))

@@ -127,6 +127,10 @@ class Family:
     draft_blocks: str = ""
     # Sizes by the names that config.json has for them, where those are others than Llama's.
     settings: Mapping[str, str] = field(default_factory=dict)
+    # The ends of names of tensors that stay in 32 bits in models of 16.
+    wide: tuple[str, ...] = ()
+    # Whether head and embedding are one matrix where config.json does not say.
+    tied: bool = False
     # Whether a block returns its hidden states as the first of several.
     tuples: bool = False
     # What does not apply to it, and why.
@@ -198,8 +202,8 @@ def _inputs_in(inputs: tuple[Input, ...], held: frozenset[str]) -> tuple[Input, 
     return tuple(found)
 
 
-# Why stages, the search for bits, formats, the prediction of speed (``plan``) and the decode engine
-# (``decoder``) do not apply to a family.
+# Why stages, the search for bits, the rounding gptaq, formats, the prediction of speed (``plan``) and the
+# decode engine (``decoder``) do not apply to a family.
 NO_ENGINE = (
     "its blocks are not of the form that the decode engine runs: choose transformers or vllm"
 )
@@ -218,7 +222,9 @@ LAYER_NORMS = {
 }
 IN_ONE = "transformers holds all experts in one tensor, which bitsandbytes does not read"
 FUSED = LAYER_NORMS | {"rotate": "its queries, keys and values are one linear"}
+OWN_WAYS = "the original and the compressed model send tokens to experts each by itself"
 ROUTED = {
+    "gptaq": OWN_WAYS,
     "bitsandbytes": IN_ONE,
     "rotate": "its routers read the residual stream too",
     "prune": "its MLPs are many, and a router chooses among them",
@@ -304,13 +310,14 @@ QWEN3 = _llama_like(
     refuses={"decoder": NO_ENGINE},
 )
 # Some blocks do not turn their heads by position.
-SMOLLM3 = _llama_like("smollm3", "smollm3", refuses={"decoder": NO_ENGINE})
+SMOLLM3 = _llama_like("smollm3", "smollm3", tied=True, refuses={"decoder": NO_ENGINE})
 # Norms before and behind attention and MLP.
 GEMMA3 = _llama_like(
     "gemma3",
     "gemma3_text",
     inputs=(*_attention(), *_mlp("pre_feedforward_layernorm")),
     norm_shift=1.0,
+    tied=True,
     refuses=POST_NORMS,
 )
 GEMMA2 = replace(GEMMA3, name="gemma2", model_types=("gemma2",), refuses=POST_NORMS | CAPPED)
@@ -374,13 +381,19 @@ OPT = Family(
     neurons=("fc1",),
     mlp_output="fc2",
     attention_output="self_attn.out_proj",
-    when=(("do_layer_norm_before", (None, True)),),
+    when=(
+        ("do_layer_norm_before", (None, True)),
+        ("activation_function", (None, "relu")),
+        ("layer_norm_elementwise_affine", (None, True)),
+        ("_remove_final_layer_norm", (None, False)),
+    ),
     smooth_alpha=0.5,
     blocks="model.decoder.layers",
     embedding="model.decoder.embed_tokens",
     final_norm="model.decoder.final_layer_norm",
     rotary="",
     base="model.",
+    tied=True,
     settings={"intermediate_size": "ffn_dim"},
     refuses=LAYER_NORMS,
 )
@@ -402,6 +415,7 @@ FALCON = Family(
     rotary="transformer.rotary_emb",
     settings={"intermediate_size": "", "num_key_value_heads": "num_kv_heads"},
     tuples=True,
+    tied=True,
     refuses=FUSED
     | {"bitsandbytes": "its linears are of a class that bitsandbytes does not replace"},
 )
@@ -486,6 +500,7 @@ DEEPSEEK = Family(
     ),
     experts=Experts(),
     draft_blocks="num_nextn_predict_layers",
+    wide=(".e_score_correction_bias",),
     refuses=LATENT,
 )
 MAMBA2 = Family(
@@ -522,6 +537,7 @@ GPT2 = Family(
     rotary="",
     base="transformer.",
     derived=(".attn.bias", ".attn.masked_bias"),
+    tied=True,
     settings={
         "hidden_size": "n_embd",
         "intermediate_size": "",
@@ -568,7 +584,7 @@ JAMBA = Family(
     experts=FEED_FORWARD,
     final_norm="model.final_layernorm",
     rotary="",
-    refuses=RECURRENT | {"bitsandbytes": IN_ONE},
+    refuses=RECURRENT | {"bitsandbytes": IN_ONE, "gptaq": OWN_WAYS},
 )
 QWEN3_NEXT = Family(
     name="qwen3_next",
@@ -591,7 +607,7 @@ QWEN3_NEXT = Family(
     norm_shift=1.0,
     experts=Experts(),
     drafts=("mtp.",),
-    refuses=RECURRENT | {"bitsandbytes": IN_ONE},
+    refuses=RECURRENT | {"bitsandbytes": IN_ONE, "gptaq": OWN_WAYS},
 )
 
 FAMILIES = (
@@ -643,6 +659,17 @@ def check_applies(what: str, config: dict[str, Any]) -> Family:
             f"{what} does not apply to models of type {config['model_type']}: {family.refuses[what]}"
         )
     return family
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether head and embedding are one matrix, by a config.json."""
+    stated = config.get("tie_word_embeddings")
+    if stated is not None:
+        return bool(stated)
+    try:
+        return family_of(dict(config)).tied
+    except UserError:
+        return False
 
 
 def has_logits_of_head(config: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from compress.errors import UserError
+from compress.model.families import is_tied
 from compress.model.folder import dtype_named, read_json
 from compress.model.skeleton import model_of
 
@@ -97,11 +98,13 @@ class ShapeFolder:
 
     @property
     def dtype(self) -> torch.dtype:
-        return dtype_named(self.config.get("dtype") or self.config.get("torch_dtype"), self.path)
+        # As transformers has it for a config that does not say.
+        stated = self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
+        return dtype_named(stated, self.path)
 
     @property
     def tied_head(self) -> bool:
-        return bool(self.config.get("tie_word_embeddings", False))
+        return is_tied(self.config)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]

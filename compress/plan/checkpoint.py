@@ -301,7 +301,8 @@ def _checkpoint(
     linears = linear_names(shapes, family)
     attention = [name for name in linears if f".{family.attention}." in name]
     experts = [name for name in linears if ".experts." in name]
-    mlp = [name for name in linears if name not in {*attention, *experts}]
+    apart = {*attention, *experts}
+    mlp = [name for name in linears if name not in apart]
     count = len({name.rpartition(".experts.")[2].partition(".")[0] for name in experts})
     chosen = getattr(config, "num_experts_per_tok", None) or count
     ends = [name for name in (family.embedding, family.head) if f"{name}.weight" in shapes]

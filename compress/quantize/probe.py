@@ -69,6 +69,7 @@ def probe(folder: ModelFolder) -> Family:
         head=names[model.get_output_embeddings()],
         head_module=names[model.get_output_embeddings()],
         rotary=next((names[m] for m in decoder.children() if hasattr(m, "inv_freq")), ""),
+        tied=bool(model.config.tie_word_embeddings),
         settings=_settings(folder.config, model.config),
         refuses=FUSED | dict.fromkeys(CUTS, UNKNOWN) | dict.fromkeys(HEADS, NO_LOGITS),
     )
