@@ -28,6 +28,7 @@ from compress.distill.knobs import check_schemes
 from compress.distill.stage import check_launch, open_accelerator
 from compress.environment import environment, version_of
 from compress.errors import UserError
+from compress.export import gguf
 from compress.export.audit import CHECKPOINT, audit, write_manifest
 from compress.export.formats import FORMATS, Weights, check_fits
 from compress.export.outer import check as check_outer
@@ -265,6 +266,8 @@ def check_shape(run: Run, model: Shapes) -> None:
         check_roundings(run.roundings, model.config)
         if run.search is not None:
             budget(model, run.search, run.schemes)
+            if gguf.NAME in run.settings.export:
+                gguf.check_search(model, settled, run.search.bits)
         if run.distill is not None and "distill" in stages[stages.index("quantize") :]:
             check_schemes(run.schemes)
     for name in run.settings.export:

@@ -10,7 +10,7 @@ from compress.model.added import added, families_dir, write_family
 from compress.model.check import check_model
 from compress.model.families import FAMILIES, Family
 from compress.model.folder import ModelFolder
-from compress.model.gguf_file import ARCHITECTURES
+from compress.model.gguf_file import OF_BLOCK
 from compress.model.sources import resolve_model
 from compress.report.table import markdown
 
@@ -71,7 +71,7 @@ def known(families: list[Family]) -> str:
 
 
 def _why_not(column: str, family: Family) -> str | None:
-    if column == "gguf" and not set(family.model_types) <= set(ARCHITECTURES):
+    if column == "gguf" and family.name not in OF_BLOCK:
         return "the names of its tensors in llama.cpp are not known here"
     return family.refuses.get(column)
 

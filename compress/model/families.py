@@ -15,6 +15,8 @@ from compress.errors import UserError
 
 # Layers that predict further tokens: models have one to three.
 MOST_DRAFTS = 64
+# Experts of a block that a file is believed to have.
+MOST_EXPERTS = 2**16
 
 
 @dataclass(frozen=True)

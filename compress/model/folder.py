@@ -24,7 +24,7 @@ from torch import Tensor
 
 from compress.disk import writing
 from compress.errors import UserError
-from compress.model.families import Family, family_of, is_tied
+from compress.model.families import MOST_EXPERTS, Family, family_of, is_tied
 from compress.model.gguf_file import SUFFIX, GGUFFile
 from compress.model.language import Outer, outer_of, text_config
 from compress.model.stored import Place, Spelling, Stored
@@ -58,7 +58,6 @@ COMPANIONS = (
     KV_CACHE,
     PRUNED,
 )
-MOST_EXPERTS = 2**16
 # Bytes of an element, by the name safetensors gives its type.
 BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,

@@ -294,8 +294,8 @@ def test_formats_of_models_in_16_bits(
                 check_fits(name, made_in_16_bits, Schemes(scheme), {})
             continue
         quantize(
-            made_in_16_bits, tmp_path / f"{name}-record", tokens=tokens, schemes=Schemes(scheme), transforms=[],
-            roundings=[Nearest()], device=CPU,
+            made_in_16_bits, tmp_path / f"{name}-record", tokens=tokens, schemes=Schemes(scheme),
+            transforms=[], roundings=[Nearest()], device=CPU,
         )  # fmt: skip
         record = ModelFolder(tmp_path / f"{name}-record")
         FORMATS[name].write(record, tmp_path / name)
