@@ -23,6 +23,7 @@ from compress.engines import (
     PLAIN,
     ROWS,
     TRANSFORMERS,
+    UNREAD,
     VLLM_CPU,
     WIDE,
     Engine,
@@ -389,6 +390,15 @@ def _gguf_of_others(engine: Engine, s: Served) -> str | None:
     return None
 
 
+def _unread(engine: Engine, s: Served) -> str | None:
+    zeros = any(x is not None and not x.symmetric for x in s.quantized)
+    for row in UNREAD:
+        named = row.engine == engine.name and s.model_type in row.model_types
+        if named and s.format in row.formats and (zeros or not row.zeros):
+            return row.reason
+    return None
+
+
 RULES = (
     Rule("sharding of attention", _heads),
     Rule("column and row parallel linears", _shares),
@@ -398,6 +408,7 @@ RULES = (
     Rule("the first scheme unpacks all", _mixed_zeros),
     Rule("dynamic names linears that engines fuse; tried with transformers 5.23", _mixed_gptq),
     Rule("compressed-tensors, kv_cache_scheme", _cache),
+    Rule("tried with a random model of the type", _unread),
     Rule("integrations/ggml.py, GGUF_CONFIG_MAPPING; tried", _gguf_of_others),
 )
 
@@ -467,7 +478,7 @@ def _loadable(engine: Engine, served: Served) -> dict[str, Any]:
     if known:
         reasons += _applied(RULES, engine, served)
     notes = [note for one in found for note in one.notes] + _applied(NOTES, engine, served)
-    proof = proof_of(engine.name, served.format, served.kinds)
+    proof = proof_of(engine.name, served.format, served.kinds, served.model_type)
     return {
         "version": engine.version,
         "loads": not reasons,
