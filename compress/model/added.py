@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, fields
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
+
+from torch import nn
 
 from compress.errors import UserError
 from compress.model.families import FAMILIES, Experts, Family, Input, family_of
 from compress.model.folder import read_json, write_json
 
 # Fields that a file does not set.
-OURS = ("when", "twins")
+OURS = ("when", "twins", "file")
 
 
 def families_dir() -> Path:
@@ -28,9 +32,23 @@ def families_dir() -> Path:
     return Path(base).expanduser() / "compress" / "families"
 
 
+# Known without a file, while they are tried.
+_tried: list[Family] = []
+
+
+@contextmanager
+def trying(family: Family) -> Iterator[None]:
+    """Within it a family is known as if there were a file of it."""
+    _tried.append(family)
+    try:
+        yield
+    finally:
+        _tried.pop()
+
+
 def added() -> list[Family]:
     """Those of the folder, by the names of their files. Raises UserError for one that holds none."""
-    return [read_family(file) for file in sorted(families_dir().glob("*.json"))]
+    return [*_tried, *(read_family(file) for file in sorted(families_dir().glob("*.json")))]
 
 
 def digest_of(config: Mapping[str, Any]) -> str | None:
@@ -46,9 +64,110 @@ def read_family(path: Path) -> Family:
     """Raises UserError, with the key, for a file that holds no family."""
     found = read_json(path)
     try:
-        return _made(Family, found)
+        family = _made(Family, found)
+        _check_itself(family)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
+    return replace(family, file=str(path))
+
+
+def _check_itself(family: Family) -> None:
+    """Raises ValueError, with the key, for what makes no family whatever the model."""
+    if not family.inputs:
+        raise ValueError("inputs is empty: it holds what the linears of a block read")
+    for shared in family.inputs:
+        _check_input(shared)
+    if family.attention_output and family.attention_output not in family.linears:
+        raise ValueError(
+            f"attention_output={family.attention_output!r} is not among the linears of inputs"
+        )
+    names = family.experts
+    for name in () if names is None else (names.gate, names.up, names.down):
+        if not name or "." in name:
+            raise ValueError(f"experts: {name!r} is no name of a linear of an expert")
+    if family.head != family.head_module and "." in family.head + family.head_module:
+        raise ValueError("head is another name than head_module: neither may have a dot then")
+
+
+def _check_input(shared: Input) -> None:
+    if not shared.linears:
+        raise ValueError("inputs: linears is empty")
+    for name in (*shared.linears, shared.source or "", *shared.others):
+        if set("{}") & set(name.replace("{}", "", 1)):
+            raise ValueError(f"inputs: {name!r} has other braces than one {{}}, for an expert")
+    if len({"{}" in name for name in shared.linears}) > 1:
+        raise ValueError(f"inputs: of linears={list(shared.linears)} some are of experts")
+
+
+def check_modules(model: nn.Module, family: Family) -> None:
+    """Raises UserError, with the file and the key, for a family that a person added and that names parts of a
+    model, or kinds of parts, that this one as transformers builds it has not."""
+    for key in ("blocks", "embedding", "final_norm", "head_module", "rotary"):
+        name = getattr(family, key)
+        if not _has(model, name) and (name or key != "rotary"):
+            raise _no_part(family, key, name)
+    blocks: Any = model.get_submodule(family.blocks)
+    if not isinstance(blocks, nn.ModuleList):
+        raise _no_part(family, "blocks", family.blocks, "no list of blocks")
+    for name in family.transposed:
+        # As transformers' Conv1D is.
+        if not all(
+            _has(layer, name) and hasattr(layer.get_submodule(name), "nx") for layer in blocks
+        ):
+            raise _no_part(
+                family, "transposed", name, "no linear of every block that is turned over"
+            )
+    if (names := family.experts) is not None:
+        # A block's own part alone can have another name.
+        inner = names.module == names.mlp or "." not in names.module + names.mlp
+        if not inner or not any(_has(layer, f"{names.module}.experts") for layer in blocks):
+            raise _no_part(family, "experts", names.module, "no part of a block that has experts")
+
+
+def check_blocks(model: nn.Module, family: Family) -> None:
+    """The same for parts of blocks, which have the names of checkpoints by now. Every linear is one of some
+    block, and what makes its input is in the same."""
+    blocks: Any = model.get_submodule(family.blocks)
+    parts, linears = set[str](), set[str]()
+    for layer in blocks:
+        inner = {name: module for name, module in layer.named_modules() if name}
+        own = {name for name, module in inner.items() if isinstance(module, nn.Linear)}
+        parts |= inner.keys()
+        linears |= own
+        for shared in family.inputs_in(own):
+            source = shared.source
+            if source is not None and not hasattr(inner.get(source), "weight"):
+                raise _no_part(family, "source", source, "no norm or linear beside its linears")
+    for name in family.linears:
+        if name.format(0) not in linears:
+            raise _no_part(family, "linears", name, "no linear of a block")
+    for key, names in _named(family).items():
+        for name in names:
+            if name and name.format(0) not in parts:
+                raise _no_part(family, key, name, "no part of a block")
+
+
+def _named(family: Family) -> dict[str, tuple[str, ...]]:
+    """What a family names of blocks beside linears and what makes their inputs, by its keys."""
+    return {
+        "others": tuple(name for shared in family.inputs for name in shared.others),
+        "attention": (family.attention,) if family.attention_output else (),
+        "queries": (family.queries,),
+        "keys": (family.keys,),
+        "values": (family.values,),
+        "writers": family.writers,
+        "neurons": family.neurons,
+        "mlp_output": (family.mlp_output,),
+        "head_norms": family.head_norms,
+    }
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return bool(name) and name in dict(module.named_modules())
+
+
+def _no_part(family: Family, key: str, name: str, what: str = "no part") -> UserError:
+    return UserError(f"{family.file or family.name}: {key} {name!r} is {what} of this model")
 
 
 def write_family(path: Path, family: Family) -> None:
@@ -99,7 +218,7 @@ def _value(key: str, hint: Any, value: Any) -> Any:
         return value
     if hint == (str | None) and (value is None or _is_text(value)):
         return value
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+    if hint is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
     if hint in (str, bool) and type(value) is hint:
         return value

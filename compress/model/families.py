@@ -135,6 +135,8 @@ class Family:
     tied: bool = False
     # Whether a block returns its hidden states as the first of several.
     tuples: bool = False
+    # Whether logits are the head's products alone, neither capped nor scaled.
+    plain_logits: bool = True
     # What does not apply to it, and why.
     refuses: Mapping[str, str] = field(default_factory=dict)
     # Model types whose readers take the head size to be hidden size / heads.
@@ -146,6 +148,14 @@ class Family:
     # What transformers calls it, where that is another name.
     head_module: str = "lm_head"
     rotary: str = "model.rotary_emb"
+    # Of one that a person added, the file that says so.
+    file: str = field(default="", compare=False)
+
+    def why_not(self, what: str) -> str | None:
+        """Why something (a key of ``refuses``) does not apply to it; None if it does."""
+        if what in OF_LOGITS and not self.plain_logits:
+            return NO_LOGITS
+        return self.refuses.get(what)
 
     @property
     def attention_logits(self) -> tuple[str, ...]:
@@ -211,7 +221,8 @@ NO_ENGINE = (
 )
 NO_CUT = "which of its parts belong together is not known"
 NO_LOGITS = "its logits are not its head's products alone"
-CAPPED = dict.fromkeys(("search", "repair", "distill"), NO_LOGITS)
+# What computes logits block by block, with the head by itself.
+OF_LOGITS = ("search", "repair", "distill")
 POST_NORMS = {
     "rotate": "the norms behind its attention and MLP weigh single channels of the residual stream",
     "prune": "the norms behind its attention and MLP weigh what is left of a cut",
@@ -322,7 +333,7 @@ GEMMA3 = _llama_like(
     tied=True,
     refuses=POST_NORMS,
 )
-GEMMA2 = replace(GEMMA3, name="gemma2", model_types=("gemma2",), refuses=POST_NORMS | CAPPED)
+GEMMA2 = replace(GEMMA3, name="gemma2", model_types=("gemma2",), plain_logits=False)
 # Norms behind attention and MLP alone: these read the residual stream, which nothing may scale.
 OLMO2 = _llama_like(
     "olmo2",
@@ -638,11 +649,14 @@ def linears_among(names: Iterable[str], family: Family) -> list[str]:
 def family_of(config: dict[str, Any]) -> Family:
     """The family of a config.json. Raises UserError, with the known ones, if there is none."""
     model_type = config.get("model_type")
-    # Here, not above: what reads files knows of families.
-    from compress.model.added import added
-
-    families = [*FAMILIES, *added()]
+    families = list(FAMILIES)
     found = [family for family in families if model_type in family.model_types]
+    if not found:
+        # Here, not above: what reads files knows of families. No file says anything of a type above.
+        from compress.model.added import added
+
+        families += added()
+        found = [family for family in families if model_type in family.model_types]
     for family in found:
         if all(config.get(key) in values for key, values in family.when):
             return family
@@ -658,10 +672,8 @@ def family_of(config: dict[str, Any]) -> Family:
 def check_applies(what: str, config: dict[str, Any]) -> Family:
     """The family of a config.json. Raises UserError if something (a key of ``refuses``) is not for it."""
     family = family_of(config)
-    if what in family.refuses:
-        raise UserError(
-            f"{what} does not apply to models of type {config['model_type']}: {family.refuses[what]}"
-        )
+    if (reason := family.why_not(what)) is not None:
+        raise UserError(f"{what} does not apply to models of type {config['model_type']}: {reason}")
     return family
 
 
@@ -678,7 +690,7 @@ def is_tied(config: Mapping[str, Any]) -> bool:
 
 def has_logits_of_head(config: dict[str, Any]) -> bool:
     """Whether logits are the head's products alone, neither capped nor scaled."""
-    return family_of(config).refuses.get("search") != NO_LOGITS
+    return family_of(config).plain_logits
 
 
 def turned_over(config: dict[str, Any]) -> tuple[str, ...]:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compress.errors import UserError
+from compress.model.added import check_blocks, check_modules
 from compress.model.experts import unpack
-from compress.model.families import Family, family_of
+from compress.model.families import FAMILIES, Family, family_of
 from compress.model.folder import CODE, ModelFolder, Shapes
 from compress.model.tensor_file import chunks, rows_of
 
@@ -47,11 +48,17 @@ def empty_model(folder: ModelFolder, dtype: torch.dtype) -> Any:
 
 
 def model_of(settings: dict[str, Any], dtype: torch.dtype) -> Any:
-    """The same of a config.json by itself. Raises ValueError for one that does not fit."""
+    """The same of a config.json by itself. Raises ValueError for one that does not fit, or that the family
+    which a person added for it does not fit."""
     family = family_of(settings)
     check_settings(settings, family)
     model = bare_model(settings, dtype)
-    as_stored(model, family)
+    if family in FAMILIES:
+        as_stored(model, family)
+    else:
+        check_modules(model, family)
+        as_stored(model, family)
+        check_blocks(model, family)
     return model
 
 

@@ -10,11 +10,11 @@ X (sequences, length, hidden) float32; s (in,)
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +23,17 @@ from transformers.pytorch_utils import Conv1D
 
 from compress.errors import UserError
 from compress.model.experts import unpack
-from compress.model.families import FUSED, Experts, Family, Input
-from compress.model.folder import ModelFolder
+from compress.model.families import (
+    FUSED,
+    GPT2,
+    GPT_OSS,
+    IN_ONE,
+    RECURRENT,
+    Experts,
+    Family,
+    Input,
+)
+from compress.model.folder import STUMBLES, ModelFolder
 from compress.model.skeleton import OPTIONAL, REQUIRED, as_linear, bare_model
 from compress.model.walk import NoteTaker, run
 
@@ -33,19 +42,31 @@ SEQUENCES, LENGTH = 2, 16
 TOLERANCE = 1e-3
 # Fewer rows are no linear of size: gates of one number.
 ROWS = 8
-CUTS, HEADS = ("rotate", "prune"), ("search", "repair", "distill")
-NO_LOGITS = "whether its logits are its head's products alone is not known of a probed family"
+CUTS = ("rotate", "prune")
 UNKNOWN = "what belongs together in it is not known of a probed family"
 
 
 @torch.no_grad()
 def probe(folder: ModelFolder) -> Family:
-    """The family of a model that transformers can run. Raises UserError where it does not, and for a model
-    whose blocks are not one behind the other."""
+    """The family of a model that transformers can run. Raises UserError, with the reason, where it does not,
+    and for a model whose blocks are not one behind the other or cannot be run by themselves."""
     try:
         model = bare_model(folder.config, torch.float32)
     except ValueError as error:
         raise UserError(f"{folder.path}/config.json is not usable: {error}") from error
+    try:
+        return _family_of(model, folder.config)
+    except STUMBLES as error:
+        # Whatever a model of a type that nobody here has seen stumbles over when it is run in parts.
+        reason = str(error).strip().partition("\n")[0]
+        if not isinstance(error, UserError):
+            reason = f"{type(error).__name__}: {reason}"
+        raise UserError(
+            f"{folder.path}: models of type {folder.config['model_type']} cannot be probed: {reason}"
+        ) from error
+
+
+def _family_of(model: Any, config: dict[str, Any]) -> Family:
     torch.manual_seed(0)
     names = {module: name for name, module in model.named_modules()}
     blocks = max(
@@ -54,27 +75,32 @@ def probe(folder: ModelFolder) -> Family:
         default=None,
     )
     if blocks is None:
-        raise UserError(f"{folder.path}: no list of blocks in {type(model).__name__}")
+        raise UserError(f"no list of blocks in {type(model).__name__}")
     path = names[blocks].rpartition(".")[0]
     decoder, embedding = model.get_submodule(path), model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    if embedding not in names or head not in names:
+        raise UserError(f"no embedding or no head in {type(model).__name__}")
     _fill(decoder, without=(blocks, embedding))
-    notes, final = _called(folder.path, decoder, blocks)
+    notes, final = _called(decoder, blocks)
     found = Family(
-        name=folder.config["model_type"],
-        model_types=(folder.config["model_type"],),
+        name=config["model_type"],
+        model_types=(config["model_type"],),
         attention="",
         blocks=names[blocks],
         embedding=names[embedding],
         final_norm=names[final],
-        head=names[model.get_output_embeddings()],
-        head_module=names[model.get_output_embeddings()],
+        head=names[head],
+        head_module=names[head],
         rotary=next((names[m] for m in decoder.children() if hasattr(m, "inv_freq")), ""),
         tied=bool(model.config.tie_word_embeddings),
-        settings=_settings(folder.config, model.config),
-        refuses=FUSED | dict.fromkeys(CUTS, UNKNOWN) | dict.fromkeys(HEADS, NO_LOGITS),
+        plain_logits=_plain_logits(model, names[head], final, (decoder, blocks, notes)),
+        settings=_settings(config, model.config),
+        refuses=FUSED | dict.fromkeys(CUTS, UNKNOWN),
     )
     inputs: dict[tuple[str, ...], Input] = {}
     kinds: set[str] = set()
+    attends = True
     for layer, note in zip(blocks, notes, strict=True):
         kind = repr([(name, type(m).__name__) for name, m in layer.named_modules()])
         if kind in kinds:
@@ -84,8 +110,9 @@ def probe(folder: ModelFolder) -> Family:
         for shared in trial.inputs():
             inputs.setdefault(shared.linears, shared)
         found = trial.told(found)
-    if not found.attention_output:
-        more = dict.fromkeys(("kv_cache", "plan"), "it has no attention")
+        attends = attends and trial.attention_output != ""
+    if not attends:
+        more = {what: RECURRENT[what] for what in ("kv_cache", "plan")}
         found = replace(found, refuses={**found.refuses, **more})
     elif not all(found.settings.get(key, key) for key in ("num_attention_heads", "hidden_size")):
         found = replace(found, refuses={**found.refuses, "plan": "its config names no heads"})
@@ -111,13 +138,11 @@ def _fill(module: nn.Module, without: Sequence[nn.Module] = ()) -> None:
             owner._parameters[name] = nn.Parameter(value, requires_grad=False)
 
 
-def _called(path: Path, decoder: Any, blocks: nn.ModuleList) -> tuple[list[NoteTaker], nn.Module]:
-    """How the decoder calls each block, and its final norm."""
-    X = torch.randn(SEQUENCES, LENGTH, decoder.config.hidden_size)
-    own = next(name for name, module in decoder.named_children() if module is blocks)
+def _called(decoder: Any, blocks: nn.ModuleList) -> tuple[list[NoteTaker], nn.Module]:
+    """How the decoder calls each block for one sequence, as the walk asks it, and its final norm."""
+    X = torch.randn(1, LENGTH, decoder.config.hidden_size)
     for tuples in (False, True):
         notes = [NoteTaker(layer, tuples) for layer in blocks]
-        setattr(decoder, own, nn.ModuleList(notes))
         last: list[nn.Module] = []
         handles = [
             module.register_forward_hook(functools.partial(_add, last))
@@ -125,18 +150,65 @@ def _called(path: Path, decoder: Any, blocks: nn.ModuleList) -> tuple[list[NoteT
             if not isinstance(module, nn.ModuleList)
         ]
         try:
-            decoder(inputs_embeds=X, use_cache=False)
-        except (RuntimeError, IndexError, TypeError, AttributeError) as error:
+            with _in_place(decoder, blocks, notes):
+                found = decoder(inputs_embeds=X, use_cache=False).last_hidden_state
+            if found.shape != X.shape:
+                # A block's first output was taken, of one that has no other.
+                raise ValueError(f"they end with states of shape {tuple(found.shape)}")
+        except STUMBLES as error:
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             continue
         finally:
-            setattr(decoder, own, blocks)
             for handle in handles:
                 handle.remove()
-        if not all(note.called for note in notes):
-            raise UserError(f"{path}: its blocks do not run one behind the other")
+        if not last or not all(note.called for note in notes):
+            raise UserError("its blocks do not run one behind the other")
         return notes, last[-1]
-    raise UserError(f"{path}: its blocks do not run one behind the other: {reason}")
+    raise UserError(f"its blocks do not run one behind the other: {reason}")
+
+
+@contextmanager
+def _in_place(
+    decoder: nn.Module, blocks: nn.ModuleList, notes: Sequence[nn.Module]
+) -> Iterator[None]:
+    own = next(name for name, module in decoder.named_children() if module is blocks)
+    setattr(decoder, own, nn.ModuleList(notes))
+    try:
+        yield
+    finally:
+        setattr(decoder, own, blocks)
+
+
+def _plain_logits(
+    model: Any,
+    name: str,
+    final: nn.Module,
+    noting: tuple[nn.Module, nn.ModuleList, Sequence[nn.Module]],
+) -> bool:
+    """Whether logits are what a head makes of the final norm's outputs and nothing else: a small head without
+    a bias, of numbers that a cap would change, in place of the model's own.
+
+    name: of the head; noting: what ``_in_place`` takes
+    """
+    head = model.get_submodule(name)
+    if head.bias is not None:
+        return False
+    small = nn.Linear(head.in_features, ROWS, bias=False)
+    small.weight.data *= 1000
+    normed: list[Tensor] = []
+    handle = final.register_forward_hook(lambda _, args, out: normed.append(out))
+    model.set_submodule(name, small)
+    try:
+        with _in_place(*noting):
+            X = torch.randn(1, LENGTH, head.in_features)
+            logits = model(inputs_embeds=X, use_cache=False).logits
+        return torch.equal(logits, small(normed[-1]))
+    except STUMBLES:
+        # Not known to be: nothing that asks for it applies.
+        return False
+    finally:
+        handle.remove()
+        model.set_submodule(name, head)
 
 
 def _add(found: list[nn.Module], module: nn.Module, *_: Any) -> None:
@@ -169,24 +241,38 @@ class _Trial:
         packed = [n for n in owners if getattr(layer.get_submodule(n).gate_up_proj, "ndim", 0) == 3]
         self.experts = _experts(layer, packed[0]) if packed else None
         if self.experts is not None:
+            _check_experts(layer, packed)
             unpack(layer, self.experts)
         _fill(layer)
         self.X = torch.randn(SEQUENCES, LENGTH, hidden)
+        alone = torch.cat([run(layer, x, arguments) for x in self.X.split(1)])
         self.order: list[str] = []
         self.attention = self.attention_output = ""
         self.tuple = False
-        self.groups = self._groups()
-        self.expected = run(layer, self.X, arguments)
+        try:
+            self.groups = self._groups()
+            self.expected = run(layer, self.X, arguments)
+            same = self._is_expected(alone)
+        except STUMBLES:
+            same = False
+        if not same:
+            raise UserError("what its blocks are handed for one sequence does not fit several")
 
     def told(self, family: Family) -> Family:
         """The family with what this block says of it."""
         changes: dict[str, Any] = {"tuples": family.tuples or self.tuple}
         if self.attention_output:
             changes |= {"attention": self.attention, "attention_output": self.attention_output}
+        refuses = dict(family.refuses)
         if self.transposed:
             changes["transposed"] = tuple(self.transposed)
+            refuses["bitsandbytes"] = GPT2.refuses["bitsandbytes"]
         if self.experts is not None:
             changes["experts"] = self.experts
+            refuses["bitsandbytes"] = IN_ONE
+            if self.experts.packed:
+                refuses["distill"] = GPT_OSS.refuses["distill"]
+        changes["refuses"] = refuses
         if shifts := {group.shift for group in self.groups if group.shift}:
             changes["norm_shift"] = shifts.pop()
         return replace(family, **changes)
@@ -273,11 +359,14 @@ class _Trial:
             for shift in (0.0, 1.0) if weight.dim() == 1 else (0.0,):
                 with self._scaled(name, readers, s, shift):
                     Y = run(self.layer, self.X, self.arguments)
-                if (Y - self.expected).abs().max() < TOLERANCE * self.expected.abs().mean():
+                if self._is_expected(Y):
                     for group in groups:
                         group.source, group.shift = name, shift
                     return True
         return False
+
+    def _is_expected(self, Y: Tensor) -> bool:
+        return bool((Y - self.expected).abs().max() < TOLERANCE * self.expected.abs().mean())
 
     def _weight(self, name: str) -> Tensor:
         return self.layer.get_parameter(f"{name}.weight")
@@ -306,6 +395,17 @@ def _experts(layer: nn.Module, path: str) -> Experts:
     module: Any = layer.get_submodule(path)
     mlp = path.rpartition(".")[0]
     return Experts(mlp, mlp, packed=module.gate_up_proj.shape[2] != module.down_proj.shape[1])
+
+
+def _check_experts(layer: nn.Module, paths: Sequence[str]) -> None:
+    """Raises UserError for experts that ``unpack`` has no stand-in for."""
+    experts: Any = layer.get_submodule(paths[0])
+    called = inspect.signature(experts.forward).parameters
+    if len(paths) > 1 or not paths[0].endswith(".experts") or len(called) != 3:
+        raise UserError(
+            f"its experts ({', '.join(paths)}) are not one module named experts that is called with tokens, "
+            "their experts, and weights of these"
+        )
 
 
 def _is_reader(module: nn.Module) -> bool:

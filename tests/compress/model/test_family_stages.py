@@ -116,7 +116,7 @@ STAGES: dict[str, Callable[[ModelFolder, Path, Tensor], None]] = {
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stages(made: ModelFolder, stage: str, tokens: Tensor, tmp_path: Path) -> None:
-    if (reason := family_of(made.config).refuses.get(stage)) is None:
+    if (reason := family_of(made.config).why_not(stage)) is None:
         STAGES[stage](made, tmp_path, tokens)
         return
     with pytest.raises(UserError, match=f"{stage} does not apply.*{reason[:20]}"):
