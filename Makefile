@@ -11,7 +11,7 @@ LLAMA_CPP := .node-llama-cpp
 LLAMA_CPP_SERVER := .venv-llama-cpp
 GPTQMODEL := .venv-gptqmodel
 
-.PHONY: help setup demo sweep test check test-gpu golden serve-check unpack-check bench-peers bench-int8 bench-cpu-kernels bench-kv bench-kv-speed bench-kernels bench-pruning bench-data-parallel bench-distill bench-cpu-decode bench-plan bench-gpu memory-by-size kills audit fuzz clean
+.PHONY: help setup demo sweep test check test-gpu golden serve-check unpack-check bench-peers bench-int8 bench-cpu-kernels bench-kv bench-kv-speed bench-kernels bench-pruning bench-data-parallel bench-ray families-check bench-distill bench-cpu-decode bench-plan bench-gpu memory-by-size kills audit fuzz clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -106,6 +106,12 @@ memory-by-size: setup  ## peak memory of a compression by the size and the depth
 
 bench-pruning: setup  ## who chooses best, depth or width, repair at an equal budget: an hour and more on 2 cores
 	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.benchmarks.pruning
+
+bench-ray: setup  ## four recipes on two workers of a local Ray beside the same sweep serially, and with a job killed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m eval.benchmarks.ray_sweep --out eval/results/ray-sweep
+
+families-check: setup $(VLLM)/.ready $(GPTQMODEL)/.ready  ## which engine reads which family: an hour on 2 cores
+	$(BIN)/python -m eval.engines.family_check --out eval/results/families --vllm $(VLLM) --gptqmodel $(GPTQMODEL)
 
 bench-data-parallel: setup  ## two processes that share the calibration text beside one: codes that differ, seconds
 	$(BIN)/python -m eval.benchmarks.data_parallel

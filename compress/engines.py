@@ -32,7 +32,7 @@ class Proof:
     """Checkpoints that an engine loaded and answered with, as eval.engines.serve_check asks.
 
     kinds: schemes as they name themselves, with ``+kv-CACHE`` where the cache has one; PLAIN: 16 bits
-    version: of the engine
+    version: of the engine; model_types: what they were of
     """
 
     engine: str
@@ -41,6 +41,7 @@ class Proof:
     version: str
     date: str
     device: str = "CPU"
+    model_types: tuple[str, ...] = ("llama",)
 
     def __str__(self) -> str:
         return f"loaded with {self.version} on {self.device}, {self.date}"
@@ -70,6 +71,20 @@ ENGINES = {
         Engine(LLAMA_CPP, "2026.10.11549", shares=False),
     )
 }
+
+
+@dataclass(frozen=True)
+class Unread:
+    """Model types whose checkpoints in some formats an engine does not read, whatever their numbers.
+
+    reason: a sentence without its subject; zeros: only those with zero points
+    """
+
+    engine: str
+    formats: tuple[str, ...]
+    model_types: tuple[str, ...]
+    reason: str
+    zeros: bool = False
 
 
 @dataclass(frozen=True)
@@ -212,12 +227,37 @@ ROWS = (
 )  # fmt: skip
 
 
+# Types with experts, but for gpt_oss.
+EXPERTS = (
+    "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "jamba", "qwen3_next",
+)  # fmt: skip
+# As eval/results/families.md has them, of random models of every type.
+UNREAD = (
+    Unread(TRANSFORMERS, (CT,), EXPERTS, "reads experts without zero points alone: scheme.symmetric=true",
+        zeros=True),
+    Unread(TRANSFORMERS, (CT, GPTQ, AWQ), ("gpt_oss",), "reads the experts of gpt_oss in one tensor alone: "
+        "export=dense"),
+    Unread(TRANSFORMERS, (CT, GPTQ, AWQ), ("gpt2",), "does not find the quantized weights of gpt2, whose "
+        "layers are no Linear: export=dense"),
+    Unread(TRANSFORMERS, (GPTQ, AWQ), (*EXPERTS, "falcon", "mamba2"), "does not read this type in this "
+        "format: export=compressed-tensors"),
+    Unread(TRANSFORMERS, (AWQ,), ("gpt_neox",), "looks for scales of an activation in AWQ files of gpt_neox: "
+        "export=compressed-tensors"),
+    Unread(VLLM_CPU, (CT,), (*EXPERTS, "gpt_oss"), "has no kernel for quantized experts on a CPU without "
+        "AMX: export=dense"),
+)  # fmt: skip
+
 PLAIN = "16 bits"
 FOUR_BITS = ("int4-g64-asym", "int4-g64-sym")
 VLLM_RUN, HF_RUN, LLAMA_RUN = (
     (version, "2026-11-27") for version in ("0.32.0", "5.23", "2026.10.11549")
 )
-# As eval/results/serve-check.json has them.
+DENSE_TYPES = (
+    "llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "olmo2", "phi3", "opt",
+)  # fmt: skip
+TRIED = ("int4-g32-sym", "int4-g32-asym")
+SPLIT_ROWS = "int8-channel-sym+int8-token-dynamic-outliers"
+# As eval/results/serve-check.json has them, of the demo model; then families.json, of random ones.
 PROOFS = (
     Proof(
         VLLM_CPU,
@@ -237,12 +277,53 @@ PROOFS = (
     Proof(TRANSFORMERS, GGUF, (*FOUR_BITS, "int8-channel-sym", PLAIN), *HF_RUN),
     Proof(TRANSFORMERS, DENSE, (PLAIN, f"{PLAIN}+kv-fp8-tensor"), *HF_RUN),
     Proof(LLAMA_CPP, GGUF, (*FOUR_BITS, "int8-channel-sym", "mxfp4", PLAIN), *LLAMA_RUN),
+    Proof(
+        TRANSFORMERS,
+        CT,
+        TRIED,
+        *HF_RUN,
+        model_types=(*DENSE_TYPES, "gpt_neox", "falcon", "mamba2"),
+    ),
+    Proof(TRANSFORMERS, CT, TRIED[:1], *HF_RUN, model_types=EXPERTS),
+    Proof(TRANSFORMERS, GPTQ, TRIED[:1], *HF_RUN, model_types=(*DENSE_TYPES, "gpt_neox")),
+    Proof(TRANSFORMERS, AWQ, TRIED[1:], *HF_RUN, model_types=DENSE_TYPES),
+    Proof(
+        TRANSFORMERS,
+        BNB,
+        (SPLIT_ROWS,),
+        *HF_RUN,
+        model_types=(*DENSE_TYPES, "gpt_neox", "mamba2"),
+    ),
+    Proof(
+        TRANSFORMERS,
+        DENSE,
+        (PLAIN,),
+        *HF_RUN,
+        model_types=(
+            *DENSE_TYPES,
+            *EXPERTS,
+            "gpt_neox",
+            "falcon",
+            "mamba2",
+            "gpt2",
+            "gpt_oss",
+        ),
+    ),
+    Proof(
+        VLLM_CPU,
+        CT,
+        TRIED[:1],
+        *VLLM_RUN,
+        model_types=(*DENSE_TYPES, "gpt_neox", "falcon", "mamba2", "gpt2"),
+    ),
 )
 
 
-def proof_of(engine: str, form: str, kinds: Iterable[str]) -> Proof | None:
+def proof_of(engine: str, form: str, kinds: Iterable[str], model_type: str) -> Proof | None:
     """The load that was run of such a checkpoint, all its kinds; None if there is none."""
-    proofs = [p for p in PROOFS if (p.engine, p.format) == (engine, form)]
+    proofs = [
+        p for p in PROOFS if (p.engine, p.format) == (engine, form) and model_type in p.model_types
+    ]
     found = [next((p for p in proofs if kind in p.kinds), None) for kind in kinds]
     return None if None in found else found[0]
 
@@ -267,8 +348,9 @@ may be quantized; the least CUDA compute capability, and from which on 8-bit flo
 they are. Of several rows that fit the first counts. A row that says "no" is refused although the engine
 knows the format.
 
-**Proved** is what was loaded, by the schemes' own names, with which version, on what, and when: it
-answered as our own reader does (`make serve-check`). All else was read in the engine's source and not
+**Proved** is what was loaded, by the schemes' own names, of which model types, with which version, on what,
+and when: it answered as our own reader does (`make serve-check` of the demo model, `make families-check` of
+random models of every type). All else was read in the engine's source and not
 run: vLLM's rows in 0.33 and again in the files that 0.32's CPU build installs, SGLang's in the wheel of
 0.5.23, TensorRT-LLM's on main in 2026, transformers' in 5.23.
 
@@ -295,7 +377,17 @@ def markdown() -> str:
         lines += [_line(_cells(row)) for row in ROWS if row.engine == engine.name]
         if proofs := [proof for proof in PROOFS if proof.engine == engine.name]:
             lines += ["\nProved:\n"]
-            lines += [f"- {p.format}, {', '.join(p.kinds)}: {p}" for p in proofs]
+            lines += [
+                f"- {p.format}, {', '.join(p.kinds)}, of {', '.join(p.model_types)}: {p}"
+                for p in proofs
+            ]
+        if unread := [one for one in UNREAD if one.engine == engine.name]:
+            lines += ["\nWhat it does not read, by model type:\n"]
+            lines += [
+                f"- {', '.join(one.formats)}{' with zero points' if one.zeros else ''}, of "
+                f"{', '.join(one.model_types)}: it {one.reason}"
+                for one in unread
+            ]
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 

@@ -28,6 +28,7 @@ from compress.distill.knobs import check_schemes
 from compress.distill.stage import check_launch, open_accelerator
 from compress.environment import environment, version_of
 from compress.errors import UserError
+from compress.export import gguf
 from compress.export.audit import CHECKPOINT, audit, write_manifest
 from compress.export.formats import FORMATS, Weights, check_fits
 from compress.export.outer import check as check_outer
@@ -68,7 +69,7 @@ from compress.prune.preview import previews
 from compress.prune.stage import check as check_prune
 from compress.quantize import record
 from compress.quantize.search import budget
-from compress.quantize.stage import linear_names, settle
+from compress.quantize.stage import check_roundings, linear_names, settle
 from compress.report.table import METRICS, table
 from compress.report.verdict import verdict
 from compress.rotate import rotated_sizes
@@ -217,6 +218,11 @@ def _check_processes(run: Run) -> None:
 
 def _check_stages(run: Run, model: ModelFolder) -> list[str]:
     """Returns what to warn of."""
+    if run.settings.data.all_experts and family_of(model.config).experts is None:
+        raise UserError(
+            f"data.all_experts=true is for models with experts, which type {model.config['model_type']} has "
+            "none of: leave it out"
+        )
     sequences = run.settings.data.sequences
     shapes: list[Shapes] = [model]
     if run.prune is not None:
@@ -257,8 +263,11 @@ def check_shape(run: Run, model: Shapes) -> None:
     if "quantize" in stages:
         linears = {name: model.shape(f"{name}.weight") for name in linear_names(model, family)}
         settled = settle(model, family, run.schemes)
+        check_roundings(run.roundings, model.config)
         if run.search is not None:
             budget(model, run.search, run.schemes)
+            if gguf.NAME in run.settings.export:
+                gguf.check_search(model, settled, run.search.bits)
         if run.distill is not None and "distill" in stages[stages.index("quantize") :]:
             check_schemes(run.schemes)
     for name in run.settings.export:

@@ -123,6 +123,14 @@ def test_what_sees_is_neither_rotated_nor_pruned(tmp_path: Path) -> None:
             pipeline.check(run)
 
 
+def test_experts_are_asked_for_where_there_are_some(tmp_path: Path) -> None:
+    folder = folder_of("qwen3", tmp_path / "model")
+    words = ["recipe=awq-int4", "scheme.group_size=32", "data.all_experts=true"]
+    with pytest.raises(UserError, match="all_experts=true is for models with experts"):
+        pipeline.check(run_of(folder.path, tmp_path, *words))
+    pipeline.check(run_of(folder_of("mixtral", tmp_path / "other").path, tmp_path, *words))
+
+
 def test_another_family_file_is_another_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,14 +10,14 @@ from compress.model.added import added, families_dir, trying, write_family
 from compress.model.check import check_model
 from compress.model.families import FAMILIES, Family, family_of
 from compress.model.folder import INDEX, SINGLE, ModelFolder
-from compress.model.gguf_file import ARCHITECTURES, SUFFIX
+from compress.model.gguf_file import OF_BLOCK, SUFFIX
 from compress.model.shapes import ShapeFolder
 from compress.model.sources import config_elsewhere, resolve_model
 from compress.report.table import markdown
 
 # Stages, the search for bits, predicted speed, the decode engine, and formats.
 COLUMNS = (
-    "quantize", "search", "repair", "rotate", "prune", "distill", "kv_cache", "plan", "decoder",
+    "quantize", "gptaq", "search", "repair", "rotate", "prune", "distill", "kv_cache", "plan", "decoder",
     "compressed-tensors", "gptq", "awq", "bitsandbytes", "dense", "gguf",
 )  # fmt: skip
 
@@ -137,7 +137,7 @@ def known(families: list[Family]) -> str:
 
 
 def _why_not(column: str, family: Family) -> str | None:
-    if column == "gguf" and not set(family.model_types) <= set(ARCHITECTURES):
+    if column == "gguf" and family.name not in OF_BLOCK:
         return "the names of its tensors in llama.cpp are not known here"
     return family.why_not(column)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import UserError
+from compress.export import gguf
 from compress.export.formats import FORMATS, Weights
 from compress.kv_cache.folder import is_scale, scheme_of, stated_scheme
 from compress.model.families import family_of, linears_among
@@ -56,7 +57,7 @@ def audit(record: ModelFolder, exported: ModelFolder, quantized: bool = True) ->
         wanted, found = decided.get(name), written.get(name)
         if not quantized and isinstance(wanted, QTensor):
             wanted = wanted.dequantize(record.dtype)
-        _same(name, wanted, found)
+        _same(name, gguf.held(exported, name, wanted), found)
         if isinstance(found, QTensor):
             linear = name.removesuffix(".weight")
             fixed = FORMATS[written.format].nbytes

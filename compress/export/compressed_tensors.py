@@ -216,12 +216,13 @@ def quantization_config(
         "kv_cache_scheme": cache,
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
     }
-    if uniform and not apart and (packed or not next(iter(names)).symmetric):
+    zeros = uniform and not next(iter(names)).symmetric
+    if uniform and not apart and (packed or zeros or family.open_weights):
         # transformers keeps weights packed until the first forward, and up to 5.23 that path
         # allocates the zero points of an asymmetric file in their unpacked shape and fails, and
-        # fails for a packed embedding. This key makes the plain from_pretrained call unpack them
-        # while loading. It takes the first scheme for all, so a mixed file must not carry it.
-        # vLLM 0.32 ignores it.
+        # fails for a packed embedding, and where a model asks a linear for its weight. This key
+        # makes the plain from_pretrained call unpack them while loading. It takes the first scheme
+        # for all, so a mixed file must not carry it. vLLM 0.32 ignores it.
         config["dequantize"] = True
         if cache is not None:
             log.warning(

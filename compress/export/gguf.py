@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,21 @@ from torch import Tensor
 
 from compress.errors import UserError
 from compress.export.gguf_blocks import BLOCKS, LONG, MINIMUM, SHORT
-from compress.export.gguf_metadata import add_metadata, check_model, extra_tensors
+from compress.export.gguf_metadata import add_metadata, check_model, extra_tensors, stored_heads
 from compress.export.gguf_tokenizer import add_tokenizer, check_tokenizer
 from compress.kv_cache.folder import is_scale
 from compress.model.families import family_of, linears_among
 from compress.model.folder import ModelFolder, Shapes, write_json
 from compress.model.gguf_file import (
-    ARCHITECTURES,
     PLAIN,
     SUFFIX,
-    TURNED,
+    Heads,
     gguf_name,
-    heads_of,
-    rotary_order,
+    is_wide,
+    place_of,
+    shift_of,
+    stored_shape,
+    unshifted,
 )
 from compress.model.sources import open_tokenizer
 from compress.quantize import record
@@ -118,17 +120,43 @@ def fits(model: Shapes, schemes: Schemes | None) -> None:
         # What stages leave of a plain folder is not known before.
         if record.KEY in folder.config or (isinstance(model, ModelFolder) and schemes is None):
             _check_stored(folder)
+    family = family_of(model.config)
+    for name in model.names:
+        if not is_scale(name):
+            gguf_name(name, family)
     if schemes is None:
         return
-    family = family_of(model.config)
     linears = set(linears_among(model.names, family))
+    types: dict[str, dict[str, str]] = {}
     for name in model.names:
         base = name.removesuffix(".weight")
         scheme = schemes.head if base in (family.embedding, family.head) else None
         if base in linears:
             scheme = schemes.of(base)
         if scheme is not None:
-            _type_of(base, scheme, model.shape(name)[1])
+            kind = _type_of(base, scheme, model.shape(name)[1])
+            types.setdefault(gguf_name(name, family), {})[name] = kind
+    for alike in types.values():
+        _check_alike(alike)
+
+
+def check_search(model: Shapes, schemes: Schemes, choices: list[int]) -> None:
+    """Raises UserError if a search that chooses the bits of every linear may part the experts of a block.
+
+    schemes: settled on the model; choices: of bits
+    """
+    family = family_of(model.config)
+    for name in linears_among(model.names, family):
+        weight = f"{name}.weight"
+        if place_of(weight, family)[1] is not None:
+            columns, scheme = model.shape(weight)[1], schemes.of(name)
+            types = {type_of(replace(scheme, bits=bits), columns) for bits in choices}
+            if len(types) > 1:
+                raise UserError(
+                    f"export={NAME} has one tensor for all experts of a block, and a search among "
+                    f"search.choices={choices} may put them into {', '.join(sorted(types))}: leave out "
+                    "search, or choose export=compressed-tensors"
+                )
 
 
 def _type_of(base: str, scheme: Scheme, columns: int) -> str:
@@ -141,9 +169,10 @@ def _type_of(base: str, scheme: Scheme, columns: int) -> str:
 
 @dataclass(frozen=True)
 class _Planned:
-    """A tensor as it will be written: our name, llama.cpp's, its type, the shape of its bytes or numbers."""
+    """A tensor as it will be written: our name, or those of all experts; llama.cpp's, its type, the shape of
+    its numbers."""
 
-    name: str
+    names: tuple[str, ...]
     theirs: str
     type: str
     shape: tuple[int, ...]
@@ -176,9 +205,9 @@ def write(source: ModelFolder, target: Path) -> None:
         check(schemes)
     settings = check_model(source.config, source.path)
     _check_stored(source)
-    planned = list(_planned(source))
+    planned, heads = list(_planned(source)), stored_heads(settings)
     most = _most(planned)
-    writer = GGUFWriter(None, ARCHITECTURES[source.config["model_type"]])
+    writer = GGUFWriter(None, heads.architecture)
     extra = extra_tensors(settings)
     for tensor in planned:
         shape, dtype, nbytes = tensor.rows
@@ -187,8 +216,10 @@ def write(source: ModelFolder, target: Path) -> None:
         )
     for name, values in extra.items():
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
-    add_metadata(writer, source.config, settings, most, quantized=schemes is not None)
-    add_tokenizer(writer, source, open_tokenizer(source))
+    tokenizer = open_tokenizer(source)
+    tokens = tokenizer.get_vocab().keys()
+    add_metadata(writer, source.config, settings, most, tokens, quantized=schemes is not None)
+    add_tokenizer(writer, source, tokenizer)
     target.mkdir(parents=True)
     source.copy_companions(target)
     config = {k: v for k, v in source.config.items() if k != record.KEY}
@@ -197,9 +228,10 @@ def write(source: ModelFolder, target: Path) -> None:
     writer.write_header_to_file(target / f"model-{most}{SUFFIX}")
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for tensor, (name, value) in zip(planned, record.contents(source), strict=True):
-        assert tensor.name == name, (tensor.name, name)
-        writer.write_tensor_data(_stored(source, tensor, value))
+    contents = record.contents(source, (name for tensor in planned for name in tensor.names))
+    for tensor in planned:
+        parts = [_stored(source, tensor, next(contents), heads) for _ in tensor.names]
+        writer.write_tensor_data(np.stack(parts) if len(tensor.shape) > 2 else parts[0])
     for values in extra.values():
         writer.write_tensor_data(values)
     writer.close()
@@ -207,18 +239,37 @@ def write(source: ModelFolder, target: Path) -> None:
 
 
 def _planned(source: ModelFolder) -> Iterator[_Planned]:
-    """In the order of ``record.contents``, without its tensors."""
+    """In file order; all experts of a block together."""
+    family = family_of(source.config)
     quantized = set(record.linears(source)) if record.KEY in source.config else set()
+    found: dict[str, list[tuple[int | None, str, str, tuple[int, ...]]]] = {}
     for name in source.names:
         base, _, part = name.rpartition(".")
+        shape = source.shape(name)
         if base not in quantized or part == "bias":
-            shape = source.shape(name)
-            kind = "F32" if len(shape) == 1 else _TYPES[source.dtype]
-            yield _Planned(name, gguf_name(name), kind, shape)
+            theirs, expert = place_of(name, family)
+            kind = "F32" if is_wide(theirs, shape) else _TYPES[source.dtype]
+            found.setdefault(theirs, []).append((expert, name, kind, stored_shape(theirs, shape)))
         elif part == "codes":
-            shape, scheme = source.shape(name), record.scheme_of(source, base)
-            weight = f"{base}.weight"
-            yield _Planned(weight, gguf_name(weight), _type_of(base, scheme, shape[1]), shape)
+            kind = _type_of(base, record.scheme_of(source, base), shape[1])
+            theirs, expert = place_of(f"{base}.weight", family)
+            found.setdefault(theirs, []).append((expert, f"{base}.weight", kind, shape))
+    for theirs, parts in found.items():
+        parts.sort(key=lambda part: part[0] or 0)
+        (first, name, kind, shape), names = parts[0], tuple(part[1] for part in parts)
+        _check_alike({part[1]: part[2] for part in parts})
+        yield _Planned(names, theirs, kind, shape if first is None else (len(parts), *shape))
+
+
+def _check_alike(types: dict[str, str]) -> None:
+    """Raises UserError for tensors of one in the file that have different types."""
+    first = next(iter(types))
+    for name, kind in types.items():
+        if kind != types[first]:
+            raise UserError(
+                f"export={NAME} has one tensor for all experts of a block, and {first} would be in "
+                f"{types[first]}, {name} in {kind}: give them one scheme"
+            )
 
 
 def _check_stored(folder: ModelFolder) -> None:
@@ -227,9 +278,11 @@ def _check_stored(folder: ModelFolder) -> None:
     for name in filter(is_scale, folder.names):
         raise UserError(f"export={NAME} has no place for the scales of the cache, {name}")
     if record.KEY not in folder.config:
+        family = family_of(folder.config)
         for name in folder.names:
             # In a GGUF file norms and biases are in 32 bits, and come out in the type of the model.
-            widened = folder.file_of(name).suffix == SUFFIX and len(folder.shape(name)) == 1
+            theirs = gguf_name(name, family)
+            widened = folder.file_of(name).suffix == SUFFIX and is_wide(theirs, folder.shape(name))
             if not widened and folder.stored_type(name) != _TYPES[folder.dtype]:
                 raise UserError(
                     f"export={NAME} holds models of one type, and {name} is in {folder.stored_type(name)}, "
@@ -255,36 +308,39 @@ def _most(planned: list[_Planned]) -> str:
     """The type of most weights of the blocks."""
     weights: Counter[str] = Counter()
     for tensor in planned:
-        if len(tensor.shape) == 2 and tensor.theirs.startswith("blk."):
+        if len(tensor.shape) >= 2 and tensor.theirs.startswith("blk."):
             weights[tensor.type] += int(np.prod(tensor.shape))
     return max(sorted(weights), key=lambda kind: weights[kind])
 
 
-def _stored(source: ModelFolder, tensor: _Planned, value: Tensor | QTensor) -> np.ndarray[Any, Any]:
-    """The bytes of a tensor, its rows in the order of llama.cpp."""
+def _stored(
+    source: ModelFolder, tensor: _Planned, named: tuple[str, Tensor | QTensor], heads: Heads
+) -> np.ndarray[Any, Any]:
+    """The bytes of one of ours, by its name, its rows in the order of llama.cpp."""
+    name, value = named
     if isinstance(value, QTensor):
-        ((_, rows),) = compress_linear(
-            value, record.scheme_of(source, tensor.name.removesuffix(".weight"))
-        )
+        scheme = record.scheme_of(source, name.removesuffix(".weight"))
+        ((_, rows),) = compress_linear(value, scheme)
     elif tensor.type == "F32":
-        rows = value.float()
+        rows = value.float() + shift_of(tensor.theirs, family_of(source.config))
+        rows = rows.view(stored_shape(tensor.theirs, tuple(rows.shape)))
     else:
         rows = value.contiguous().view(torch.uint8)
-    heads = heads_of(tensor.theirs, heads_by_key(source.config))
-    if heads is not None:
-        rows = rows[rotary_order(len(rows), heads)]
+    order = heads.order(tensor.theirs, len(rows))
+    if order is not None:
+        rows = rows[order]
     stored: np.ndarray[Any, Any] = rows.contiguous().numpy()
     return stored
 
 
-def heads_by_key(config: dict[str, Any]) -> dict[str, Any]:
-    """What ``heads_of`` reads, of a config.json."""
-    heads = int(config["num_attention_heads"])
-    return {
-        "general.architecture": ARCHITECTURES[config["model_type"]],
-        TURNED["attn_q"]: heads,
-        TURNED["attn_k"]: int(config.get("num_key_value_heads") or heads),
-    }
+def held(folder: ModelFolder, name: str, value: Tensor | QTensor) -> Tensor | QTensor:
+    """What of a tensor a folder in GGUF gives back: all of it but the last bits of norms that add to their
+    weights (see ``unshifted``). Of other folders the value itself."""
+    if isinstance(value, QTensor) or not holds(folder):
+        return value
+    family = family_of(folder.config)
+    shift = shift_of(gguf_name(name, family), family)
+    return unshifted(value.float() + shift, shift, value.dtype) if shift else value
 
 
 def compress_linear(q: QTensor, scheme: Scheme) -> Iterator[tuple[str, Tensor]]:

@@ -40,6 +40,13 @@ SPLITS: dict[tuple[str, ...], str] = {
         r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
         "bytes",
     ): "tekken",
+    (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        "bytes",
+    ): "gpt-4o",
+    ("punctuation", "bytes of words", "numbers", "[0-9][0-9][0-9]"): "falcon",
 }  # fmt: skip
 WHOLE_WORDS = ("llama-bpe", "tekken")
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -138,8 +145,10 @@ def _steps(part: dict[str, Any] | None) -> Iterator[str]:
             yield from _steps(step)
     elif kind == "ByteLevel" and not part.get("add_prefix_space"):
         yield "bytes of words" if part.get("use_regex", True) else "bytes"
-    elif kind == "Digits" and part.get("individual_digits"):
-        yield "digits"
+    elif kind == "Digits":
+        yield "digits" if part.get("individual_digits") else "numbers"
+    elif kind == "Punctuation" and part.get("behavior") == "Contiguous":
+        yield "punctuation"
     elif kind == "Split" and part.get("behavior") == "Isolated" and not part.get("invert"):
         yield str(part["pattern"].get("Regex"))
     else:
@@ -170,15 +179,18 @@ def _prefix(folder: ModelFolder, settings: dict[str, Any]) -> bool:
     """Whether pieces begin with a space that the text has not."""
     steps = [settings.get("normalizer"), settings.get("pre_tokenizer")]
     flat = [step for part in steps if part for step in part.get("normalizers", [part])]
-    prefix = False
+    prefix = replaced = False
     for step in flat:
         kind = step.get("type")
         if kind == "Prepend" and step.get("prepend") == SPACE:
             prefix = True
         elif kind == "Replace" and step["pattern"] == {"String": " "} and step["content"] == SPACE:
-            continue
+            replaced = True
         elif kind == "Metaspace" and step["replacement"] == SPACE and not step.get("split", True):
             prefix |= step.get("prepend_scheme", "always") != "never"
+        elif kind == "Split" and step["pattern"] == {"String": " "} and replaced:
+            # Gemma's, which finds no space any more.
+            continue
         else:
             raise UserError(
                 f"{folder.path}: export=gguf knows tokenizers of pieces that only put {SPACE} for spaces, "

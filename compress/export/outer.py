@@ -91,7 +91,9 @@ def _stated(config: dict[str, Any], begins: dict[str, str], outer: Outer) -> dic
     found, apart = dict(config), [piece.removesuffix(".") for piece in outer.beside]
     if "ignore" in found:
         patterns = [f"re:.*{re.escape(piece)}.*" for piece in apart]
-        found["ignore"] = [*_names(found["ignore"], begins), *patterns]
+        # The head of checkpoints and that of transformers are called otherwise.
+        names = [*_names(found["ignore"], begins), *found["ignore"], *patterns]
+        found["ignore"] = list(dict.fromkeys(names))
     for key in LEFT_OUT:
         if key in found:
             # By the names of checkpoints and those of transformers, which begin otherwise.

@@ -20,10 +20,13 @@ def pays(device: torch.device) -> bool:
 
 
 class Ahead:
-    """read: name -> tensor, on the CPU; device, dtype: where and as what it is wanted"""
+    """read: name -> tensor, on the CPU; device, dtype: where it is wanted, and as what by its name"""
 
     def __init__(
-        self, read: Callable[[str], Tensor], device: torch.device, dtype: torch.dtype
+        self,
+        read: Callable[[str], Tensor],
+        device: torch.device,
+        dtype: Callable[[str], torch.dtype],
     ) -> None:
         self._read_one, self._device, self._dtype = read, device, dtype
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="next-block")
@@ -59,14 +62,14 @@ class Ahead:
     @torch.no_grad()
     def _read(self, names: list[str]) -> Named:
         if self._stream is None:
-            return [(name, _touched(self._read_one(name).to(self._dtype))) for name in names]
+            return [(name, _touched(self._read_one(name).to(self._dtype(name)))) for name in names]
         with torch.cuda.stream(self._stream):
-            return [(name, self._copied(self._read_one(name))) for name in names]
+            return [(name, self._copied(self._read_one(name), self._dtype(name))) for name in names]
 
-    def _copied(self, tensor: Tensor) -> Tensor:
+    def _copied(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         if not tensor.is_cuda:
             tensor = tensor.pin_memory().to(self._device, non_blocking=True)
-        return tensor.to(self._dtype)
+        return tensor.to(dtype)
 
 
 def _let_go(waiting: tuple[list[str], Future[Named]] | None) -> None:

@@ -15,6 +15,8 @@ from compress.errors import UserError
 
 # Layers that predict further tokens: models have one to three.
 MOST_DRAFTS = 64
+# Experts of a block that a file is believed to have.
+MOST_EXPERTS = 2**16
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,10 @@ class Family:
     draft_blocks: str = ""
     # Sizes by the names that config.json has for them, where those are others than Llama's.
     settings: Mapping[str, str] = field(default_factory=dict)
+    # The ends of names of tensors that stay in 32 bits in models of 16.
+    wide: tuple[str, ...] = ()
+    # Whether transformers computes with the weights of linears by itself, so that it must unpack them first.
+    open_weights: bool = False
     # Whether head and embedding are one matrix where config.json does not say.
     tied: bool = False
     # Whether a block returns its hidden states as the first of several.
@@ -208,8 +214,8 @@ def _inputs_in(inputs: tuple[Input, ...], held: frozenset[str]) -> tuple[Input, 
     return tuple(found)
 
 
-# Why stages, the search for bits, formats, the prediction of speed (``plan``) and the decode engine
-# (``decoder``) do not apply to a family.
+# Why stages, the search for bits, the rounding gptaq, formats, the prediction of speed (``plan``) and the
+# decode engine (``decoder``) do not apply to a family.
 NO_ENGINE = (
     "its blocks are not of the form that the decode engine runs: choose transformers or vllm"
 )
@@ -229,7 +235,9 @@ LAYER_NORMS = {
 }
 IN_ONE = "transformers holds all experts in one tensor, which bitsandbytes does not read"
 FUSED = LAYER_NORMS | {"rotate": "its queries, keys and values are one linear"}
+OWN_WAYS = "the original and the compressed model send tokens to experts each by itself"
 ROUTED = {
+    "gptaq": OWN_WAYS,
     "bitsandbytes": IN_ONE,
     "rotate": "its routers read the residual stream too",
     "prune": "its MLPs are many, and a router chooses among them",
@@ -386,7 +394,12 @@ OPT = Family(
     neurons=("fc1",),
     mlp_output="fc2",
     attention_output="self_attn.out_proj",
-    when=(("do_layer_norm_before", (None, True)),),
+    when=(
+        ("do_layer_norm_before", (None, True)),
+        ("activation_function", (None, "relu")),
+        ("layer_norm_elementwise_affine", (None, True)),
+        ("_remove_final_layer_norm", (None, False)),
+    ),
     smooth_alpha=0.5,
     blocks="model.decoder.layers",
     embedding="model.decoder.embed_tokens",
@@ -415,6 +428,7 @@ FALCON = Family(
     rotary="transformer.rotary_emb",
     settings={"intermediate_size": "", "num_key_value_heads": "num_kv_heads"},
     tuples=True,
+    open_weights=True,
     tied=True,
     refuses=FUSED
     | {"bitsandbytes": "its linears are of a class that bitsandbytes does not replace"},
@@ -500,6 +514,7 @@ DEEPSEEK = Family(
     ),
     experts=Experts(),
     draft_blocks="num_nextn_predict_layers",
+    wide=(".e_score_correction_bias",),
     refuses=LATENT,
 )
 MAMBA2 = Family(
@@ -507,6 +522,7 @@ MAMBA2 = Family(
     model_types=("mamba2",),
     inputs=(Input(("mixer.in_proj",), "norm"), Input(("mixer.out_proj",), "mixer.norm")),
     writers=("mixer.out_proj",),
+    open_weights=True,
     blocks="backbone.layers",
     embedding="backbone.embeddings",
     final_norm="backbone.norm_f",
@@ -583,7 +599,7 @@ JAMBA = Family(
     experts=FEED_FORWARD,
     final_norm="model.final_layernorm",
     rotary="",
-    refuses=RECURRENT | {"bitsandbytes": IN_ONE},
+    refuses=RECURRENT | {"bitsandbytes": IN_ONE, "gptaq": OWN_WAYS},
 )
 QWEN3_NEXT = Family(
     name="qwen3_next",
@@ -606,7 +622,7 @@ QWEN3_NEXT = Family(
     norm_shift=1.0,
     experts=Experts(),
     drafts=("mtp.",),
-    refuses=RECURRENT | {"bitsandbytes": IN_ONE},
+    refuses=RECURRENT | {"bitsandbytes": IN_ONE, "gptaq": OWN_WAYS},
 )
 
 FAMILIES = (

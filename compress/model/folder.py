@@ -24,7 +24,7 @@ from torch import Tensor
 
 from compress.disk import writing
 from compress.errors import UserError
-from compress.model.families import Family, family_of, is_tied
+from compress.model.families import MOST_EXPERTS, Family, family_of, is_tied
 from compress.model.gguf_file import SUFFIX, GGUFFile
 from compress.model.language import Outer, outer_of, text_config
 from compress.model.stored import Place, Spelling, Stored
@@ -58,7 +58,6 @@ COMPANIONS = (
     KV_CACHE,
     PRUNED,
 )
-MOST_EXPERTS = 2**16
 # Bytes of an element, by the name safetensors gives its type.
 BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
@@ -96,6 +95,8 @@ class ModelFolder:
         if not self.path.is_dir():
             raise UserError(f"model folder {self.path} does not exist")
         self.stated: dict[str, Any] = read_json(self.path / "config.json")
+        if _is_in_library(self.stated):
+            del self.stated[REMOTE]
         self.outer = outer_of(self.stated)
         self._places: dict[Path, dict[str, Place]] = {}
         self.config = self.stated if self.outer is None else self._text_config(self.outer)
@@ -388,6 +389,18 @@ def _deeper(value: Any, levels: int) -> bool:
 # How a config names code that lies beside it or on the hub: classes, and how attention is computed.
 REMOTE = "auto_map"
 CODE = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+
+
+def _is_in_library(config: dict[str, Any]) -> bool:
+    """Whether the code that a config names is of a model that has come into transformers under its name
+    since: then it is left out, and the library's is run."""
+    named = config.get(REMOTE)
+    if not isinstance(named, dict):
+        return False
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    ours = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
+    return ours is not None and str(named.get("AutoModelForCausalLM")).rpartition(".")[2] == ours
 
 
 def check_code(file: Path, settings: dict[str, Any]) -> None:

@@ -23,55 +23,178 @@ import torch
 from torch import Tensor
 
 from compress.errors import UserError
+from compress.model.families import FAMILIES, MOST_EXPERTS, Family, family_of, heads_of
 
 SUFFIX = ".gguf"
-# What llama.cpp calls the modules of a model, and those of its blocks, beside our names.
-MODULES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-LAYERS, BLOCKS = "model.layers", "blk"
-OF_BLOCK = {
+BLOCKS = "blk"
+_ATTENTION = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
     "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
 }
+_MLP = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+_LLAMA = _ATTENTION | _MLP
+_HEAD_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+_POST_NORMS = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+_FALCON = {
+    "self_attention.query_key_value": "attn_qkv",
+    "self_attention.dense": "attn_output",
+    "mlp.dense_h_to_4h": "ffn_up",
+    "mlp.dense_4h_to_h": "ffn_down",
+}
+# What llama.cpp calls the modules of a family's blocks, beside our names, by the name of the family; of all
+# experts of a block, ``{}`` in ours, it has one tensor.
+OF_BLOCK: dict[str, dict[str, str]] = {
+    "llama": _LLAMA,
+    "qwen3": _LLAMA | _HEAD_NORMS,
+    "smollm3": _LLAMA,
+    "gemma2": _LLAMA | _POST_NORMS,
+    "gemma3": _LLAMA | _POST_NORMS | _HEAD_NORMS,
+    "olmo2": _LLAMA | _POST_NORMS | _HEAD_NORMS,
+    "phi3": _ATTENTION
+    | {
+        "self_attn.qkv_proj": "attn_qkv",
+        "mlp.gate_up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    },
+    "mixtral": _ATTENTION
+    | {
+        "block_sparse_moe.gate": "ffn_gate_inp",
+        "block_sparse_moe.experts.{}.w1": "ffn_gate_exps",
+        "block_sparse_moe.experts.{}.w2": "ffn_down_exps",
+        "block_sparse_moe.experts.{}.w3": "ffn_up_exps",
+    },
+    "qwen_moe": _ATTENTION
+    | _HEAD_NORMS
+    | {
+        "mlp.gate": "ffn_gate_inp",
+        "mlp.experts.{}.gate_proj": "ffn_gate_exps",
+        "mlp.experts.{}.up_proj": "ffn_up_exps",
+        "mlp.experts.{}.down_proj": "ffn_down_exps",
+        "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+        "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+        "mlp.shared_expert.up_proj": "ffn_up_shexp",
+        "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    },
+    "gpt_neox": {
+        "input_layernorm": "attn_norm",
+        "attention.query_key_value": "attn_qkv",
+        "attention.dense": "attn_output",
+        "post_attention_layernorm": "ffn_norm",
+        "mlp.dense_h_to_4h": "ffn_up",
+        "mlp.dense_4h_to_h": "ffn_down",
+    },
+    "gpt2": {
+        "ln_1": "attn_norm",
+        "attn.c_attn": "attn_qkv",
+        "attn.c_proj": "attn_output",
+        "ln_2": "ffn_norm",
+        "mlp.c_fc": "ffn_up",
+        "mlp.c_proj": "ffn_down",
+    },
+    "falcon": {"input_layernorm": "attn_norm", **_FALCON},
+    "falcon with two norms": {"ln_mlp": "attn_norm", "ln_attn": "attn_norm_2", **_FALCON},
+}
+# The same outside of blocks, beside embedding, final norm and head.
+OF_MODEL = {"gpt2": {"transformer.wpe": "position_embd"}}
 # Model types and the architecture that llama.cpp runs them as.
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
-# The one that turns neighbouring channels by position, where ours turn (i, i + head size / 2); and the
-# modules whose rows are therefore stored in another order, with the key of the number of their heads.
-INTERLEAVED = "llama"
-TURNED = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}
-# A table that follows from config.json.
-DERIVED = "rope_freqs.weight"
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "smollm3": "smollm3",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "olmo2": "olmo2",
+    "phi3": "phi3",
+    "mixtral": "llama",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+    "gpt_neox": "gptneox",
+    "gpt2": "gpt2",
+    "falcon": "falcon",
+}
+# Those that turn neighbouring channels by position, where ours turn (i, i + head size / 2).
+INTERLEAVED = ("llama", "smollm3")
+# Those whose queries, keys and values are one linear, here head by head, there all of each together.
+GATHERED = ("gptneox", "falcon")
+# What is no norm or bias and in 32 bits all the same; and what has one row here, and there no rows.
+PRECISE, FLAT = ("ffn_gate_inp", "ffn_gate_inp_shexp"), "ffn_gate_inp_shexp"
+# Tables that follow from config.json.
+DERIVED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Shape, number of the type, and offset of each tensor.
+_Tensors = dict[str, tuple[tuple[int, ...], int, int]]
+_HEADS, _KEY_HEADS = "attention.head_count", "attention.head_count_kv"
 
 
-def gguf_name(name: str) -> str:
-    """What llama.cpp calls a tensor of ours, as in ``model.layers.0.mlp.up_proj.weight``."""
+def _modules(family: Family) -> dict[str, str]:
+    """What llama.cpp calls the modules outside of blocks, beside our names."""
+    modules = {family.embedding: "token_embd", family.final_norm: "output_norm"}
+    return modules | {family.head: "output"} | OF_MODEL.get(family.name, {})
+
+
+def place_of(name: str, family: Family) -> tuple[str, int | None]:
+    """What llama.cpp calls the tensor that holds one of ours, as in ``model.layers.0.mlp.up_proj.weight``,
+    and of an expert's its number."""
     module, _, part = name.rpartition(".")
-    if module in MODULES:
-        return f"{MODULES[module]}.{part}"
-    found = re.fullmatch(rf"{LAYERS}\.(\d+)\.(.+)", module)
-    if found is None or found[2] not in OF_BLOCK:
+    modules = _modules(family)
+    if module in modules:
+        return f"{modules[module]}.{part}", None
+    found = re.fullmatch(rf"{re.escape(family.blocks)}\.(\d+)\.(.+)", module)
+    expert = re.search(r"(?<=\.experts\.)\d+", module)
+    local = "" if found is None else re.sub(r"(?<=\.experts\.)\d+", "{}", found[2])
+    if found is None or local not in OF_BLOCK[family.name]:
         raise UserError(f"llama.cpp has no place for {name} in this architecture")
-    return f"{BLOCKS}.{found[1]}.{OF_BLOCK[found[2]]}.{part}"
+    theirs = f"{BLOCKS}.{found[1]}.{OF_BLOCK[family.name][local]}.{part}"
+    return theirs, None if expert is None else int(expert[0])
 
 
-def our_name(name: str) -> str | None:
-    """The reverse of ``gguf_name``; None for a name that it never gives."""
+def gguf_name(name: str, family: Family) -> str:
+    """The first of ``place_of``."""
+    return place_of(name, family)[0]
+
+
+def our_name(name: str, family: Family) -> str | None:
+    """The reverse of ``gguf_name``, with ``{}`` for the number of an expert; None for a name that it never
+    gives."""
     module, _, part = name.rpartition(".")
-    ours = {theirs: ours for ours, theirs in MODULES.items()}
+    ours = {theirs: ours for ours, theirs in _modules(family).items()}
     if module in ours:
         return f"{ours[module]}.{part}"
-    of_block = {theirs: ours for ours, theirs in OF_BLOCK.items()}
+    of_block = {theirs: ours for ours, theirs in OF_BLOCK[family.name].items()}
     found = re.fullmatch(rf"{BLOCKS}\.(\d+)\.(\w+)", module)
     if found is None or found[2] not in of_block:
         return None
-    return f"{LAYERS}.{found[1]}.{of_block[found[2]]}.{part}"
+    return f"{family.blocks}.{found[1]}.{of_block[found[2]]}.{part}"
+
+
+@dataclass(frozen=True)
+class Heads:
+    """In which order the rows of an architecture are stored follows from its heads: their number, and that of
+    keys and values."""
+
+    architecture: str
+    queries: int
+    keys: int
+
+    def order(self, name: str, rows: int) -> Tensor | None:
+        """Where each stored row of a tensor of llama.cpp's name comes from, int64 (rows,), if that is from
+        another place."""
+        part = _part(name)
+        if self.architecture in INTERLEAVED and part in ("attn_q", "attn_k"):
+            return rotary_order(rows, self.queries if part == "attn_q" else self.keys)
+        if self.architecture in GATHERED and part == "attn_qkv":
+            return gathered_order(rows, self.queries, self.keys)
+        return None
 
 
 def rotary_order(rows: int, heads: int) -> Tensor:
@@ -80,26 +203,59 @@ def rotary_order(rows: int, heads: int) -> Tensor:
     return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).reshape(-1)
 
 
-def heads_of(name: str, config: Mapping[str, Any]) -> int | None:
-    """How many heads the rows of a tensor of llama.cpp's name belong to, if they are stored in another order.
+def gathered_order(rows: int, queries: int, keys: int) -> Tensor:
+    """The same of queries, keys and values in one, of which the queries of a group are followed here by its
+    key and its value."""
+    groups = torch.arange(rows).view(keys, queries // keys + 2, -1)
+    parts = groups[:, :-2], groups[:, -2], groups[:, -1]
+    return torch.cat([part.reshape(-1) for part in parts])
 
-    config: numbers of heads by the names that GGUF has for them, and ``general.architecture``
+
+def _part(name: str) -> str:
+    """What a tensor of llama.cpp's name is in its block."""
+    return name.split(".")[2] if name.startswith(f"{BLOCKS}.") else ""
+
+
+def is_wide(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of llama.cpp's name that is not quantized is stored in 32 bits: norms, biases, and
+    what chooses experts."""
+    return len(shape) == 1 or _part(name) in PRECISE
+
+
+def stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a tensor of llama.cpp's name has there."""
+    return shape[1:] if _part(name) == FLAT else shape
+
+
+def shift_of(name: str, family: Family) -> float:
+    """What a stored tensor of llama.cpp's name has more than ours: norms that add to their weights are stored
+    with the sum."""
+    return family.norm_shift if name.endswith("norm.weight") else 0.0
+
+
+def unshifted(stored: Tensor, shift: float, dtype: torch.dtype | None) -> Tensor:
+    """Our numbers of those that are stored in 32 bits, or less; in ``dtype`` if it gives these exactly.
+
+    Of 1 + w the last bits of w below 2^-16 are lost, which no engine looks at: all multiply by the sum.
     """
-    key = TURNED.get(name.split(".")[2]) if name.startswith(f"{BLOCKS}.") else None
-    if key is None or config["general.architecture"] != INTERLEAVED:
-        return None
-    return int(config[key])
+    rows = stored - shift if shift else stored
+    if dtype is None:
+        return rows
+    rounded = rows.to(dtype)
+    return rounded if torch.equal(rounded.to(rows.dtype) + shift, stored) else rows
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of the file. shape: of its values, the last dimension in a row; heads: as in ``heads_of``"""
+    """A tensor of the file, by its name there. shape: of its values, the last dimension in a row; shift: as
+    in ``shift_of``"""
 
+    name: str
     type: str
     shape: tuple[int, ...]
     offset: int
     nbytes: int
-    heads: int | None
+    shift: float
 
 
 @dataclass(frozen=True)
@@ -126,20 +282,24 @@ class GGUFFile:
         self.path, self._dtype = path, dtype
         if not path.is_file():
             raise UserError(f"{path} is missing, or no file")
-        self._entries, stated = _header(path, path.stat().st_mtime_ns)
-        heads = config.get("num_attention_heads")
-        asked = {
-            "general.architecture": ARCHITECTURES.get(str(config.get("model_type"))),
-            TURNED["attn_q"]: heads,
-            TURNED["attn_k"]: config.get("num_key_value_heads") or heads,
+        changed = path.stat().st_mtime_ns
+        self._heads, _, _ = _header(path, changed)
+        stated = str(config.get("model_type"))
+        known = stated in ARCHITECTURES and family_of(dict(config)).name in OF_BLOCK
+        family = family_of(dict(config) if known else {"model_type": _model_type(self._heads)})
+        heads, keys = _stated_heads(config)
+        asked: dict[str, tuple[Any, Any]] = {
+            "general.architecture": (ARCHITECTURES.get(stated), self._heads.architecture),
+            _HEADS: (heads, self._heads.queries),
+            _KEY_HEADS: (keys, self._heads.keys),
         }
-        for key, value in asked.items():
-            # What a config.json lacks, or has and should not, is told where that is looked at.
-            if value is not None and stated[key] != value:
+        for what, (wanted, found) in asked.items():
+            if wanted is not None and wanted != found:
                 raise UserError(
-                    f"{path} has {key} {stated[key]}, its config.json asks for {value}: they belong to "
+                    f"{path} has {what} {found}, its config.json asks for {wanted}: they belong to "
                     "different models"
                 )
+        self._entries = _entries(path, changed, family.name)
 
     def __enter__(self) -> GGUFFile:
         return self
@@ -155,15 +315,13 @@ class GGUFFile:
         stored = np.fromfile(self.path, np.uint8, count=entry.nbytes, offset=entry.offset)
         rows = torch.from_numpy(stored)
         if entry.type in PLAIN:
-            rows = rows.view(PLAIN[entry.type]).view(entry.shape)
-            if self._dtype is not None:
-                rounded = rows.to(self._dtype)
-                rows = rounded if torch.equal(rounded.to(rows.dtype), rows) else rows
+            rows = unshifted(
+                rows.view(PLAIN[entry.type]).view(entry.shape), entry.shift, self._dtype
+            )
         else:
             rows = rows.view(entry.shape[0], -1)
-        if entry.heads is not None:
-            rows = rows[rotary_order(len(rows), entry.heads).argsort()]
-        return rows
+        order = self._heads.order(entry.name, len(rows))
+        return rows if order is None else rows[order.argsort()]
 
     def get_slice(self, name: str) -> _Slice:
         """Shape and type as they are stored."""
@@ -173,14 +331,26 @@ class GGUFFile:
         return _Slice((entry.shape[0], entry.nbytes // entry.shape[0]), "U8")
 
 
+def _stated_heads(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """As config.json has them. What it lacks, or has and should not, is told where that is looked at."""
+    try:
+        heads, keys, _ = heads_of(config)
+    except (LookupError, TypeError, ValueError, ArithmeticError):
+        return None, None
+    return heads, keys
+
+
+def _model_type(heads: Heads) -> str:
+    """The first one that is run as an architecture."""
+    return next(ours for ours, theirs in ARCHITECTURES.items() if theirs == heads.architecture)
+
+
 @functools.lru_cache(maxsize=8)
-def _header(path: Path, changed: int) -> tuple[dict[str, Entry], dict[str, Any]]:
-    """The tensors of a file by our names, and what ``heads_of`` asks for.
+def _header(path: Path, changed: int) -> tuple[Heads, _Tensors, int]:
+    """The heads of a file, its tensors by their names there, and where the first one begins.
 
     changed: when the file was, so that another one of the same name is read anew
     """
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
     try:
         with (
             path.open("rb") as file,
@@ -188,27 +358,32 @@ def _header(path: Path, changed: int) -> tuple[dict[str, Entry], dict[str, Any]]
         ):
             config, tensors, start = _parsed(stored)
         architecture = str(config["general.architecture"])
-        count = config[f"{architecture}.{TURNED['attn_q']}"]
+        count = config[f"{architecture}.{_HEADS}"]
     except (ValueError, LookupError, TypeError, ArithmeticError, struct.error) as error:
         raise UserError(f"{path} is not a readable GGUF file: {error}") from error
     if architecture not in ARCHITECTURES.values():
         known = ", ".join(sorted(set(ARCHITECTURES.values())))
         raise UserError(f"{path} is of architecture {architecture!r}, read here are {known}")
-    shared = config.get(f"{architecture}.{TURNED['attn_k']}", count)
+    shared = config.get(f"{architecture}.{_KEY_HEADS}", count)
     if not all(type(heads) is int for heads in (count, shared)):
         raise UserError(f"{path} has a number of heads for each layer, read here is one for all")
-    numbers = {
-        "general.architecture": architecture,
-        TURNED["attn_q"]: count,
-        TURNED["attn_k"]: shared,
-    }
+    return Heads(architecture, count, shared), tensors, start
+
+
+@functools.lru_cache(maxsize=8)
+def _entries(path: Path, changed: int, family_name: str) -> dict[str, Entry]:
+    """The tensors of a file by the names that a family has for them."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    (family,) = (family for family in FAMILIES if family.name == family_name)
+    _, tensors, start = _header(path, changed)
     entries: dict[str, Entry] = {}
     kinds = {kind.value: kind for kind in GGMLQuantizationType}
     size = path.stat().st_size
     for theirs, (shape, number, offset) in tensors.items():
-        if theirs == DERIVED:
+        if theirs in DERIVED:
             continue
-        name = our_name(theirs)
+        name = our_name(theirs, family)
         if name is None or number not in kinds:
             raise UserError(
                 f"{path} has a tensor {theirs} of type {number}, which is not known here"
@@ -220,8 +395,22 @@ def _header(path: Path, changed: int) -> tuple[dict[str, Entry], dict[str, Any]]
         length = math.prod(shape) // per * bytes_of
         if start + offset + length > size or length == 0:
             raise UserError(f"{path} ends before its tensor {theirs} does")
-        entries[name] = Entry(kind.name, shape, start + offset, length, heads_of(theirs, numbers))
-    return entries, numbers
+        shift = shift_of(theirs, family)
+        if "{}" in name:
+            if len(shape) != 3 or shape[0] > MOST_EXPERTS:
+                raise UserError(
+                    f"{path} has a tensor {theirs} of shape {shape}, not that of experts"
+                )
+            each = length // shape[0]
+            for number in range(shape[0]):
+                place = start + offset + number * each
+                one = Entry(theirs, kind.name, shape[1:], place, each, shift)
+                entries[name.format(number)] = one
+            continue
+        if _part(theirs) == FLAT:
+            shape = (1, *shape)
+        entries[name] = Entry(theirs, kind.name, shape, start + offset, length, shift)
+    return entries
 
 
 # struct's letters for the types of values, by their numbers in the file; strings and lists are apart.
@@ -239,7 +428,6 @@ _VALUES = {
     12: "d",
 }
 _STRING, _LIST = 8, 9
-_Tensors = dict[str, tuple[tuple[int, ...], int, int]]
 
 
 class _Cursor:

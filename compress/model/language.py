@@ -56,11 +56,18 @@ def outer_of(config: Mapping[str, Any]) -> Outer | None:
 
 
 def text_config(config: Mapping[str, Any], outer: Outer) -> dict[str, Any]:
-    """The config.json of the language part. Raises UserError if there is none."""
-    found = config.get("text_config")
-    if not isinstance(found, dict):
-        raise UserError(f"a config of type {config['model_type']} has no text_config")
-    text = dict(found) | {key: config[key] for key in SHARED if key in config}
+    """The config.json of the language part, with what transformers knows where that leaves something out.
+    Raises UserError if there is none."""
+    from transformers import AutoConfig
+
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    try:
+        text: dict[str, Any] = AutoConfig.for_model(**plain).get_text_config().to_dict()
+    except Exception as error:
+        # Whatever the library raises over a config that does not fit.
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"the config is not usable: {type(error).__name__}: {reason}") from error
+    text |= {key: config[key] for key in SHARED if key in config}
     if outer.text_type:
         text["model_type"] = outer.text_type
         rope = text.get("rope_parameters") or text.get("rope_scaling")

@@ -158,6 +158,11 @@ def _check_others(settings: Mapping[str, Any]) -> None:
         value = settings.get(key)
         if value is not None and not (_is_number(value) and 0 < value < math.inf):
             raise ValueError(f"{key}={_short(value)} is not a number above 0")
+    width, hidden = settings.get("word_embed_proj_dim"), settings.get("hidden_size")
+    if width is not None and width != hidden:
+        raise ValueError(
+            f"word_embed_proj_dim={_short(width)} is not hidden_size={hidden}: not read here"
+        )
     if not isinstance(settings.get("tie_word_embeddings", False), bool):
         raise ValueError("tie_word_embeddings is neither true nor false")
 
@@ -203,6 +208,11 @@ def check_tensor(
         raise UserError(f"{place} holds a tensor {full}, which its config.json has no place for")
     if shape != (asked := tuple(expected.shape)):
         raise UserError(f"{place}: {full} has shape {shape}, config.json asks for {asked}")
+
+
+def dtype_in(name: str, family: Family, dtype: torch.dtype) -> torch.dtype:
+    """The type of a tensor in a model of this type."""
+    return torch.float32 if family.wide and name.endswith(family.wide) else dtype
 
 
 def finite(folder: ModelFolder, name: str, tensor: Tensor) -> Tensor:

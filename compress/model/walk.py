@@ -19,7 +19,7 @@ from compress.errors import UserError
 from compress.model.ahead import Ahead, pays
 from compress.model.families import Family
 from compress.model.folder import ModelFolder
-from compress.model.skeleton import assign, empty_model, finite
+from compress.model.skeleton import assign, dtype_in, empty_model, finite
 from compress.model.states import States
 from compress.processes import ALONE, Team, as_bytes
 
@@ -105,7 +105,9 @@ class Walk:
         self.original: Tensor | None = None
         self._ahead: Ahead | None = None
         if pays(device) if ahead is None else ahead:
-            self._ahead = Ahead(self.source.tensor, device, folder.dtype)
+            self._ahead = Ahead(
+                self.source.tensor, device, lambda name: dtype_in(name, family, folder.dtype)
+            )
         self._rows = 1
         # What the model hands to each of its blocks beside the hidden states.
         self._arguments: list[dict[str, Any]] = []
@@ -209,7 +211,8 @@ class Walk:
     def _read(self, name: str) -> Tensor:
         """A tensor in the model's dtype: some files keep norms or everything in float32. Raises UserError if
         it holds NaN or Inf."""
-        tensor = self.source.tensor(name).to(device=self.device, dtype=self.folder.dtype)
+        dtype = dtype_in(name, self.family, self.folder.dtype)
+        tensor = self.source.tensor(name).to(device=self.device, dtype=dtype)
         return finite(self.folder, name, tensor)
 
     def call_of(self, index: int) -> tuple[dict[str, Any], int]:

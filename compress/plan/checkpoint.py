@@ -22,6 +22,7 @@ from compress.kv_cache.folder import scheme_of
 from compress.kv_cache.scheme import CacheScheme, cache_bytes
 from compress.model.families import Family, family_of, heads_of, size_of
 from compress.model.folder import ModelFolder, Shapes
+from compress.model.gguf_file import gguf_name, is_wide
 from compress.model.shapes import ShapeFolder
 from compress.model.skeleton import model_of
 from compress.quantize import record
@@ -196,8 +197,7 @@ def as_planned(
         if scheme is None:
             if not (shapes.tied_head and base == family.head):
                 shape = shapes.shape(name)
-                # Norms and biases.
-                wide = export == gguf.NAME and len(shape) == 1
+                wide = export == gguf.NAME and is_wide(gguf_name(name, family), shape)
                 stored[name] = _plain(shape, torch.float32 if wide else shapes.dtype)
             continue
         apart = schemes is not None and _apart(base, scheme, schemes, family)

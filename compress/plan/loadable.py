@@ -23,6 +23,7 @@ from compress.engines import (
     PLAIN,
     ROWS,
     TRANSFORMERS,
+    UNREAD,
     VLLM_CPU,
     WIDE,
     Engine,
@@ -34,6 +35,9 @@ from compress.kv_cache.folder import engines as cache_arguments
 from compress.kv_cache.scheme import CacheScheme
 from compress.quantize.scheme import BLOCK, NVFP4, Scheme, Schemes
 
+# Model types whose GGUF files transformers reads whole: of others it has its own defaults for some of what
+# they say (sizes of experts, rotary embeddings of a part), or loads some weights at random.
+READ_WHOLE = ("llama", "mistral", "qwen2")
 # Devices that advice is looked for among.
 MOST_DEVICES = 64
 
@@ -48,6 +52,7 @@ class Served:
     parts: name -> N of every linear of the checkpoint
     by_rows: which linears share out K; by_heads: of which N goes by the heads of keys and values
     capability: of CUDA, 0: none, None: not known
+    model_type: as config.json has it
     """
 
     schemes: Schemes | None
@@ -62,6 +67,7 @@ class Served:
     tp: int = 1
     capability: float | None = None
     all_bits: tuple[int, ...] = ()
+    model_type: str = READ_WHOLE[0]
 
     @property
     def format(self) -> str:
@@ -375,6 +381,24 @@ def _cache(engine: Engine, s: Served) -> str | None:
     return f"reads scales of the cache as {known}, not {s.cache.keys.name}: kv_cache=fp8 has one a layer"
 
 
+def _gguf_of_others(engine: Engine, s: Served) -> str | None:
+    if engine.name == TRANSFORMERS and s.format == GGUF and s.model_type not in READ_WHOLE:
+        return (
+            f"reads GGUF files of {words(READ_WHOLE)} whole, not of {s.model_type}: "
+            "export=compressed-tensors"
+        )
+    return None
+
+
+def _unread(engine: Engine, s: Served) -> str | None:
+    zeros = any(x is not None and not x.symmetric for x in s.quantized)
+    for row in UNREAD:
+        named = row.engine == engine.name and s.model_type in row.model_types
+        if named and s.format in row.formats and (zeros or not row.zeros):
+            return row.reason
+    return None
+
+
 RULES = (
     Rule("sharding of attention", _heads),
     Rule("column and row parallel linears", _shares),
@@ -384,6 +408,8 @@ RULES = (
     Rule("the first scheme unpacks all", _mixed_zeros),
     Rule("dynamic names linears that engines fuse; tried with transformers 5.23", _mixed_gptq),
     Rule("compressed-tensors, kv_cache_scheme", _cache),
+    Rule("tried with a random model of the type", _unread),
+    Rule("integrations/ggml.py, GGUF_CONFIG_MAPPING; tried", _gguf_of_others),
 )
 
 
@@ -424,10 +450,18 @@ def _cache_of_transformers(s: Served, cache: CacheScheme) -> str:
     return "reads the scales of the cache as FP8"
 
 
+def _gguf_not_looked_at(engine: Engine, s: Served) -> str | None:
+    other = s.model_type not in READ_WHOLE and s.format == GGUF
+    if other and engine.name not in (TRANSFORMERS, LLAMA_CPP):
+        return f"its reader of GGUF was not looked at for models of type {s.model_type}"
+    return None
+
+
 NOTES = (
     Rule("bitsandbytes 0.50", _sidecar),
     Rule("-", _one_device),
     Rule("kv_cache_scheme and the engine's arguments", _cache_argument),
+    Rule("-", _gguf_not_looked_at),
 )
 
 
@@ -444,7 +478,7 @@ def _loadable(engine: Engine, served: Served) -> dict[str, Any]:
     if known:
         reasons += _applied(RULES, engine, served)
     notes = [note for one in found for note in one.notes] + _applied(NOTES, engine, served)
-    proof = proof_of(engine.name, served.format, served.kinds)
+    proof = proof_of(engine.name, served.format, served.kinds, served.model_type)
     return {
         "version": engine.version,
         "loads": not reasons,

@@ -122,6 +122,7 @@ def served(
         parts={name: outputs for name, (outputs, _) in size.items()},
         by_rows=tuple(writer.format(0) for writer in family.writers if writer.format(0) in size),
         by_heads=(family.keys, family.values),
+        model_type=str(shapes.config["model_type"]),
         **rest,
     )
 

@@ -105,15 +105,27 @@ def kept(record: ModelFolder) -> list[str]:
     ]
 
 
-def contents(folder: ModelFolder) -> Iterator[tuple[str, Tensor | QTensor]]:
-    """Everything a record holds under its original names, in file order; a plain folder: only tensors."""
+def contents(
+    folder: ModelFolder, names: Iterable[str] | None = None
+) -> Iterator[tuple[str, Tensor | QTensor]]:
+    """Everything a record holds under its original names, in file order; a plain folder: only tensors.
+
+    names: these alone, in their order
+    """
     quantized = set(linears(folder)) if KEY in folder.config else set()
+    for name in _original_names(folder, quantized) if names is None else names:
+        base, _, part = name.rpartition(".")
+        whole = base in quantized and part == "weight"
+        yield name, read_linear(folder, base) if whole else folder.tensor(name)
+
+
+def _original_names(folder: ModelFolder, quantized: set[str]) -> Iterator[str]:
     for name in folder.names:
         base, _, part = name.rpartition(".")
         if base not in quantized or part == "bias":
-            yield name, folder.tensor(name)
+            yield name
         elif part == "codes":
-            yield f"{base}.weight", read_linear(folder, base)
+            yield f"{base}.weight"
 
 
 def read_linear(record: ModelFolder, name: str) -> QTensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import UserError
-from compress.model.families import Family, family_of, linears_among
+from compress.model.families import Family, check_applies, family_of, linears_among
 from compress.model.folder import ModelFolder, Shapes
 from compress.model.skeleton import finite, finite_rows
 from compress.model.walk import Activations, Walk
@@ -31,6 +31,7 @@ from compress.quantize.head import quantize_rows
 from compress.quantize.outliers import Outliers
 from compress.quantize.qtensor import QTensor
 from compress.quantize.record import KEY, RecordWriter
+from compress.quantize.rounding.gptq import Gptaq
 from compress.quantize.scheme import Scheme, Schemes
 from compress.saved import NOWHERE, Position, Saved, named
 from eval.memory import trim
@@ -72,6 +73,7 @@ def quantize(  # noqa: PLR0913
     config does not account for, a group size that does not fit, weights that are not finite.
     """
     family = family_of(source.config)
+    check_roundings(roundings, source.config)
     schemes = settle(source, family, schemes)
     inputs, outliers = schemes.linears.inputs, None
     if tokens is not None and inputs is not None:
@@ -183,6 +185,12 @@ def _block(
     log.info("%s: %.1f s%s", prefix, report["seconds"], _error_text(report))
     _warn_of_unseen(prefix, report)
     return report
+
+
+def check_roundings(roundings: Sequence[Rounding], config: dict[str, Any]) -> None:
+    """Raises UserError for a rounding that does not apply to a model."""
+    if any(isinstance(method, Gptaq) for method in roundings):
+        check_applies("gptaq", config)
 
 
 def needs_data(

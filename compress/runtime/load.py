@@ -21,7 +21,7 @@ from compress.kernels import dense
 from compress.kernels.fusion import Fusion
 from compress.model.families import family_of
 from compress.model.folder import ModelFolder, reading
-from compress.model.skeleton import assign, check_tensor, empty_model, finite
+from compress.model.skeleton import assign, check_tensor, dtype_in, empty_model, finite
 from compress.quantize.qtensor import QTensor
 from compress.runtime.embedding import packed_embedding
 from compress.runtime.weights import PackedWeight, pack
@@ -48,7 +48,7 @@ def load_dense(folder: ModelFolder, device: torch.device, dtype: torch.dtype) ->
     inputs is first rounded to the dtype of the checkpoint, as engines do, then widened; one for rounded
     inputs is not: there engines multiply the codes, and the scales after them.
     """
-    weights = Weights(folder)
+    weights, family = Weights(folder), family_of(folder.config)
     model = empty_model(folder, dtype)
     for name in weights.names:
         value = weights.get(name)
@@ -58,7 +58,8 @@ def load_dense(folder: ModelFolder, device: torch.device, dtype: torch.dtype) ->
                 value = value.dequantize(folder.dtype if value.inputs is None else dtype)
             # Codes of floats have some that are no number.
             finite(folder, name, value)
-        assign(model, name, value.to(device=device, dtype=dtype, copy=True), folder)
+        own = dtype_in(name, family, dtype)
+        assign(model, name, value.to(device=device, dtype=own, copy=True), folder)
     return _ready(model, folder, device)
 
 
@@ -98,7 +99,8 @@ def load_packed(folder: ModelFolder, device: torch.device) -> tuple[Any, dict[st
             kernels[dense.name_of(value)] += 1
             _attach_inputs(model, name, value, device)
             value = value.dequantize(folder.dtype)
-        assign(model, name, value.to(device=device, dtype=folder.dtype, copy=True), folder)
+        own = dtype_in(name, family_of(folder.config), folder.dtype)
+        assign(model, name, value.to(device=device, dtype=own, copy=True), folder)
     if kernels[dense.UPCAST]:
         log.info(
             "%d linears in 8-bit floats: for want of a kernel the same numbers are computed in %s",

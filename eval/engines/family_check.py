@@ -50,8 +50,8 @@ GPTQMODEL = "gptqmodel"
 INT4, ZEROS = Scheme(4, 32, True), Scheme(4, 32)
 ROUNDED = Scheme(8, "channel", True, inputs=InputScheme())
 SPLIT = Scheme(8, "channel", True, inputs=InputScheme(outliers="dynamic"))
-# Most nats that arithmetic may differ by: of a wrong weight it is several tenths.
-MOST = 0.12
+# Most nats that arithmetic may differ by: of wrong weights it is half a nat and more.
+MOST = 0.2
 SECONDS = 400
 
 
@@ -206,6 +206,9 @@ def main() -> None:
     for kind in kinds:
         for case in CASES:
             wanted = given.engines.split(",") if given.engines else case.engines
+            if kind not in KINDS:
+                # These want an image processor, which the models have not.
+                wanted = [engine for engine in wanted if engine == TRANSFORMERS]
             pythons = {
                 engine: python
                 for engine in case.engines

@@ -21,9 +21,12 @@ from compress.errors import UserError
 from compress.model.folder import ModelFolder, save_tensors
 from compress.model.states import States
 from compress.processes import ALONE, Team
+from compress.quantize.rounding import Nearest
+from compress.quantize.transforms import AwqScale
 from compress.saved import Saved
 from compress.stages import Work, join, run_stage
-from tests.shared import CASES, FLOATS, forked
+from eval.engines.family_models import written_model
+from tests.shared import CASES, FLOATS, forked, quantizing
 
 
 @pytest.fixture(scope="module")
@@ -338,3 +341,27 @@ def test_what_needs_no_data_is_the_main_processs_alone(
     given = Work(run, tiny, tiny, tmp_path / "out", tmp_path / "state", {}, None)
     assert run_stage("quantize", given) == {}
     assert not seen[0].shared
+
+
+def test_experts_see_the_tokens_of_all(text: Tensor, tmp_path: Path) -> None:
+    """Of each the tokens that both processes send to it, in the same order of batches."""
+    _, folder = written_model("qwen3_moe", tmp_path / "model", torch.bfloat16)
+    tokens = text[:, :128]
+    stage = quantizing([AwqScale(4)], [Nearest()])
+
+    def work(team: Team) -> None:
+        report = stage(folder, tmp_path / "two", tokens, team)
+        (tmp_path / f"{team.rank}.json").write_text(json.dumps(report))
+
+    assert forked(work) == [0, 0]
+    alone = stage(folder, tmp_path / "one", tokens, ALONE)
+    counts = [block["expert_tokens"] for block in alone["blocks"]]
+    assert all(len(set(seen.values())) > 1 for seen in counts)
+    for rank in (0, 1):
+        report = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert [block["expert_tokens"] for block in report["blocks"]] == counts
+    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
+    assert one.keys() == two.keys()
+    codes = [name for name in one if name.endswith(".codes")]
+    changed = sum(int((one[name] != two[name]).sum()) for name in codes)
+    assert changed <= 1e-3 * sum(one[name].numel() for name in codes)

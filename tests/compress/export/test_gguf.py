@@ -28,13 +28,14 @@ from compress.export import gguf as format_gguf
 from compress.export.audit import AuditError, audit, verify
 from compress.export.formats import FORMATS, Weights
 from compress.export.gguf_blocks import BLOCKS, MINIMUM
-from compress.export.gguf_metadata import FILE_TYPES, check_model, extra_tensors
+from compress.export.gguf_metadata import FILE_TYPES, check_model, extra_tensors, stored_heads
 from compress.export.gguf_tokenizer import SPLITS
 from compress.kv_cache.scheme import CacheScheme, StateScheme
 from compress.kv_cache.stage import quantize_cache
 from compress.measure.size import measure_size
+from compress.model.families import LLAMA
 from compress.model.folder import ModelFolder, save_tensors, write_json
-from compress.model.gguf_file import GGUFFile, gguf_name, heads_of, our_name, rotary_order
+from compress.model.gguf_file import GGUFFile, Heads, gguf_name, our_name, rotary_order
 from compress.model.sources import resolve_model
 from compress.pipeline import check as check_run
 from compress.pipeline import run_recipe
@@ -157,20 +158,21 @@ def test_numbers_read_back_here_and_by_the_gguf_package(
     assert audit(record, exported)["linears"] == 21
     theirs = {tensor.name: tensor for tensor in opened(exported).tensors}
     weights, off = Weights(exported), 0.0
-    assert {gguf_name(name) for name in weights.names} == set(theirs)
+    assert {gguf_name(name, LLAMA) for name in weights.names} == set(theirs)
+    heads = stored_heads(check_model(exported.config, exported.path))
     for name in weights.names:
-        value, tensor = weights.get(name), theirs[gguf_name(name)]
+        value, tensor = weights.get(name), theirs[gguf_name(name, LLAMA)]
         found = torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
         ours = value.dequantize(torch.float32) if isinstance(value, QTensor) else value.float()
-        heads = heads_of(tensor.name, format_gguf.heads_by_key(exported.config))
-        if heads is not None:
-            ours = ours[rotary_order(len(ours), heads)]
+        order = heads.order(tensor.name, len(ours))
+        if order is not None:
+            ours = ours[order]
         if not isinstance(value, QTensor) or kind not in MINIMUM:
             assert torch.equal(found, ours), name
             continue
         assert value.zero is not None
         minima = (value.zero * value.scale.float()).repeat_interleave(value.group_size, 1)
-        minima = minima if heads is None else minima[rotary_order(len(ours), heads)]
+        minima = minima if order is None else minima[order]
         # The stated bound, and the last bit of the sum in 32 bits.
         assert ((found - ours).abs() <= (2**-11 + 2**-20) * minima).all(), name
         off = max(off, float((found - ours).abs().max()))
@@ -181,14 +183,13 @@ def test_numbers_read_back_here_and_by_the_gguf_package(
 def test_heads_are_stored_in_pairs() -> None:
     """Two heads of four channels: 0 is turned with 2, 1 with 3; llama.cpp turns neighbours."""
     assert rotary_order(8, 2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-    llama = {
-        "general.architecture": "llama",
-        "attention.head_count": 4,
-        "attention.head_count_kv": 2,
-    }
-    found = [heads_of(f"blk.3.{part}.weight", llama) for part in ("attn_q", "attn_k", "attn_v")]
-    assert found == [4, 2, None]
-    assert heads_of("blk.3.attn_q.weight", {**llama, "general.architecture": "qwen2"}) is None
+    orders = [Heads("llama", 4, 2).order(f"blk.3.attn_{part}.weight", 16) for part in "qkv"]
+    assert [None if order is None else order.tolist() for order in orders] == [
+        rotary_order(16, 4).tolist(),
+        rotary_order(16, 2).tolist(),
+        None,
+    ]
+    assert Heads("qwen2", 4, 2).order("blk.3.attn_q.weight", 16) is None
 
 
 @pytest.mark.parametrize("architecture", [gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.QWEN2])
@@ -197,8 +198,8 @@ def test_names_are_those_of_the_gguf_package(
 ) -> None:
     theirs = gguf.get_tensor_name_map(architecture, 3)
     for name in make_model("qwen2", tie_word_embeddings=False).names:
-        assert gguf_name(name) == theirs.get_name(name, (".weight", ".bias")), name
-        assert our_name(gguf_name(name)) == name
+        assert gguf_name(name, LLAMA) == theirs.get_name(name, (".weight", ".bias")), name
+        assert our_name(gguf_name(name, LLAMA), LLAMA) == name
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
@@ -675,7 +676,7 @@ def test_the_demo_model_says_what_its_own_gguf_says(tmp_path: Path) -> None:
     header = GGUFFile(file, None, {})
     entries = {name.rpartition(".")[0]: header.get_slice(name) for name in header.keys()}  # noqa: SIM118
     for tensor in reader.tensors:
-        name = our_name(tensor.name)
+        name = our_name(tensor.name, LLAMA)
         assert name is not None
         found_slice = entries[name.rpartition(".")[0]]
         assert found_slice.get_shape() == tensor.data.shape
@@ -718,7 +719,13 @@ BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 @pytest.mark.parametrize("split", SPLITS.values())
 def test_how_text_is_split_has_a_name(tiny: ModelFolder, tmp_path: Path, split: str) -> None:
     (steps,) = [steps for steps, name in SPLITS.items() if name == split]
-    known = {"digits": DIGITS, "bytes of words": WORDS, "bytes": BYTES}
+    known = {
+        "digits": DIGITS,
+        "numbers": pre_tokenizers.Digits(individual_digits=False),
+        "punctuation": pre_tokenizers.Punctuation("contiguous"),
+        "bytes of words": WORDS,
+        "bytes": BYTES,
+    }
     parts = [known.get(s) or pre_tokenizers.Split(Regex(s), "isolated") for s in steps]
     tokenizer = byte_tokenizer().backend_tokenizer
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
@@ -746,7 +753,10 @@ def test_tokenizers_that_llama_cpp_would_not_have(tiny: ModelFolder, tmp_path: P
     odd.add_special_tokens(["<odd>"])
     odd.post_processor = processors.TemplateProcessing("<odd> $A", special_tokens=[("<odd>", 257)])
     refused = [
-        (whitespace, "split text as gpt-2, smollm, llama-bpe, qwen2, tekken do, this one does not"),
+        (
+            whitespace,
+            "split text as gpt-2, smollm, llama-bpe, qwen2, tekken, gpt-4o, falcon do, this",
+        ),
         (words, "knows BPE, not WordLevel"),
         (lower, "after Lowercase"),
         (compatible, "after NFKC"),
@@ -823,6 +833,21 @@ def test_spaces_before_pieces(
         format_gguf.write(saved(tokenizer, tiny, tmp_path / "m"), tmp_path / "out")
     assert said(ModelFolder(tmp_path / "out"))["tokenizer.ggml.add_space_prefix"] == prefix
     assert ("puts a space before every text" in caplog.text) == prefix
+
+
+def test_a_split_at_spaces_that_are_none_any_more(tiny: ModelFolder, tmp_path: Path) -> None:
+    """Gemma's; where spaces are left it is another tokenizer."""
+    tokenizer = Tokenizer(
+        models.BPE({"<unk>": 0, "a": 1}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    with pytest.raises(UserError, match=r"this one has .*MergedWithPrevious"):
+        format_gguf.fits(saved(tokenizer, tiny, tmp_path / "spaces"), None)
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    format_gguf.write(saved(tokenizer, tiny, tmp_path / "m"), tmp_path / "out")
+    found = said(ModelFolder(tmp_path / "out"))
+    assert found["tokenizer.ggml.model"] == "llama"
+    assert found["tokenizer.ggml.add_space_prefix"] is False
 
 
 def test_composing_characters_is_left_out_with_a_warning(

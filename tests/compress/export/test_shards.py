@@ -45,9 +45,9 @@ def test_one_tensor_at_a_time(
     alive: list[weakref.ref[Any]] = []
     most = 0
 
-    def watched(folder: ModelFolder) -> Iterator[tuple[str, Any]]:
+    def watched(folder: ModelFolder, *names: Any) -> Iterator[tuple[str, Any]]:
         nonlocal most
-        for key, value in contents(folder):
+        for key, value in contents(folder, *names):
             alive.append(weakref.ref(value))
             yield key, value
             del value
