@@ -27,8 +27,8 @@ from compress.model.families import (
     FUSED,
     GPT2,
     GPT_OSS,
-    IN_ONE,
     RECURRENT,
+    ROUTED,
     Experts,
     Family,
     Input,
@@ -271,7 +271,7 @@ class _Trial:
             refuses["bitsandbytes"] = GPT2.refuses["bitsandbytes"]
         if self.experts is not None:
             changes["experts"] = self.experts
-            refuses["bitsandbytes"] = IN_ONE
+            refuses |= {what: ROUTED[what] for what in ("bitsandbytes", "gptaq")}
             if self.experts.packed:
                 refuses["distill"] = GPT_OSS.refuses["distill"]
         changes["refuses"] = refuses

@@ -21,7 +21,7 @@ from compress.commands.families import main
 from compress.errors import UserError
 from compress.export.formats import FORMATS
 from compress.model.added import families_dir, read_family, write_family
-from compress.model.families import FAMILIES, family_of, has_logits_of_head
+from compress.model.families import FAMILIES, OF_LOGITS, family_of, has_logits_of_head
 from compress.model.folder import SINGLE, ModelFolder
 from compress.model.skeleton import empty_model
 from compress.quantize.probe import probe
@@ -101,6 +101,15 @@ ABSENT = {
 }
 
 
+# That a cache is not one of keys and values, and a class that a library does not replace, are not seen from
+# outside.
+UNSEEN = (
+    ("deepseek_v3", "kv_cache"),
+    ("deepseek_v3", "plan"),
+    ("falcon-7b", "bitsandbytes"),
+)
+
+
 @pytest.mark.parametrize(
     "kind",
     ["gpt2", "gemma2", "falcon-7b", "gpt_oss", "deepseek_v3", "jamba", "qwen3_next", "mamba2"],
@@ -134,10 +143,8 @@ def test_known_families_are_found_again(kind: str, tmp_path: Path) -> None:
         # experts. Blocks with one MLP have none.
         routed = "expert" in shared.linears[0]
         assert set(shared.others) == (sources[shared.source] if routed else set())
-    stated = (known.why_not("kv_cache"), known.why_not("plan"))
-    # That a cache is not one of keys and values is not seen from outside.
-    if kind != "deepseek_v3":
-        assert (found.why_not("kv_cache"), found.why_not("plan")) == stated
+    for what in (*OF_LOGITS, "gptaq", "bitsandbytes", "kv_cache", "plan"):
+        assert (kind, what) in UNSEEN or found.why_not(what) == known.why_not(what), what
 
 
 @pytest.mark.parametrize(
