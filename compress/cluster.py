@@ -234,7 +234,7 @@ def environ_of(threads: int | None) -> dict[str, str]:
     passed = {
         name: value
         for name, value in os.environ.items()
-        if name in ("OMP_NUM_THREADS", "XDG_CACHE_HOME")
+        if name in ("OMP_NUM_THREADS", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")
         or (name.startswith("HF_") and "TOKEN" not in name)
     }
     return ({} if threads is None else {"OMP_NUM_THREADS": str(threads)}) | passed

@@ -9,7 +9,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from compress import pins, processes
 from compress.config import Run
 from compress.distill.knobs import check_schemes
 from compress.distill.stage import check_launch, open_accelerator
+from compress.engines import TRANSFORMERS
 from compress.environment import environment, version_of
 from compress.errors import UserError
 from compress.export import gguf
@@ -242,10 +243,10 @@ def _check_stages(run: Run, model: ModelFolder) -> list[str]:
     check_outer(run.settings.stages, run.settings.export, model)
     for shape in shapes:
         check_shape(run, shape)
-    return _check_engines(run, shapes)
+    return _check_engines(run, model, shapes)
 
 
-def _check_engines(run: Run, shapes: list[Shapes]) -> list[str]:
+def _check_engines(run: Run, model: ModelFolder, shapes: list[Shapes]) -> list[str]:
     """Raises UserError if an engine of serve.engines would not load what is written. Without serve.engines
     returns what to warn of. shapes: of all candidates that pruning may choose from"""
     given = [engines_of(run, shape) for shape in shapes]
@@ -253,7 +254,25 @@ def _check_engines(run: Run, shapes: list[Shapes]) -> list[str]:
     broken = [line for engines in given for line in refusals(engines, wanted)]
     if broken:
         raise UserError("; ".join(dict.fromkeys(broken)))
+    _check_measuring(run, model, given[0][run.first_format])
     return [] if wanted else warnings(given[0])
+
+
+def _check_measuring(run: Run, model: ModelFolder, given: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises UserError if transformers is to measure a checkpoint that it does not read. given: by engine"""
+    answer, asked = given[TRANSFORMERS], list[str]()
+    settings = run.settings
+    speed = settings.speed
+    if speed is not None and TRANSFORMERS in speed_engines(speed, {"the model": model}):
+        asked.append("speed=none")
+    if settings.eval is not None and settings.eval.tasks and settings.eval.engine == TRANSFORMERS:
+        asked.append("another eval.engine")
+    if asked and not answer["loads"]:
+        reasons = "; ".join(reason["text"] for reason in answer["reasons"])
+        raise UserError(
+            f"transformers {answer['version']} is to measure this checkpoint and {reasons}; or choose "
+            f"{' and '.join(asked)}"
+        )
 
 
 def check_shape(run: Run, model: Shapes) -> None:

@@ -131,6 +131,20 @@ def test_experts_are_asked_for_where_there_are_some(tmp_path: Path) -> None:
     pipeline.check(run_of(folder_of("mixtral", tmp_path / "other").path, tmp_path, *words))
 
 
+def test_an_engine_that_does_not_read_the_checkpoint_is_not_asked_to_measure_it(
+    tmp_path: Path,
+) -> None:
+    """transformers would end in its own error, after all the work."""
+    folder = folder_of("qwen3_moe", tmp_path / "model")
+    words = [
+        f"model.source={folder.path}", "recipe=rtn-int4", "scheme.group_size=32", "eval=none",
+        "speed.patterns=[[8,8]]",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"experts without zero points.*; or choose speed=none"):
+        pipeline.check(parse(compose_settings(words)))
+    pipeline.check(parse(compose_settings([*words, "scheme.symmetric=true"])))
+
+
 def test_another_family_file_is_another_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

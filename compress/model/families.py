@@ -666,7 +666,10 @@ def family_of(config: dict[str, Any]) -> Family:
             f"models of type {model_type!r} with {key}={config.get(key)} are not known here"
         )
     known = ", ".join(dict.fromkeys(t for family in families for t in family.model_types))
-    raise UserError(f"model type {model_type!r} is not known here: known are {known}")
+    raise UserError(
+        f"model type {model_type!r} is not known here: known are {known}; compress families --probe FOLDER "
+        "--add adds one"
+    )
 
 
 def check_applies(what: str, config: dict[str, Any]) -> Family:
