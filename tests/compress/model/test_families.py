@@ -328,3 +328,21 @@ def test_the_decode_engine(made_in_16_bits: ModelFolder) -> None:
     else:
         rows = open_decoder(made_in_16_bits.path, "cpu").generate([[1, 2, 3]], tokens=4)
         assert [len(row) for row in rows] == [4]
+
+
+def test_formats_name_the_matrices_that_keep_their_bits(tokens: Tensor, tmp_path: Path) -> None:
+    """Routers and gates of shared experts, which readers would take for quantized linears."""
+    _, folder = written_model("qwen2_moe", tmp_path / "model", torch.bfloat16)
+    quantize(
+        folder, tmp_path / "record", tokens=None, schemes=FOUR, transforms=[], roundings=[Nearest()],
+        device=CPU,
+    )  # fmt: skip
+    kept = ["model.layers.1.mlp.gate", "model.layers.1.mlp.shared_expert_gate"]
+    stated = {}
+    for name in ("compressed-tensors", "awq", "gptq"):
+        FORMATS[name].write(ModelFolder(tmp_path / "record"), tmp_path / name)
+        stated[name] = ModelFolder(tmp_path / name).config["quantization_config"]
+    assert sorted(stated["compressed-tensors"]["ignore"]) == ["lm_head", *kept]
+    assert sorted(stated["awq"]["modules_to_not_convert"]) == ["lm_head", *kept]
+    patterns = [key.removeprefix("-:") for key in stated["gptq"]["dynamic"]]
+    assert [any(re.match(pattern, name) for pattern in patterns) for name in kept] == [True, True]
